@@ -1,0 +1,95 @@
+"""Front ends: what a family of transformers looks like, as data and a few functions.
+
+A family is one file here with a `PLUGIN`. Blocks are numbered through all groups in forward order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ppclc import plugins
+from ppclc.errors import ModelError
+from ppclc.plan import CompressionPlan
+
+Tensors = Mapping[str, Any]
+Bank = Mapping[str, Tensors]
+"""Tensors by edit: `interval-3-4` a block's state, `text-9-8` the maps, `modulation` basis and mean."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A run of like blocks: where it hangs, the configuration key that counts it, its calling convention.
+
+    `streams` names the keyword that carries each stream into a block; `outputs` the order in which a
+    block returns them.
+    """
+
+    name: str
+    path: str
+    count_key: str
+    streams: Mapping[str, str]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A module that torch.export can take, its example inputs, and their dynamic axes by name.
+
+    `inputs(**sizes)` makes inputs of other sizes; `reference(inputs)` answers with the eager model.
+    """
+
+    module: Any
+    inputs: Callable[..., dict[str, Any]]
+    dynamic: Mapping[str, Mapping[int, str]]
+    ranges: Mapping[str, tuple[int, int]]
+    sizes: tuple[Mapping[str, int], ...]
+    reference: Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that ppclc knows of one family.
+
+    class_name: diffusers' class. student_class: `module:Class` of the width-edited student.
+    student_config: stock configuration and plan to the student's. student_tensor: one tensor of a
+    student by its name, from the teacher's and the bank. time_embedding: module whose output is
+    `temb`. text_input: block, text state and temb to the modulated state that feeds keys and values.
+    text_key: name in the bank of a text-stream edit's maps.
+    example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length.
+    lowered: a model made ready for torch.export.
+    """
+
+    name: str
+    class_name: str
+    groups: tuple[Group, ...]
+    student_class: str
+    student_config: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]]
+    student_tensor: Callable[[str, CompressionPlan, Tensors, Bank], Any]
+    time_embedding: str
+    text_input: Callable[[Any, Any, Any], Any]
+    text_key: Callable[[CompressionPlan, int], str]
+    example_inputs: Callable[..., dict[str, Any]]
+    lowered: Callable[[Any], Lowered]
+    tiny_config: Mapping[str, Any]
+
+    @property
+    def student_class_name(self) -> str:
+        """Name of the width-edited class, as `_class_name` gives it."""
+        return self.student_class.partition(":")[2]
+
+    def num_blocks(self, config: Mapping[str, Any]) -> int:
+        """Blocks of all groups together."""
+        return sum(int(config[g.count_key]) for g in self.groups)
+
+
+def of_config(config: Mapping[str, Any], where: str) -> Family:
+    """The family that knows this configuration's `_class_name`. Raises ModelError when none does."""
+    class_name = config.get("_class_name")
+    families: list[Family] = [plugins.load("families", name) for name in plugins.names("families")]
+    for family in families:
+        if class_name in (family.class_name, family.student_class_name):
+            return family
+    known = ", ".join(f.class_name for f in families)
+    raise ModelError(f"{where}: _class_name = {class_name!r}: no family knows this class; known are {known}")

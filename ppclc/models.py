@@ -1,0 +1,417 @@
+"""Models: open, check, run block by block, edit, save. The one place that edits a module tree.
+
+`apply_plan(model, plan)` is the only way from a teacher to a student; slicing, loading and every back
+end meet the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ppclc import families, plugins
+from ppclc.errors import ModelError, PlanError, UnavailableError
+from ppclc.families import Bank, Family
+from ppclc.plan import CompressionPlan
+from ppclc.records import disk_errors, file_digest, write_text
+
+BUILTIN = "builtin:"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: the folder that holds its `config.json`, what the configuration says, its family."""
+
+    path: str
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+
+    @property
+    def task(self) -> Any | None:
+        """The task plug-in of a builtin model, None otherwise."""
+        return plugins.load("tasks", self.path.removeprefix(BUILTIN)) if self.path.startswith(BUILTIN) else None
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by the index where there is one.
+
+        Raises:
+            ModelError: none there, only pickles there, or an index that names files that are not there.
+        """
+        index = self.folder / f"{WEIGHTS}.index.json"
+        if index.exists():
+            names = sorted(set(_json_object(index).get("weight_map", {}).values()))
+            bad = [n for n in names if Path(n).name != n or not (self.folder / n).is_file()]
+            if bad or not names:
+                raise ModelError(f"{index}: names {', '.join(bad) or 'no shards'}, wanted shards that lie beside it; fetch the model again")
+            return [self.folder / n for n in names]
+        if (self.folder / WEIGHTS).is_file():
+            return [self.folder / WEIGHTS]
+        pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pt")]
+        also = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
+        raise ModelError(f"{self.folder}: no weights, wanted {WEIGHTS} or its index{also}")
+
+    def digest(self) -> str:
+        """SHA-256 over configuration and weight files."""
+        return _files_digest(tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [self.folder / "config.json", *self.weight_files()]))
+
+
+@cache
+def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    from ppclc.records import digest_of
+
+    return digest_of([file_digest(Path(path)) for path, _, _ in files])
+
+
+def open_source(path: str, revision: str | None = None) -> Source:
+    """Find a model: a folder (pipeline or bare transformer), a hub id, or `builtin:NAME`.
+
+    Raises:
+        ModelError: there is no such folder, it holds no transformer, or no family knows its class.
+    """
+    if path.startswith(BUILTIN):
+        name = path.removeprefix(BUILTIN)
+        if name not in plugins.names("tasks"):
+            raise ModelError(f"{path}: no such model; there is {', '.join(BUILTIN + n for n in plugins.names('tasks'))}")
+        root = Path(plugins.load("tasks", name).model_folder)
+    else:
+        root = _local_or_hub(path, revision)
+    folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{path}: holds no transformer: wanted transformer/config.json or config.json")
+    config = _json_object(folder / "config.json")
+    family = families.of_config(config, str(folder / "config.json"))
+    known = _stock_config(family)
+    for key in [g.count_key for g in family.groups]:
+        value = config.setdefault(key, known.get(key))
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
+    return Source(path, folder, known | config, family)
+
+
+def _local_or_hub(path: str, revision: str | None) -> Path:
+    root = Path(path).expanduser()
+    if root.is_dir():
+        return root
+    if root.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
+        raise ModelError(f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', or builtin:two-digits")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{path}: no such folder, and not to be had from the hub ({reason}); give a local folder, or check the id, HF_TOKEN and HF_HUB_OFFLINE"
+        ) from None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: got a {type(value).__name__}, wanted a JSON object")
+    return value
+
+
+def _class(name: str) -> Any:
+    module, _, attribute = name.rpartition(":")
+    return getattr(import_module(module), attribute)
+
+
+def model_class(family: Family, config: Mapping[str, Any]) -> Any:
+    """The class that a configuration asks for: diffusers' own, or the family's width-edited one."""
+    if config.get("_class_name") == family.student_class_name:
+        return _class(family.student_class)
+    return _class(f"diffusers:{family.class_name}")
+
+
+def _stock_config(family: Family) -> dict[str, Any]:
+    import inspect
+
+    parameters = inspect.signature(_class(f"diffusers:{family.class_name}").__init__).parameters
+    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+
+
+def empty_model(family: Family, config: Mapping[str, Any]) -> Any:
+    """The model with parameters on the meta device: names, shapes and counts, no memory.
+
+    Raises:
+        ModelError: the configuration cannot be built.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            return model_class(family, config).from_config({k: v for k, v in config.items() if k != "auto_map"})
+    except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"config.json of a {family.name} model cannot be built: {error}") from None
+
+
+def load_source(source: Source, dtype: str = "float32") -> Any:
+    """The model, in evaluation mode, every tensor accounted for and finite.
+
+    Raises:
+        ModelError: weights truncated or corrupt; a tensor missing, extra, of a wrong shape, or not finite.
+    """
+    expected = {k: tuple(v.shape) for k, v in empty_model(source.family, source.config).state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for file in source.weight_files():
+        try:
+            with safe_open(file, "pt") as handle:
+                found |= {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
+    _compare_tensors(source.folder, expected, found)
+    model, info = model_class(source.family, source.config).from_pretrained(
+        source.folder, torch_dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, local_files_only=True
+    )
+    left = {k: v for k, v in info.items() if v}
+    if left:
+        raise ModelError(f"{source.folder}: diffusers could not place all tensors: {left}")
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{source.folder}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
+    return model.eval().requires_grad_(False)
+
+
+def _compare_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise ModelError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that config.json calls for")
+    if extra:
+        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; does num_layers in config.json fit?")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name])}, wanted {list(shape)} by config.json")
+
+
+def load_model(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Any:
+    """Any teacher or student, stock or width-edited, ready to run. Raises ModelError as `load_source` does."""
+    return load_source(open_source(str(path), revision), dtype)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, each once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def student_config(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
+    """Configuration of the student, `_class_name` included. Raises PlanError when the plan is of another model."""
+    if plan.family != family.name:
+        raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
+    if plan.num_blocks != family.num_blocks(config):
+        raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
+    if plan.ffn or plan.adapters:
+        raise PlanError("plan: ffn and adapters cannot be applied by this version; wanted both empty")
+    if config.get("_class_name") == family.student_class_name:
+        raise PlanError("plan: the model is a width-edited student already; plans are made for its teacher")
+    name = family.student_class_name if plan.has_width_edits else family.class_name
+    return family.student_config(config, plan) | {"_class_name": name}
+
+
+def predicted_parameters(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> int:
+    """Exact parameter count of the student, from the configuration alone."""
+    return count_parameters(empty_model(family, student_config(family, config, plan)))
+
+
+def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> Any:
+    """The student of a teacher: a new model whose tensors are copies, the teacher untouched.
+
+    `bank` gives distilled blocks, text maps and the modulation basis; an interval that it lacks
+    starts from its first block. Dtype and device are the teacher's.
+
+    Raises:
+        PlanError: a plan of another model, or one that needs what the bank lacks.
+    """
+    config = {"_class_name": type(model).__name__, **model.config}
+    family = families.of_config(config, "model")
+    student = empty_model(family, student_config(family, config, plan))
+    teacher = model.state_dict()
+    state = {n: family.student_tensor(n, plan, teacher, bank or {}) for n in student.state_dict()}
+    return _fill(student, state, next(model.parameters()))
+
+
+def rebuild_student(model: Any, plan: CompressionPlan, state: Mapping[str, torch.Tensor]) -> Any:
+    """The student of a teacher with all of its tensors given. Raises PlanError when they are not the plan's."""
+    config = {"_class_name": type(model).__name__, **model.config}
+    family = families.of_config(config, "model")
+    student = empty_model(family, student_config(family, config, plan))
+    if student.state_dict().keys() != state.keys():
+        raise PlanError("plan: the trained tensors are those of another plan")
+    return _fill(student, state, next(model.parameters()))
+
+
+def _fill(student: Any, state: Mapping[str, torch.Tensor], like: torch.Tensor) -> Any:
+    copies = {n: t.detach().to(like.device, like.dtype, copy=True).contiguous() for n, t in state.items()}
+    student.load_state_dict(copies, strict=True, assign=True)
+    return student.eval().requires_grad_(False)
+
+
+def save_model(model: Any, plan: CompressionPlan, folder: Path) -> dict[str, str]:
+    """Write a student as a diffusers folder (`folder/transformer`) and give the SHA-256 of each file.
+
+    A width-edited student's class travels with it, under a name made from its content.
+    """
+    config = {"_class_name": type(model).__name__, **model.config}
+    family = families.of_config(config, "model")
+    home = folder / "transformer"
+    with disk_errors(folder):
+        model.save_pretrained(home, safe_serialization=True, max_shard_size=SHARD_SIZE)
+        if plan.has_width_edits:
+            _bring_class(family, home)
+        write_text(home / "plan.json", plan.to_json())
+        return {str(p.relative_to(folder)): file_digest(p) for p in sorted(home.rglob("*")) if p.is_file()}
+
+
+def _bring_class(family: Family, home: Path) -> None:
+    """Put the student's class beside its weights and name it in `auto_map`."""
+    module = import_module(family.student_class.partition(":")[0])
+    source = Path(str(module.__file__))
+    name = f"ppclc_{family.name}_{file_digest(source)[:12]}"
+    shutil.copyfile(source, home / f"{name}.py")
+    config = _json_object(home / "config.json")
+    config["auto_map"] = {"AutoModel": f"{name}.{family.student_class_name}"}
+    write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def blocks_of(model: Any, family: Family) -> list[nn.Module]:
+    """All blocks in forward order."""
+    return [block for group in family.groups for block in model.get_submodule(group.path)]
+
+
+@dataclass
+class Trace:
+    """What one forward of a model passed through.
+
+    `states[s][i]` is stream s at the input of block i, `states[s][-1]` at the last block's output, each
+    (B, tokens, D); `temb` is the time embedding; `shared` are the keyword arguments all blocks get.
+    """
+
+    velocity: torch.Tensor
+    states: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    temb: torch.Tensor | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class _Enough(Exception):
+    """Raised inside a forward that has gone far enough."""
+
+
+def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | None = None) -> Trace:
+    """Run a stock model once and keep every block's states; with `last`, no further than that block.
+
+    Raises:
+        ModelError: a family with several groups.
+    """
+    if len(family.groups) != 1:
+        raise ModelError(f"{family.name}: models with several block groups cannot be traced yet")
+    group, blocks = family.groups[0], blocks_of(model, family)[: None if last is None else last + 1]
+    seen = Trace(velocity=torch.empty(0), states={s: [] for s in group.streams})
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for stream, name in group.streams.items():
+            seen.states[stream].append(kwargs[name].detach())
+        seen.shared = {k: v for k, v in kwargs.items() if k not in group.streams.values()}
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        for stream, value in zip(group.outputs, output, strict=True):
+            seen.states[stream].append(value.detach())
+        if last is not None:
+            raise _Enough
+
+    def embedded(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        seen.temb = output.detach()
+
+    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    hooks.append(blocks[-1].register_forward_hook(after))
+    hooks.append(model.get_submodule(family.time_embedding).register_forward_hook(embedded))
+    try:
+        with torch.no_grad():
+            seen.velocity = model(**inputs, return_dict=False)[0]
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def run_block(block: Any, family: Family, states: Mapping[str, torch.Tensor], shared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """A block's output by stream, from its input by stream and what all blocks share."""
+    group = family.groups[0]
+    output = block(**{name: states[stream] for stream, name in group.streams.items()}, **shared)
+    return dict(zip(group.outputs, output, strict=True))
+
+
+class StandIn(nn.Module):
+    """A function of (states by stream) that stands where a block stood."""
+
+    def __init__(self, family: Family, function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+        super().__init__()
+        self.group, self.function = family.groups[0], function
+
+    def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        states = self.function({s: kwargs[name] for s, name in self.group.streams.items()})
+        return tuple(states[s] for s in self.group.outputs)
+
+
+@contextmanager
+def replaced(model: Any, family: Family, stand_ins: Mapping[int, nn.Module | None]) -> Iterator[None]:
+    """The model with blocks exchanged for stand-ins, or left out (None); put back afterwards."""
+    path = family.groups[0].path
+    original = model.get_submodule(path)
+    blocks = [stand_ins.get(i, b) if i in stand_ins else b for i, b in enumerate(original)]
+    model.set_submodule(path, nn.ModuleList(b for b in blocks if b is not None))
+    try:
+        yield
+    finally:
+        model.set_submodule(path, original)
+
+
+def set_threads() -> int:
+    """Use every core this process may run on, unless OMP_NUM_THREADS says otherwise; returns the count."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(cores)
+    return torch.get_num_threads()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own chatter off the screen."""
+    for name in ("diffusers", "transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def require_library(module: str, extra: str) -> Any:
+    """Import a library that an extra brings. Raises UnavailableError saying how to install it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UnavailableError(f"{module} is not installed here: pip install 'ppclc[{extra}]'") from None
+
+
+def check_teacher(source: Source) -> None:
+    """Raise ModelError for a model that no plan can be made for: a width-edited student."""
+    if source.config.get("_class_name") == source.family.student_class_name:
+        raise ModelError(f"{source.path}: is a width-edited student already; plans are made for its teacher: give the teacher's folder")

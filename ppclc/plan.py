@@ -1,0 +1,211 @@
+"""The compression plan: what becomes of every block of a teacher. Frozen data; no torch.
+
+Blocks carry the teacher's numbers, counted through all groups in forward order. The JSON form is
+`plan.json`, made to be read and edited by people.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ppclc.errors import PlanError
+
+FORMAT = 1
+Block = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Interval(BaseModel):
+    """Contiguous teacher blocks `first..last`, both inclusive, for which one student block stands."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    first: Block
+    last: Block
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def __contains__(self, block: int) -> bool:
+        return self.first <= block <= self.last
+
+    @property
+    def key(self) -> str:
+        """Name of the edit in the bank, e.g. `interval-3-4`."""
+        return f"interval-{self.first}-{self.last}"
+
+
+class TextStreamEdit(BaseModel):
+    """Block whose text keys and values are fed by a linear map of `reference`'s modulated text state."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    block: Block
+    reference: Block
+
+
+class FfnEdit(BaseModel):
+    """Block and stream whose feed-forward network becomes one linear map."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    block: Block
+    stream: Literal["image", "text"]
+
+
+class CompressionPlan(BaseModel):
+    """Every edit that turns one teacher into one student.
+
+    `CompressionPlan.of` fills in what follows from the edits (`kept`, references). Raises PlanError
+    from `check` for a plan that contradicts itself.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal[1] = FORMAT
+    family: str
+    num_blocks: Annotated[int, Field(ge=1, strict=True)]
+    intervals: tuple[Interval, ...] = ()
+    text_stream: tuple[TextStreamEdit, ...] = ()
+    ffn: tuple[FfnEdit, ...] = ()
+    modulation_rank: Annotated[int, Field(ge=1, strict=True)] | None = None
+    adapters: tuple[Interval, ...] = ()
+    dead_code: bool = False
+    kept: tuple[Block, ...]
+
+    @staticmethod
+    def of(
+        family: str,
+        num_blocks: int,
+        intervals: list[tuple[int, int]] | tuple[tuple[int, int], ...] = (),
+        text_stream: list[int] | tuple[int, ...] = (),
+        modulation_rank: int | None = None,
+        dead_code: bool = False,
+    ) -> CompressionPlan:
+        """The plan with these edits; text-stream blocks are teacher numbers, references are found.
+
+        Raises:
+            PlanError: intervals out of order, overlapping or out of range; a text-stream block that
+                is not kept, or has no full block before it.
+        """
+        spans = sorted(intervals)
+        kept = kept_blocks(num_blocks, spans)
+        mapped = sorted(set(text_stream))
+        edits = []
+        for block in mapped:
+            full = [k for k in kept if k < block and k not in mapped]
+            if block not in kept or not full:
+                raise PlanError(f"plan.text_stream: block {block}: wanted a kept block after the first, one of {list(kept[1:])}")
+            edits.append({"block": block, "reference": full[-1]})
+        try:
+            plan = CompressionPlan(
+                family=family,
+                num_blocks=num_blocks,
+                intervals=tuple(Interval(first=a, last=b) for a, b in spans),
+                text_stream=tuple(TextStreamEdit(**e) for e in edits),
+                modulation_rank=modulation_rank,
+                dead_code=dead_code,
+                kept=kept,
+            )
+        except ValidationError as error:
+            raise PlanError(f"plan: {_first_fault(error)}") from None
+        plan.check()
+        return plan
+
+    def check(self, where: str = "plan") -> None:
+        """Raise PlanError unless the plan is consistent with itself."""
+        end = -1
+        for interval in self.intervals:
+            if len(interval) < 2 or interval.first <= end or interval.last >= self.num_blocks:
+                raise PlanError(
+                    f"{where}: intervals: got [{interval.first}, {interval.last}], wanted at least two blocks within 0..{self.num_blocks - 1}, "
+                    "in order and without overlap"
+                )
+            end = interval.last
+        kept = kept_blocks(self.num_blocks, [(i.first, i.last) for i in self.intervals])
+        if self.kept != kept:
+            raise PlanError(f"{where}: kept: got {list(self.kept)}, wanted {list(kept)}, which is what the intervals leave")
+        mapped = [e.block for e in self.text_stream]
+        if mapped != sorted(set(mapped)):
+            raise PlanError(f"{where}: text_stream: got blocks {mapped}, wanted each once, in order")
+        for edit in self.text_stream:
+            full = [k for k in kept if k < edit.block and k not in mapped]
+            if edit.block not in kept or not full or full[-1] != edit.reference:
+                wanted = f"reference {full[-1]}" if full and edit.block in kept else f"a block of {list(kept[1:])}"
+                raise PlanError(f"{where}: text_stream: got block {edit.block} with reference {edit.reference}, wanted {wanted}")
+        if self.dead_code and not self.has_width_edits:
+            raise PlanError(f"{where}: dead_code: got true in a plan without width edits, wanted false: such a student stays the stock class")
+
+    @property
+    def has_width_edits(self) -> bool:
+        """Whether the student needs a class of its own."""
+        return bool(self.text_stream or self.ffn or self.modulation_rank is not None or self.adapters)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the student is the teacher."""
+        return not self.intervals and not self.has_width_edits
+
+    def student_block(self, block: int) -> int:
+        """Student number of a kept teacher block."""
+        return self.kept.index(block)
+
+    def interval_at(self, block: int) -> Interval | None:
+        """The interval that starts at this kept block, if one does."""
+        return next((i for i in self.intervals if i.first == block), None)
+
+    def without(self, edit: Interval | TextStreamEdit | Literal["modulation_rank"]) -> CompressionPlan:
+        """The same plan with one edit put back; text-stream references follow."""
+        spans = [(i.first, i.last) for i in self.intervals if i != edit]
+        mapped = [e.block for e in self.text_stream if e != edit]
+        rank = None if edit == "modulation_rank" else self.modulation_rank
+        return CompressionPlan.of(
+            self.family, self.num_blocks, spans, mapped, rank, self.dead_code and bool(mapped or rank is not None)
+        )
+
+    def edits(self) -> list[Interval | TextStreamEdit | Literal["modulation_rank"]]:
+        """All edits that can be put back one by one."""
+        rank: list[Literal["modulation_rank"]] = ["modulation_rank"] if self.modulation_rank is not None else []
+        return [*self.intervals, *self.text_stream, *rank]
+
+    def to_json(self) -> str:
+        """`plan.json`, one edit a line."""
+        rows = [f'  {json.dumps(k)}: {_compact(v)}' for k, v in self.model_dump(mode="json").items()]
+        return "{\n" + ",\n".join(rows) + "\n}\n"
+
+    @staticmethod
+    def from_json(text: str, where: str = "plan.json") -> CompressionPlan:
+        """The plan in a JSON text. Raises PlanError for anything else."""
+        try:
+            data: Any = json.loads(text)
+            plan = CompressionPlan.model_validate(data)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{where}: line {error.lineno}: {error.msg}, wanted JSON") from None
+        except ValidationError as error:
+            raise PlanError(f"{where}: {_first_fault(error)}") from None
+        plan.check(where)
+        return plan
+
+    @staticmethod
+    def read(path: Path) -> CompressionPlan:
+        """The plan in a file. Raises PlanError when it is missing or malformed."""
+        try:
+            return CompressionPlan.from_json(path.read_text("utf-8"), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: {error}; wanted a plan.json") from None
+
+
+def kept_blocks(num_blocks: int, intervals: list[tuple[int, int]]) -> tuple[int, ...]:
+    """Teacher blocks that have a student block: all but those after the first of each interval."""
+    gone = {b for first, last in intervals for b in range(first + 1, last + 1)}
+    return tuple(b for b in range(num_blocks) if b not in gone)
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'document'} = {fault['input']!r}: {fault['msg']}"
+
+
+def _compact(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"    {json.dumps(v)}" for v in value) + "\n  ]"
+    return json.dumps(value)

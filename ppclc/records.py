@@ -1,0 +1,390 @@
+"""What passes hand on, and the Store that makes each of them once.
+
+A record is frozen data: JSON for numbers and words, safetensors for tensors, in one folder. The
+folder's name holds a digest over the pass's VERSION, its settings and the digests of its inputs, so
+a record is found again when nothing that it depends on has changed, and is made anew when something
+has. It is drafted beside its place and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ppclc.errors import OutputError, UnavailableError
+from ppclc.plan import CompressionPlan
+
+
+class Record(BaseModel):
+    """Base of all records. `tensors` goes to safetensors, everything else to JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    digest: str = ""
+    tensors: dict[str, Any] = Field(default_factory=dict, exclude=True)
+
+
+class CalibrationStats(Record):
+    """Second moments of a teacher's states, in float64.
+
+    Tensors, for state i = input of block i (i = `num_blocks`: output of the last) and stream s:
+    `s.sum.i` (D,), `s.cross.i.j` (D, D) = sum of `x_i' x_j` for i <= j <= i + longest; the same for
+    `text_input` (the modulated text state that feeds block i's keys and values); `temb.sum`,
+    `temb.cross` of `SiLU(temb)`, one row a forward. Rows are counted in `rows`.
+    """
+
+    num_blocks: int
+    longest: int
+    rows: dict[str, int]
+    samples: int
+
+
+class Candidate(BaseModel):
+    """One possible edit with what it costs, as the squared relative velocity error of its stand-in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: str
+    first: int
+    last: int
+    cost: float
+    parameters: int
+
+
+class Analysis(Record):
+    """Probes, CKA, first differences, candidates, and the plan chosen.
+
+    `probe_error[stream][i]`: share of a block's residual variance that its linear probe leaves.
+    Tensor `cka` (streams, L, L): `cka[s, u, k]`, NaN where not computed. Tensors `modulation.basis`
+    (D, D), columns by falling variance, and `modulation.mean` (D,), where the family has them.
+    """
+
+    reading: str
+    strategy: str
+    streams: list[str]
+    probe_error: dict[str, list[float]]
+    first_differences: dict[str, list[float | None]]
+    ppcl_intervals: list[tuple[int, int]]
+    candidates: list[Candidate]
+    modulation_error: dict[int, float]
+    plan: CompressionPlan
+
+
+class Distilled(Record):
+    """One trained edit, or the whole student after the fine-tune; `tensors` are its weights."""
+
+    edit: str
+    steps: int
+    losses: list[tuple[int, float]]
+
+
+class Student(Record):
+    """A sliced student as it lies on disk, with the SHA-256 of each of its files."""
+
+    plan: CompressionPlan
+    parameters: int
+    bytes: int
+    blocks: int
+    files: dict[str, str]
+
+
+class Quality(BaseModel):
+    """One metric, teacher beside student. Its drop is in percent of the teacher's, worse is positive."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    teacher: float
+    student: float
+    drop_percent: float
+    ci95: tuple[float, float] | None
+    n: int
+    seeds: list[int]
+    noise: float
+    unit: str
+    better: str
+
+
+class Gate(BaseModel):
+    """A metric held against its limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+
+class Measured(Record):
+    """One model's raw results on a task, kept by digest: `outcomes` per scene, `values` per seed, as tensors."""
+
+    values: dict[str, list[float]]
+
+
+class Verdict(Record):
+    """The quality table, the gates, and images of both models from the same noise (`teacher`, `student`)."""
+
+    quality: dict[str, Quality]
+    gates: list[Gate]
+    prompts: list[str]
+
+
+class Parity(BaseModel):
+    """Worst distance of an artefact from eager over the shapes that were run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    max_abs: float
+    rel_l2: float
+    cosine: float
+
+
+class Export(Record):
+    """An artefact of a back end, in `folder`; files are relative to it."""
+
+    backend: str
+    folder: str
+    files: dict[str, str]
+    bytes: int
+    dtype: str
+    shapes: list[dict[str, int]]
+    parity: Parity | None
+    inputs: list[str]
+    options: dict[str, Any]
+    versions: dict[str, str]
+    seconds: dict[str, float]
+
+
+class BenchRow(BaseModel):
+    """Latency of one target in one back end. `speedup`: the teacher's p50 over this one, same back end, dtype and run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    target: str
+    backend: str
+    device: str
+    dtype: str
+    shape: dict[str, int]
+    warmup: int
+    runs: int
+    mean_ms: float
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+    peak_bytes: int
+    speedup: float | None
+
+
+class Benchmark(Record):
+    """All rows of one interleaved run."""
+
+    rows: list[BenchRow]
+
+
+class Stage(BaseModel):
+    """What making a record took. Peak memory is the resident set of this process and its children."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+    reused: bool = False
+
+
+R = TypeVar("R", bound=Record)
+
+
+def digest_of(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a folder into our errors.
+
+    Raises:
+        UnavailableError: the disk is full.
+        OutputError: the folder cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = getattr(error, "errno", None)
+        full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        if full:
+            raise UnavailableError(f"{path}: the disk is full; make room, or give another folder with -o, and run again") from error
+        if isinstance(error, OSError) and code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); give another folder with -o") from error
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A draft folder that becomes `path` when the block ends well, and vanishes otherwise."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent / f".{path.name}.draft"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            yield draft
+            replace_folder(draft, path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put a whole folder in the place of another; what was there goes last."""
+    old = path.parent / f".{path.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent / f".{path.name}.draft"
+        draft.write_text(text, "utf-8")
+        os.replace(draft, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with disk_errors(path):
+        draft = path.parent / f".{path.name}.draft"
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft, metadata=metadata)
+        os.replace(draft, path)
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """Write `record.json` and, where there are tensors, `tensors.safetensors`."""
+    if record.tensors:
+        write_tensors(folder / "tensors.safetensors", record.tensors)
+    write_text(folder / "record.json", record.model_dump_json(indent=1) + "\n")
+
+
+def read_record(kind: type[R], folder: Path) -> R:
+    """The record in a folder. Raises OutputError when it is not one of that kind."""
+    from safetensors.torch import load_file
+
+    try:
+        record = kind.model_validate_json((folder / "record.json").read_text("utf-8"))
+        tensors = folder / "tensors.safetensors"
+        return record.model_copy(update={"tensors": load_file(tensors)}) if tensors.exists() else record
+    except (OSError, ValidationError) as error:
+        raise OutputError(f"{folder}: no readable {kind.__name__} record ({error}); remove the folder and run again") from None
+
+
+@dataclass
+class Store:
+    """Makes each record once, in `out/records/<pass>-<digest>/`, and remembers what that took."""
+
+    out: Path
+    stages: list[Stage] = field(default_factory=list)
+    partial: dict[str, float] = field(default_factory=dict)
+
+    def digest(self, name: str, version: int, settings: Any, *inputs: Record) -> str:
+        """Digest of a record still to be made."""
+        return digest_of([name, version, settings, [i.digest for i in inputs]])
+
+    def folder(self, name: str, digest: str) -> Path:
+        """Where a record lies once it is made."""
+        return self.out / "records" / f"{name}-{digest}"
+
+    def make(
+        self,
+        kind: type[R],
+        name: str,
+        version: int,
+        settings: Any,
+        inputs: tuple[Record, ...],
+        build: Callable[[Path], R],
+        valid: Callable[[R], bool] = lambda _: True,
+        stage: str | None = None,
+    ) -> R:
+        """The record, read if it is there (and `valid`), else built.
+
+        `build` is given a work folder, kept until the record is whole: a place for checkpoints.
+        """
+        digest = self.digest(name, version, settings, *inputs)
+        folder = self.folder(name, digest)
+        stage = stage or name
+        if (folder / "record.json").exists():
+            record = read_record(kind, folder)
+            if valid(record):
+                past = Stage.model_validate_json((folder / "stage.json").read_text("utf-8"))
+                self._remember(past.model_copy(update={"reused": True, "name": stage}))
+                return record
+        work = self.out / "records" / f".{name}-{digest}.work"
+        with disk_errors(folder):
+            work.mkdir(parents=True, exist_ok=True)
+        with measured(stage) as cost:
+            record = build(work).model_copy(update={"digest": digest})
+        with whole_folder(folder) as draft:
+            write_record(record, draft)
+            (draft / "stage.json").write_text(cost[0].model_dump_json(), "utf-8")
+        shutil.rmtree(work, ignore_errors=True)
+        self._remember(cost[0])
+        return record
+
+    def _remember(self, stage: Stage) -> None:
+        for i, other in enumerate(self.stages):
+            if other.name == stage.name:
+                seconds, peak = other.seconds + stage.seconds, max(other.peak_rss_bytes, stage.peak_rss_bytes)
+                self.stages[i] = Stage(name=stage.name, seconds=seconds, peak_rss_bytes=peak, reused=other.reused and stage.reused)
+                return
+        self.stages.append(stage)
+
+
+@contextmanager
+def measured(name: str, every_s: float = 0.05) -> Iterator[list[Stage]]:
+    """Wall time and peak resident memory, children included, of the block; the list is filled when it ends."""
+    import psutil
+
+    process = psutil.Process()
+    done = threading.Event()
+    peak = [0]
+
+    def resident() -> int:
+        total: int = process.memory_info().rss
+        for child in process.children(recursive=True):
+            try:
+                total += child.memory_info().rss
+            except psutil.Error:
+                continue
+        return total
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], resident())
+            done.wait(every_s)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    stages: list[Stage] = []
+    start = time.perf_counter()
+    try:
+        yield stages
+    finally:
+        done.set()
+        watcher.join()
+        stages.append(Stage(name=name, seconds=time.perf_counter() - start, peak_rss_bytes=max(peak[0], resident())))

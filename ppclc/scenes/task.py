@@ -1,0 +1,177 @@
+"""The task of the embedded teacher: what it is calibrated on, and how its scenes are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppclc import flow
+from ppclc.quality import MeasureSettings, paired_quality
+from ppclc.records import Quality
+from ppclc.scenes import data, judge
+
+WEIGHTS = Path(__file__).parent / "weights"
+BATCH = 256
+BOOTSTRAPS = 40
+LOSS_DRAWS = 4
+
+
+def conditioning(embeddings_BTE: torch.Tensor) -> dict[str, Any]:
+    """The keyword arguments of the transformer's forward for prompt embeddings (B, 5, 32)."""
+    return {"encoder_hidden_states": embeddings_BTE, "img_shapes": [[(1, *data.GRID)]] * len(embeddings_BTE)}
+
+
+@dataclass(frozen=True)
+class TwoDigits:
+    """Scenes of one or two coloured digits."""
+
+    name: str = "two-digits"
+    model_folder: Path = WEIGHTS / "two_digits"
+    teacher_outcomes: Path = WEIGHTS / "teacher_outcomes"
+
+    def batch(self, count: int, generator: torch.Generator, split: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Tokens (B, 32, 12) of real scenes and their conditioning, one prompt in ten dropped.
+
+        Half of the scenes of the training split are slightly warped, as they were for the teacher.
+        """
+        scenes = data.random_scenes(count, generator)
+        images = data.draw_scenes(scenes, split, generator)  # type: ignore[arg-type]
+        if split == "train":
+            warped = judge.warp((images + 1) / 2, generator, 0.5) * 2 - 1
+            plain = torch.rand(count, generator=generator) < 0.5
+            images = torch.where(plain[:, None, None, None], images, warped)
+        kept = torch.rand(count, generator=generator) >= 0.1
+        return data.patchify(images), conditioning(data.embed_prompts(scenes) * kept[:, None, None])
+
+    def measure(
+        self, model: Any, settings: MeasureSettings, progress: Callable[[float], None]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+        """Per-scene outcomes of a model on the judging split.
+
+        Tensors, seeds one after the other: `right_g<g>` (N,) 0 or 1, `features_g<g>` (N, 128),
+        `flow_loss` (N,), `velocity` (N, 32, 12) at `flow_loss`'s first draw.
+        """
+        outcomes: dict[str, list[torch.Tensor]] = {}
+        total = len(settings.seeds) * (sum(1 if g == 1 else 2 for g in settings.guidance) * settings.steps + LOSS_DRAWS)
+        done = 0.0
+        for seed in settings.seeds:
+            for name, value in self._losses(model, settings, seed).items():
+                outcomes.setdefault(name, []).append(value)
+            done += LOSS_DRAWS
+            for g in settings.guidance:
+                images, scenes = self._generate(model, settings.scenes, seed, g, settings.steps)
+                trained = judge.load_judge()
+                outcomes.setdefault(f"right_g{g:g}", []).append(judge.scenes_right(trained, images, scenes).float())
+                outcomes.setdefault(f"features_g{g:g}", []).append(judge.scene_features(trained, images))
+                done += (1 if g == 1 else 2) * settings.steps
+                progress(done / total)
+        tensors = {name: torch.cat(parts) for name, parts in outcomes.items()}
+        values = {n: [p.double().mean().item() for p in parts] for n, parts in outcomes.items() if parts[0].dim() == 1}
+        return tensors, values
+
+    def compare(self, teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], settings: MeasureSettings) -> dict[str, Quality]:
+        """Scene accuracy and Frechet distance by guidance, held-out flow-matching loss, velocity error."""
+        table: dict[str, Quality] = {}
+        seeds = list(settings.seeds)
+        for g in settings.guidance:
+            right = f"right_g{g:g}"
+            table[f"scene_accuracy_g{g:g}"] = paired_quality(teacher[right], student[right], seeds, "%", "higher", 100)
+        real = judge.scene_features(judge.load_judge(), self._real(max(settings.scenes, 2048)))
+        for g in settings.guidance:
+            features = f"features_g{g:g}"
+            table[f"frechet_distance_g{g:g}"] = _frechet_quality(teacher[features], student[features], real, seeds)
+        table["flow_loss"] = paired_quality(teacher["flow_loss"], student["flow_loss"], seeds, "mean squared error", "lower")
+        distance = (student["velocity"] - teacher["velocity"]).double().square().sum((1, 2))
+        energy = teacher["velocity"].double().square().sum((1, 2)).mean()
+        error, noise = distance.mean() / energy, distance.std() / energy / len(distance) ** 0.5
+        table["velocity_error"] = Quality(
+            teacher=0.0,
+            student=error.item(),
+            drop_percent=100 * error.item(),
+            ci95=(100 * (error - 1.96 * noise).item(), 100 * (error + 1.96 * noise).item()),
+            n=len(distance),
+            seeds=seeds,
+            noise=noise.item(),
+            unit="share of the teacher's velocity energy",
+            better="lower",
+        )
+        return table
+
+    def preview(self, model: Any, count: int, seed: int, guidance: float, steps: int) -> tuple[torch.Tensor, list[str]]:
+        """Images (B, 3, 8, 16) in 0..1 and their prompts."""
+        images, scenes = self._generate(model, count, seed, guidance, steps)
+        return (images.clamp(-1, 1) + 1) / 2, scenes.names()
+
+    def bench_inputs(self, batch: int) -> dict[str, Any]:
+        """Keyword arguments of forward at the teacher's own image and text lengths."""
+        generator = torch.Generator().manual_seed(0)
+        embeddings = data.embed_prompts(data.random_scenes(batch, generator))
+        noise = torch.randn(batch, data.TOKENS, data.TOKEN_CHANNELS, generator=generator)
+        return {"hidden_states": noise, "timestep": torch.rand(batch, generator=generator), **conditioning(embeddings)}
+
+    def _generate(self, model: Any, count: int, seed: int, guidance: float, steps: int) -> tuple[torch.Tensor, data.Scenes]:
+        generator = torch.Generator().manual_seed(9_000_000 + seed)
+        scenes = data.random_scenes(count, generator)
+        noise = torch.randn(count, data.TOKENS, data.TOKEN_CHANNELS, generator=generator)
+        embeddings = data.embed_prompts(scenes)
+        parts = []
+        for i in range(0, count, BATCH):
+            known = embeddings[i : i + BATCH]
+            blank = conditioning(torch.zeros_like(known))
+            parts.append(flow.sample(model, noise[i : i + BATCH], conditioning(known), blank, guidance, steps))
+        return data.unpatchify(torch.cat(parts)), scenes
+
+    @torch.no_grad()
+    def _losses(self, model: Any, settings: MeasureSettings, seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(8_000_000 + seed)
+        scenes = data.random_scenes(settings.scenes, generator)
+        tokens = data.patchify(data.draw_scenes(scenes, "judge", generator))
+        embeddings = data.embed_prompts(scenes)
+        losses, velocities = [], []
+        for draw in range(LOSS_DRAWS):
+            noise = torch.randn(tokens.shape, generator=generator)
+            t = flow.logit_normal_timesteps(len(tokens), generator)
+            x = flow.interpolate(tokens, noise, t)
+            velocity = torch.cat(
+                [flow.predict(model, x[i : i + BATCH], t[i : i + BATCH], conditioning(embeddings[i : i + BATCH])) for i in range(0, len(x), BATCH)]
+            )
+            losses.append((velocity - (noise - tokens)).square().mean((1, 2)))
+            if draw == 0:
+                velocities.append(velocity)
+        return {"flow_loss": torch.stack(losses).mean(0), "velocity": velocities[0]}
+
+    def _real(self, count: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(7_000_000)
+        scenes = data.random_scenes(count, generator)
+        return data.draw_scenes(scenes, "judge", generator)
+
+
+def _frechet_quality(teacher: torch.Tensor, student: torch.Tensor, real: torch.Tensor, seeds: list[int]) -> Quality:
+    """Frechet distance of both to real held-out scenes; interval and noise from a paired bootstrap over scenes."""
+    own, other = judge.frechet_distance(teacher, real), judge.frechet_distance(student, real)
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for _ in range(BOOTSTRAPS):
+        rows = torch.randint(len(teacher), (len(teacher),), generator=generator)
+        pairs.append((judge.frechet_distance(teacher[rows], real), judge.frechet_distance(student[rows], real)))
+    t, s = torch.tensor(pairs, dtype=torch.float64).T
+    drop = 100 * (other - own) / own
+    half = 196 * (s / t).std().item()
+    return Quality(
+        teacher=own,
+        student=other,
+        drop_percent=drop,
+        ci95=(drop - half, drop + half),
+        n=len(teacher),
+        seeds=seeds,
+        noise=s.std().item(),
+        unit="squared feature distance",
+        better="lower",
+    )
+
+
+PLUGIN = TwoDigits()

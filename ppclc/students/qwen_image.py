@@ -1,0 +1,289 @@
+"""Qwen-Image's transformer with narrower parts, as ppclc's plans cut it. Needs torch and diffusers only.
+
+Three edits beside a smaller `num_layers`, all told by the configuration:
+
+- `modulation_rank`: the modulation of all blocks reads `p = B'(SiLU(temb) - mean)`, of `modulation_rank`
+  numbers, instead of `SiLU(temb)`. `B` is shared; `p` travels behind `temb` in one tensor.
+- `mapped_text_blocks`: runs of blocks whose text stream is gone but for keys and values, which are fed by
+  `text_in(z)`, `z` being the modulated text state of the last full block before the run. A run that is
+  followed by a full block ends with `text_out(h)`, `h` being that full block's text output.
+  Source: arXiv 2511.16156, width pruning of the text stream.
+- `dead_code`: parts whose result nothing reads are left out: of the last block that computes text, the
+  text query, the text output projection, the text feed-forward network, and all of the text modulation
+  but the first shift and scale.
+
+Shape suffixes: B batch, S token, D width, H head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.normalization import AdaLayerNormContinuous
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenImageTransformerBlock,
+    QwenTimestepProjEmbeddings,
+    apply_rotary_emb_qwen,
+)
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TextRole:
+    """What a block does with text.
+
+    mapped: keys and values come from a map of another block's state. emits_text: the text state is
+    computed and passed on. emits_input: the modulated state `z` is passed on, behind the text state.
+    """
+
+    mapped: bool
+    emits_text: bool
+    emits_input: bool
+
+
+def text_roles(num_layers: int, mapped_text_blocks: list[int] | None, dead_code: bool) -> list[TextRole]:
+    """The role of every block, from the configuration.
+
+    Raises ValueError when a mapped block has no full block before it.
+    """
+    mapped = set(mapped_text_blocks or [])
+    if mapped and (min(mapped) < 1 or max(mapped) >= num_layers):
+        raise ValueError(f"mapped_text_blocks = {sorted(mapped)}: wanted blocks within 1..{num_layers - 1}")
+    roles = []
+    for i in range(num_layers):
+        next_full = next((j for j in range(i + 1, num_layers) if j not in mapped), None)
+        followed = i + 1 < num_layers and i + 1 in mapped
+        read = next_full is not None or not dead_code
+        if i in mapped:
+            roles.append(TextRole(True, emits_text=read and not followed, emits_input=followed))
+        else:
+            roles.append(TextRole(False, emits_text=read, emits_input=followed))
+    return roles
+
+
+class LastFeatures(nn.Module):
+    """The last `count` features of its input."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., -self.count :]
+
+
+class ProjectedTimeEmbeddings(QwenTimestepProjEmbeddings):
+    """`temb` (B, D) with its `rank` modulation coordinates behind it, (B, D + rank)."""
+
+    def __init__(self, embedding_dim: int, rank: int, use_additional_t_cond: bool = False) -> None:
+        super().__init__(embedding_dim, use_additional_t_cond)
+        self.modulation_basis = nn.Linear(embedding_dim, rank)
+
+    def forward(self, timestep: torch.Tensor, hidden_states: torch.Tensor, addition_t_cond: Any = None) -> torch.Tensor:
+        temb = super().forward(timestep, hidden_states, addition_t_cond)
+        return torch.cat([temb, self.modulation_basis(nn.functional.silu(temb))], dim=-1)
+
+
+class FirstFeaturesNormOut(AdaLayerNormContinuous):
+    """The output norm, which reads `temb` alone."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, elementwise_affine=False, eps=1e-6)
+        self.dim = dim
+
+    def forward(self, x: torch.Tensor, conditioning_embedding: torch.Tensor) -> torch.Tensor:
+        return super().forward(x, conditioning_embedding[..., : self.dim])
+
+
+def rotate(x_BSHD: torch.Tensor, freqs: Any) -> torch.Tensor:
+    """Rotary embedding of neighbouring pairs; `freqs` is complex (S, D/2) or a pair cos, sin of that shape."""
+    if isinstance(freqs, torch.Tensor):
+        return apply_rotary_emb_qwen(x_BSHD, freqs, use_real=False)
+    cos, sin = (f[:, None] for f in freqs)
+    a, b = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(3).type_as(x_BSHD)
+
+
+class JointAttention:
+    """Attention of image over text and image, and of text over both where text queries are left.
+
+    Text stands before image. Returns the image's result and the text's, or None.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        attention_mask: None = None,
+        image_rotary_emb: Any = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        image_freqs, text_freqs = image_rotary_emb
+        queries_text = hasattr(attn, "add_q_proj")
+
+        def heads(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (-1, attn.inner_dim // attn.heads))
+
+        query = rotate(attn.norm_q(heads(attn.to_q(hidden_states))), image_freqs)
+        key = rotate(attn.norm_k(heads(attn.to_k(hidden_states))), image_freqs)
+        text_key = rotate(attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))), text_freqs)
+        text_value = heads(attn.add_v_proj(encoder_hidden_states))
+        if queries_text:
+            text_query = rotate(attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), text_freqs)
+            query = torch.cat([text_query, query], dim=1)
+        mask = None
+        if encoder_hidden_states_mask is not None:
+            image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+            mask = torch.cat([encoder_hidden_states_mask.bool(), image_mask], dim=1)[:, None, None, :]
+        result = dispatch_attention_fn(
+            query,
+            torch.cat([text_key, key], dim=1),
+            torch.cat([text_value, heads(attn.to_v(hidden_states))], dim=1),
+            attn_mask=mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        result = result.flatten(2, 3).to(query.dtype)
+        text_length = encoder_hidden_states.shape[1] if queries_text else 0
+        image = attn.to_out[1](attn.to_out[0](result[:, text_length:].contiguous()))
+        return image, attn.to_add_out(result[:, :text_length].contiguous()) if queries_text else None
+
+
+class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
+    """One block with the parts that its role needs. `encoder_hidden_states` carries what roles emit."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, role: TextRole, rank: int | None, zero_cond_t: bool) -> None:
+        super().__init__(dim, heads, head_dim, zero_cond_t=zero_cond_t)
+        self.role = role
+        self.attn.set_processor(JointAttention())
+        self.img_mod = self._modulation(rank, 6)
+        if role.mapped:
+            self.text_in = nn.Linear(dim, dim)
+            if role.emits_text:
+                self.text_out = nn.Linear(dim, dim)
+            del self.txt_mod, self.txt_norm1
+        else:
+            self.txt_mod = self._modulation(rank, 6 if role.emits_text else 2)
+        if role.mapped or not role.emits_text:
+            del self.txt_norm2, self.txt_mlp
+            del self.attn.add_q_proj, self.attn.norm_added_q, self.attn.to_add_out
+
+    def _modulation(self, rank: int | None, chunks: int) -> nn.Sequential:
+        if rank is None:
+            return nn.Sequential(nn.SiLU(), nn.Linear(self.dim, chunks * self.dim))
+        return nn.Sequential(LastFeatures(rank), nn.Linear(rank, chunks * self.dim))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None,
+        temb: torch.Tensor,
+        image_rotary_emb: Any = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        modulate_index: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mod1, mod2 = self.img_mod(temb).chunk(2, dim=-1)
+        text_temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
+        text_input, text_mod = self._text_input(encoder_hidden_states, text_temb)
+        modulated, gate = self._modulate(self.img_norm1(hidden_states), mod1, modulate_index)
+        attended, text_attended = self.attn(
+            hidden_states=modulated,
+            encoder_hidden_states=text_input,
+            encoder_hidden_states_mask=encoder_hidden_states_mask,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+        hidden_states = hidden_states + gate * attended
+        modulated, gate = self._modulate(self.img_norm2(hidden_states), mod2, modulate_index)
+        hidden_states = hidden_states + gate * self.img_mlp(modulated)
+        emitted = self._text_output(encoder_hidden_states, text_input, text_attended, text_mod)
+        if hidden_states.dtype == torch.float16:
+            hidden_states, emitted = hidden_states.clip(-65504, 65504), emitted.clip(-65504, 65504)
+        return emitted, hidden_states
+
+    def _text_input(self, carried: torch.Tensor, temb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The modulated text state that feeds keys and values, and the modulation that is left to apply."""
+        if self.role.mapped:
+            return self.text_in(carried[..., -self.dim :]), None
+        normed = self.txt_norm1(carried)
+        if self.role.emits_text:
+            mod = self.txt_mod(temb)
+            return self._modulate(normed, mod.chunk(2, dim=-1)[0])[0], mod
+        shift, scale = self.txt_mod(temb).chunk(2, dim=-1)
+        return normed * (1 + scale[:, None]) + shift[:, None], None
+
+    def _text_output(
+        self, carried: torch.Tensor, text_input: torch.Tensor, attended: torch.Tensor | None, mod: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the next block gets: text state, modulated state, or both."""
+        if self.role.mapped:
+            return self.text_out(carried[..., : self.dim]) if self.role.emits_text else carried
+        if attended is None or mod is None:
+            return text_input
+        mod1, mod2 = mod.chunk(2, dim=-1)
+        text = carried + mod1.chunk(3, dim=-1)[2][:, None] * attended
+        modulated, gate = self._modulate(self.txt_norm2(text), mod2)
+        text = text + gate * self.txt_mlp(modulated)
+        return torch.cat([text, text_input], dim=-1) if self.role.emits_input else text
+
+
+class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
+    """`QwenImageTransformer2DModel` with the edits that its configuration names."""
+
+    _no_split_modules = ["PrunedQwenImageTransformerBlock"]
+    _repeated_blocks = ["PrunedQwenImageTransformerBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        in_channels: int = 64,
+        out_channels: int | None = 16,
+        num_layers: int = 60,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 3584,
+        guidance_embeds: bool = False,
+        axes_dims_rope: tuple[int, int, int] = (16, 56, 56),
+        zero_cond_t: bool = False,
+        use_additional_t_cond: bool = False,
+        use_layer3d_rope: bool = False,
+        modulation_rank: int | None = None,
+        mapped_text_blocks: list[int] | None = None,
+        dead_code: bool = False,
+    ) -> None:
+        super().__init__(
+            patch_size=patch_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=0,
+            attention_head_dim=attention_head_dim,
+            num_attention_heads=num_attention_heads,
+            joint_attention_dim=joint_attention_dim,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=axes_dims_rope,
+            zero_cond_t=zero_cond_t,
+            use_additional_t_cond=use_additional_t_cond,
+            use_layer3d_rope=use_layer3d_rope,
+        )
+        self.register_to_config(num_layers=num_layers)
+        heads, head_dim = num_attention_heads, attention_head_dim
+        self.transformer_blocks = nn.ModuleList(
+            PrunedQwenImageTransformerBlock(self.inner_dim, heads, head_dim, role, modulation_rank, zero_cond_t)
+            for role in text_roles(num_layers, mapped_text_blocks, dead_code)
+        )
+        if modulation_rank is not None:
+            self.time_text_embed = ProjectedTimeEmbeddings(self.inner_dim, modulation_rank, use_additional_t_cond)
+            self.norm_out = FirstFeaturesNormOut(self.inner_dim)

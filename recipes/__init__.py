@@ -1,0 +1,1 @@
+"""Whole recipes, shipped with ppclc as package data."""
