@@ -70,7 +70,9 @@ class Source:
 
     def digest(self) -> str:
         """SHA-256 over configuration and weight files."""
-        return _files_digest(tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [self.folder / "config.json", *self.weight_files()]))
+        return _files_digest(
+            tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [self.folder / "config.json", *self.weight_files()])
+        )
 
 
 @cache
@@ -314,7 +316,7 @@ class Trace:
     shared: dict[str, Any] = field(default_factory=dict)
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """Raised inside a forward that has gone far enough."""
 
 
@@ -338,7 +340,7 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
         for stream, value in zip(group.outputs, output, strict=True):
             seen.states[stream].append(value.detach())
         if last is not None:
-            raise _Enough
+            raise _EnoughError
 
     def embedded(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         seen.temb = output.detach()
@@ -349,7 +351,7 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
     try:
         with torch.no_grad():
             seen.velocity = model(**inputs, return_dict=False)[0]
-    except _Enough:
+    except _EnoughError:
         pass
     finally:
         for hook in hooks:
@@ -399,7 +401,10 @@ def set_threads() -> int:
 
 def quiet_libraries() -> None:
     """Keep the libraries' own chatter off the screen."""
-    for name in ("diffusers", "transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    for name in ("transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

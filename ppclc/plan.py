@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppclc.errors import PlanError
 
-FORMAT = 1
 Block = Annotated[int, Field(ge=0, strict=True)]
 
 
@@ -61,7 +60,7 @@ class CompressionPlan(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     family: str
     num_blocks: Annotated[int, Field(ge=1, strict=True)]
     intervals: tuple[Interval, ...] = ()
@@ -69,7 +68,7 @@ class CompressionPlan(BaseModel):
     ffn: tuple[FfnEdit, ...] = ()
     modulation_rank: Annotated[int, Field(ge=1, strict=True)] | None = None
     adapters: tuple[Interval, ...] = ()
-    dead_code: bool = False
+    dead_code: Annotated[bool, Field(strict=True)] = False
     kept: tuple[Block, ...]
 
     @staticmethod
@@ -133,7 +132,9 @@ class CompressionPlan(BaseModel):
                 wanted = f"reference {full[-1]}" if full and edit.block in kept else f"a block of {list(kept[1:])}"
                 raise PlanError(f"{where}: text_stream: got block {edit.block} with reference {edit.reference}, wanted {wanted}")
         if self.dead_code and not self.has_width_edits:
-            raise PlanError(f"{where}: dead_code: got true in a plan without width edits, wanted false: such a student stays the stock class")
+            raise PlanError(
+                f"{where}: dead_code: got true in a plan without width edits, wanted false: such a student stays the stock class"
+            )
 
     @property
     def has_width_edits(self) -> bool:
@@ -158,9 +159,7 @@ class CompressionPlan(BaseModel):
         spans = [(i.first, i.last) for i in self.intervals if i != edit]
         mapped = [e.block for e in self.text_stream if e != edit]
         rank = None if edit == "modulation_rank" else self.modulation_rank
-        return CompressionPlan.of(
-            self.family, self.num_blocks, spans, mapped, rank, self.dead_code and bool(mapped or rank is not None)
-        )
+        return CompressionPlan.of(self.family, self.num_blocks, spans, mapped, rank, self.dead_code and bool(mapped or rank is not None))
 
     def edits(self) -> list[Interval | TextStreamEdit | Literal["modulation_rank"]]:
         """All edits that can be put back one by one."""
@@ -169,7 +168,7 @@ class CompressionPlan(BaseModel):
 
     def to_json(self) -> str:
         """`plan.json`, one edit a line."""
-        rows = [f'  {json.dumps(k)}: {_compact(v)}' for k, v in self.model_dump(mode="json").items()]
+        rows = [f"  {json.dumps(k)}: {_compact(v)}" for k, v in self.model_dump(mode="json").items()]
         return "{\n" + ",\n".join(rows) + "\n}\n"
 
     @staticmethod
@@ -196,7 +195,7 @@ class CompressionPlan(BaseModel):
 
 def kept_blocks(num_blocks: int, intervals: list[tuple[int, int]]) -> tuple[int, ...]:
     """Teacher blocks that have a student block: all but those after the first of each interval."""
-    gone = {b for first, last in intervals for b in range(first + 1, last + 1)}
+    gone = {b for first, last in intervals for b in range(first + 1, min(last + 1, num_blocks))}
     return tuple(b for b in range(num_blocks) if b not in gone)
 
 

@@ -137,6 +137,7 @@ class ExportableQwenImage(nn.Module):
         for block in self.model.transformer_blocks:
             block.attn.set_processor(JointAttention())
         frequencies = [10000 ** -(torch.arange(0, d, 2).float() / d) for d in model.config.axes_dims_rope]
+        self.frequencies: torch.Tensor
         self.register_buffer("frequencies", torch.cat(frequencies), persistent=False)
         self.axes = [d // 2 for d in model.config.axes_dims_rope]
 

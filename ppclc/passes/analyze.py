@@ -22,7 +22,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow
 from ppclc.errors import PlanError, RecipeError
-from ppclc.families import Family
 from ppclc.models import Source, StandIn, apply_plan, predicted_parameters, replaced
 from ppclc.plan import CompressionPlan, kept_blocks
 from ppclc.records import Analysis, CalibrationStats, Candidate
@@ -92,7 +91,8 @@ class Probes:
         s = self.cross(i, i)
         penalty = self.ridge * s.diagonal().mean().clamp(min=1e-30)
         eye = torch.eye(len(s), dtype=s.dtype)
-        return eye + torch.linalg.solve(s + penalty * eye, self.cross(i, j) - s)
+        solved: torch.Tensor = torch.linalg.solve(s + penalty * eye, self.cross(i, j) - s)
+        return eye + solved
 
     def error(self, i: int) -> float:
         """Share of block i's residual `X_i+1 - X_i` that its probe leaves."""
@@ -142,7 +142,8 @@ def first_difference_intervals(cka: torch.Tensor) -> tuple[list[tuple[int, int]]
     `k in [u+2, M]`.
     """
     length = len(cka)
-    intervals, deltas = [], [None] * length
+    intervals: list[tuple[int, int]] = []
+    deltas: list[float | None] = [None] * length
     u = 0
     while u < length:
         k = u + 1
@@ -151,7 +152,7 @@ def first_difference_intervals(cka: torch.Tensor) -> tuple[list[tuple[int, int]]
             delta = (cka[u, k - 1] - cka[u, k]).item()
             if previous is not None and delta > previous:
                 break
-            deltas[k] = delta  # type: ignore[call-overload]
+            deltas[k] = delta
             previous = delta
             k += 1
         if k - u >= 2:
@@ -187,7 +188,9 @@ def modulation_basis(stats: CalibrationStats) -> dict[str, torch.Tensor]:
     return {"basis": vectors.flip(1).float().contiguous(), "mean": moments.mean(0).float()}
 
 
-def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan, key: Callable[[CompressionPlan, int], str]) -> dict[str, dict[str, torch.Tensor]]:
+def closed_form_bank(
+    stats: CalibrationStats, ridge: float, plan: CompressionPlan, key: Callable[[CompressionPlan, int], str]
+) -> dict[str, dict[str, torch.Tensor]]:
     """Everything in the bank that needs no training: modulation basis and text maps of a plan."""
     bank = {"modulation": modulation_basis(stats)}
     for edit in plan.text_stream:
@@ -219,7 +222,7 @@ def analyze(
     maps = {s: cka_map(p, settings.reading) for s, p in probes.items()}
     detected = {s: first_difference_intervals(m) for s, m in maps.items()}
     search = Search(model, source, stats, probes, probe_set(samples, settings.probes), settings, wanted, progress)
-    plan = search.plan(parameter_limit(search, target, dtype), detected[streams[0]][0])
+    plan = search.plan(parameter_limit(search.teacher_parameters, target, dtype), detected[streams[0]][0])
     return Analysis(
         reading=settings.reading,
         strategy=settings.strategy,
@@ -240,7 +243,7 @@ def probe_set(samples: Samples, count: int) -> list[Sample]:
     return [samples.draw(min(64, count - i), generator) for i in range(0, count, 64)]
 
 
-def parameter_limit(search: Search, target: TargetSettings, dtype: str) -> int | None:
+def parameter_limit(teacher_parameters: int, target: TargetSettings, dtype: str) -> int | None:
     """Most parameters that the student may have, None when the plan is fixed without a target.
 
     Raises:
@@ -252,11 +255,44 @@ def parameter_limit(search: Search, target: TargetSettings, dtype: str) -> int |
     if not given:
         return None
     ((name, value),) = given.items()
-    teacher = search.teacher_parameters * (1 if name == "parameters" else BYTES[dtype])
+    teacher = teacher_parameters * (1 if name == "parameters" else BYTES[dtype])
     limit = value * teacher if isinstance(value, float) and value <= 1 else value
     if limit > teacher:
         raise RecipeError(f"target.{name} = {value}: wanted at most the teacher's {teacher}")
     return int(limit if name == "parameters" else limit / BYTES[dtype])
+
+
+def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtype: str) -> CompressionPlan:
+    """A plan that needs no weights: hand-made edits as they are, free intervals spaced evenly until the target is met.
+
+    A free modulation rank is an eighth of the width; a free text stream stays whole.
+
+    Raises:
+        RecipeError: the target cannot be met so.
+    """
+    family, length = source.family, source.family.num_blocks(source.config)
+    width = int(source.config["attention_head_dim"]) * int(source.config["num_attention_heads"])
+    text = wanted.text_stream if isinstance(wanted.text_stream, list) else []
+    teacher = predicted_parameters(family, source.config, CompressionPlan.of(family.name, length))
+    limit = parameter_limit(teacher, target, dtype)
+    fixed = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else None
+    ranks: list[int | None] = [wanted.modulation_rank] if isinstance(wanted.modulation_rank, int) else [None]
+    if wanted.modulation_rank == "auto" and limit is not None:
+        ranks.append(max(1, width // 8))
+    choices = [fixed] if fixed is not None else [even_intervals(length, n) for n in range(length if wanted.intervals == "auto" else 1)]
+    for rank, spans in itertools.product(reversed(ranks), choices):
+        dead = wanted.dead_code and bool(text or rank is not None)
+        plan = CompressionPlan.of(family.name, length, spans, text, rank, dead)
+        if limit is None or predicted_parameters(family, source.config, plan) <= limit:
+            return plan
+    raise RecipeError(f"target: {limit} parameters cannot be reached by the edits that the recipe allows; wanted a larger target")
+
+
+def even_intervals(length: int, removed: int) -> list[tuple[int, int]]:
+    """Intervals that remove `removed` of `length` blocks, evenly spaced: pairs while they fit, longer runs beyond."""
+    kept = length - removed
+    edges = [round(i * length / kept) for i in range(kept + 1)]
+    return [(a, b - 1) for a, b in itertools.pairwise(edges) if b - a > 1]
 
 
 class Search:
@@ -312,7 +348,7 @@ class Search:
         ]
         for n, (u, v) in enumerate(spans):
             stand_in = StandIn(self.family, self._linear(u, v))
-            with replaced(self.model, self.family, {u: stand_in, **{b: None for b in range(u + 1, v + 1)}}):
+            with replaced(self.model, self.family, {u: stand_in, **dict.fromkeys(range(u + 1, v + 1))}):
                 self.interval_costs[u, v] = self._error(self.model)
             self.progress((n + 1) / len(spans), "intervals")
 
@@ -354,6 +390,7 @@ class Search:
 
     def candidates(self) -> list[Candidate]:
         """Everything that was measured, with the parameters that each edit saves on its own."""
+        rows: list[tuple[str, int, int, float, CompressionPlan]]
         whole = self.teacher_parameters
         rows = [("interval", u, v, c, self.make([(u, v)], [], None)) for (u, v), c in self.interval_costs.items()]
         for k, cost in self.text_costs.items():
@@ -471,5 +508,3 @@ def _trimmed(intervals: list[tuple[int, int]], costs: Mapping[tuple[int, int], f
         if not left:
             return table
         left.remove(max(left, key=lambda i: costs[i]))
-
-

@@ -72,11 +72,12 @@ def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: 
     norm_s, norm_t = student_BTD.norm(dim=-1).clamp(min=1e-8), teacher_BTD.norm(dim=-1).clamp(min=1e-8)
     cosine = (student_BTD * teacher_BTD).sum(-1) / (norm_s * norm_t)
     loss = 2 - 2 * cosine + magnitude * (norm_s / norm_t - 1).square()
-    return loss.mean() if mask_BT is None else (loss * mask_BT).sum() / mask_BT.sum()
+    mean: torch.Tensor = loss.mean() if mask_BT is None else (loss * mask_BT).sum() / mask_BT.sum()
+    return mean
 
 
 def distill_interval(
-    model: Any, family: Family, interval: Interval, samples: Samples, settings: DistillSettings, work: Path, progress: Progress
+    model: Any, family: Family, interval: Interval, samples: Samples, settings: DistillSettings, progress: Progress, work: Path
 ) -> Distilled:
     """One block that stands for an interval, started from the interval's first block.
 
@@ -100,7 +101,7 @@ def distill_interval(
 
 
 def finetune(
-    model: Any, plan: CompressionPlan, bank: Bank, samples: Samples, settings: DistillSettings, work: Path, progress: Progress
+    model: Any, plan: CompressionPlan, bank: Bank, samples: Samples, settings: DistillSettings, progress: Progress, work: Path
 ) -> Distilled:
     """The whole student, trained end to end on the teacher's velocity (mean squared error)."""
     student = apply_plan(model, plan, bank).requires_grad_(True).train()
@@ -147,7 +148,7 @@ class Training:
                 group["lr"] = self.learning_rate * self.rate(step)
             loss = self.loss(generator)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             optimizer.step()
             losses.append(loss.item())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -53,8 +54,8 @@ def check_gates(settings: VerifySettings, source: Source) -> None:
             raise RecipeError(f"verify.gates.{name}: no such metric for {source.path}; wanted one of {', '.join(known)}")
 
 
-def measure(model: Any, source: Source, settings: VerifySettings, progress: Progress) -> Measured:
-    """One model's raw outcomes on its task."""
+def measure(model: Any, source: Source, settings: VerifySettings, progress: Progress, work: Path | None = None) -> Measured:
+    """One model's raw outcomes on its task; nothing is kept in `work`."""
     if source.task is None:
         return Measured(values={})
     tensors, values = source.task.measure(model, settings, lambda done: progress(done, "judging"))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from ppclc.scenes.data import COLOURS, NUMBERS, Scenes, digits, draw_scenes, random_scenes
+from ppclc.scenes.data import COLOURS, NUMBERS, Scenes, Split, digits, draw_scenes, random_scenes
 
 WEIGHTS = Path(__file__).parent / "weights" / "judge.safetensors"
 NO_DIGIT = len(NUMBERS)
@@ -74,7 +74,8 @@ def scenes_right(judge: Judge, images_BCHW: torch.Tensor, scenes: Scenes) -> tor
     pictures, named = crops(images_BCHW, scenes)
     digit, colour, _ = judge(pictures.flatten(0, 1))
     right = (digit.argmax(-1).view(-1, 2) == scenes.numbers_B2) & (colour.argmax(-1).view(-1, 2) == scenes.colours_B2)
-    return (right | ~named).all(1)
+    every: torch.Tensor = (right | ~named).all(1)
+    return every
 
 
 @torch.no_grad()
@@ -161,9 +162,9 @@ def _judge_batch(generator: torch.Generator, size: int = 192) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def held_out_accuracy(judge: Judge, split: str = "judge") -> dict[str, float]:
+def held_out_accuracy(judge: Judge, split: Split = "judge") -> dict[str, float]:
     """Share of real held-out digits whose number, and whose colour, the judge reads rightly (six colours each)."""
-    pictures, labels = digits(split)  # type: ignore[arg-type]
+    pictures, labels = digits(split)
     number = colour = 0.0
     for i, rgb in enumerate(COLOURS.values()):
         digit, tint, _ = judge(pictures[:, None] * torch.tensor(rgb)[:, None, None] * 2 - 1)

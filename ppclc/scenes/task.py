@@ -106,13 +106,6 @@ class TwoDigits:
         images, scenes = self._generate(model, count, seed, guidance, steps)
         return (images.clamp(-1, 1) + 1) / 2, scenes.names()
 
-    def bench_inputs(self, batch: int) -> dict[str, Any]:
-        """Keyword arguments of forward at the teacher's own image and text lengths."""
-        generator = torch.Generator().manual_seed(0)
-        embeddings = data.embed_prompts(data.random_scenes(batch, generator))
-        noise = torch.randn(batch, data.TOKENS, data.TOKEN_CHANNELS, generator=generator)
-        return {"hidden_states": noise, "timestep": torch.rand(batch, generator=generator), **conditioning(embeddings)}
-
     def _generate(self, model: Any, count: int, seed: int, guidance: float, steps: int) -> tuple[torch.Tensor, data.Scenes]:
         generator = torch.Generator().manual_seed(9_000_000 + seed)
         scenes = data.random_scenes(count, generator)
@@ -137,7 +130,10 @@ class TwoDigits:
             t = flow.logit_normal_timesteps(len(tokens), generator)
             x = flow.interpolate(tokens, noise, t)
             velocity = torch.cat(
-                [flow.predict(model, x[i : i + BATCH], t[i : i + BATCH], conditioning(embeddings[i : i + BATCH])) for i in range(0, len(x), BATCH)]
+                [
+                    flow.predict(model, x[i : i + BATCH], t[i : i + BATCH], conditioning(embeddings[i : i + BATCH]))
+                    for i in range(0, len(x), BATCH)
+                ]
             )
             losses.append((velocity - (noise - tokens)).square().mean((1, 2)))
             if draw == 0:

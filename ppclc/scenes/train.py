@@ -75,16 +75,17 @@ def train_teacher(steps: int, batch: int, learning_rate: float, seed: int, out: 
         for step in range(1, steps + 1):
             loss = flow_loss(model, *PLUGIN.batch(batch, generator, "train"), generator)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             average.update_parameters(model)
             losses.append(loss.item())
             if step % 500 == 0 or step == steps:
-                average.module.save_pretrained(out / "transformer")
+                averaged: Any = average.module
+                averaged.save_pretrained(out / "transformer")
                 row = {"step": step, "seconds": round(time.perf_counter() - start), "loss": sum(losses) / len(losses)}
-                row |= assess(average.module, "choose", 1024, 1)
+                row |= assess(averaged, "choose", 1024, 1)
                 losses = []
                 print(json.dumps(row), file=log, flush=True)
                 print(json.dumps(row), flush=True)

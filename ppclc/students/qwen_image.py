@@ -172,7 +172,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
             self.text_in = nn.Linear(dim, dim)
             if role.emits_text:
                 self.text_out = nn.Linear(dim, dim)
-            del self.txt_mod, self.txt_norm1
+            del self.txt_mod, self.txt_norm1  # type: ignore[has-type]
         else:
             self.txt_mod = self._modulation(rank, 6 if role.emits_text else 2)
         if role.mapped or not role.emits_text:

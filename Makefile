@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := onnx,onnxruntime,report,train,test
+# On Linux the default index may give torch's CUDA build, several GB. To take the CPU build instead:
+#   make install TORCH_INDEX=<address of PyTorch's index of CPU wheels>
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install lint test test-fast teacher clean
+
+help: ## what there is to make
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+demo: install ## compress the embedded teacher, recipe to report
+	$(BIN)/ppclc compress recipes/two_digits.yaml
+
+install: $(VENV)/.installed ## make the environment in .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "ppclc needs Python 3.11 or newer; $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## the whole proof: lint, types, every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: install ## only the tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+teacher: install ## train the embedded teacher and its judge again (hours)
+	$(BIN)/python -m ppclc.scenes.train
+
+clean: ## remove the environment, caches and builds; out/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

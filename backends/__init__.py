@@ -1,0 +1,74 @@
+"""Back ends: how a model leaves PyTorch, and how what was written is run again.
+
+A back end is one file here with a `PLUGIN`; its being there registers it. It may import `ppclc.backends`,
+`ppclc.lowering`, `ppclc.records` and `ppclc.errors`, and imports its own library inside its functions, so
+that a missing one is told before any work is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+Reference = Callable[[Tensors], torch.Tensor]
+"""The eager model as a function of the exported module's inputs."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """A module to write below `out`, all options filled in.
+
+    inputs: an example by forward's argument names, no dynamic axis of size 1. dynamic: axis names by
+    input and axis. ranges: least and greatest size by axis name. dtype: name of the parameters' dtype.
+    """
+
+    module: torch.nn.Module
+    inputs: Tensors
+    dynamic: Mapping[str, Mapping[int, str]]
+    ranges: Mapping[str, tuple[int, int]]
+    dtype: str
+    out: Path
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export chose (JSON values) and how long its phases took, in seconds. The files are those below `out`."""
+
+    options: dict[str, Any]
+    seconds: dict[str, float]
+
+
+class Session(Protocol):
+    """A model that is ready to run. `options` says how, in JSON values."""
+
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+    def run(self, inputs: Tensors) -> torch.Tensor:
+        """The output for inputs by name, when it is there: a device is waited for."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """All that ppclc knows of one back end.
+
+    load: a session from the folder of an artefact; one that writes nothing runs the reference instead.
+    export: writes the artefact; None where there is none to write. artefact: name of the back end that
+    writes what this one runs, where that is another. requires: modules, each with the extra of ppclc
+    that brings it. options: what a caller may set, with the defaults.
+    """
+
+    name: str
+    load: Callable[[Path, Reference], Session]
+    export: Callable[[ExportRequest], Written] | None = None
+    artefact: str = ""
+    requires: tuple[tuple[str, str], ...] = ()
+    dtypes: tuple[str, ...] = ("float32",)
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,39 @@
+"""Eager: the PyTorch model itself. Nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppclc.backends import Backend, Reference, Tensors
+
+
+@dataclass(frozen=True)
+class EagerSession:
+    """The eager model without gradients."""
+
+    reference: Reference
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The count of threads."""
+        return {"threads": torch.get_num_threads()}
+
+    def run(self, inputs: Tensors) -> torch.Tensor:
+        """The model's output; a device has finished when it is returned."""
+        with torch.no_grad():
+            output = self.reference(inputs)
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        return output
+
+
+def load(folder: Path, reference: Reference) -> EagerSession:
+    """A session of the eager model; the folder is not read."""
+    return EagerSession(reference)
+
+
+PLUGIN = Backend(name="eager", load=load, dtypes=("float32", "bfloat16", "float16"))

@@ -1,0 +1,171 @@
+"""The command line. Bodies of a few lines; torch is loaded only once a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ppclc.errors import PpclcError
+
+app = typer.Typer(
+    name="ppclc",
+    help="Compress multi-modal diffusion transformers: analyze, distill, slice, export, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe key; may be repeated.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Model = Annotated[str, typer.Argument(help="A folder, a hub id, or builtin:two-digits.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of ppclc itself."""
+    if version:
+        from ppclc import __version__
+
+        typer.echo(f"ppclc {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(model: Model, out: Annotated[Path, typer.Option("--out", "-o", help="Recipe to write.")] = Path("recipe.yaml")) -> None:
+    """Write a commented starter recipe for a model."""
+    from ppclc import commands
+
+    typer.echo(commands.init(model, out))
+
+
+@app.command()
+def inspect(
+    model: Model, check: Annotated[bool, typer.Option("--check", help="Load the weights and verify them.")] = False, as_json: AsJson = False
+) -> None:
+    """Show family, blocks by group, parameters by part, and bytes of a model."""
+    from ppclc import commands
+
+    _show(commands.inspect(model, check), as_json)
+
+
+@app.command()
+def plan(recipe: str, changes: Changes = None, out: Out = None, as_json: AsJson = False) -> None:
+    """Say what a recipe would cut, and what would remain, without running it."""
+    from ppclc import commands
+
+    _show(commands.plan(recipe, changes or [], out), as_json)
+
+
+@app.command()
+def compress(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    out: Out = None,
+    until: Annotated[str, typer.Option("--until", metavar="PASS", help="Stop after this pass.")] = "report",
+    changes: Changes = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run every pass, recipe to report. Resumes where an earlier run stopped."""
+    from ppclc import commands
+
+    failed, document = commands.compress(recipe, changes or [], out, until, verbose - quiet)
+    if as_json:
+        typer.echo(json.dumps(document))
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(help="A model folder; the newest student without it.")] = None,
+    backend: Annotated[str, typer.Option("--backend", help="Back end to lower to.")] = "onnx",
+    out: Out = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Lower any model folder, teacher or student, to a back end."""
+    from ppclc import commands
+
+    _show(commands.export(model, backend, out, dtype, -quiet), as_json)
+
+
+@app.command()
+def bench(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[TARGET]...", help="Model folders; the newest student without them.")
+    ] = None,
+    against: Annotated[str | None, typer.Option("--against", help="The teacher that speed-ups are told against.")] = None,
+    runs: Annotated[int, typer.Option("--runs", min=2, hidden=True)] = 50,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure latency, throughput and memory on this machine."""
+    from ppclc import commands
+
+    rows = commands.bench(targets or [], against, runs, -quiet)
+    if as_json:
+        typer.echo(json.dumps(rows))
+    else:
+        commands.print_bench(rows)
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(help="Output folder of a finished run.")]) -> None:
+    """Write the report of a finished run again."""
+    from ppclc import commands
+
+    typer.echo(commands.report(out))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can do, and the command that mends what it cannot."""
+    from ppclc import commands
+
+    _show(commands.doctor(), as_json)
+
+
+def _show(document: dict[str, Any], as_json: bool) -> None:
+    """A document as JSON, or as indented lines for people."""
+    if as_json:
+        typer.echo(json.dumps(document))
+        return
+    from ppclc import commands
+
+    commands.print_document(document)
+
+
+def main() -> None:
+    """Entry point: runs a command and turns errors into one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except PpclcError as error:
+        print(f"ppclc: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("ppclc: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What each command does, between the command line and the driver."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ppclc import compiler
+from ppclc.display import Display
+from ppclc.errors import ModelError, OutputError, RecipeError
+from ppclc.models import (
+    BUILTIN,
+    Source,
+    check_teacher,
+    count_parameters,
+    empty_model,
+    load_source,
+    open_source,
+    predicted_parameters,
+    quiet_libraries,
+    set_threads,
+)
+from ppclc.passes import export as export_pass
+from ppclc.passes import report as report_pass
+from ppclc.passes.analyze import BYTES, even_plan
+from ppclc.plan import CompressionPlan
+from ppclc.recipe import Recipe, find_recipe, read_recipe
+from ppclc.records import file_digest, write_text
+
+STARTER = """\
+# Made by `ppclc init`. Every key has a default but model.path; `ppclc compress` writes them all to OUT/recipe.yaml.
+model:
+  path: {path}
+  dtype: float32
+
+calibrate:
+  source: {source}        # images | prompts | noise
+  samples: 2048
+
+target:
+  parameters: 0.5         # at most this share of the parameters remains (or a number of them)
+
+plan:                     # auto, none, or a list by hand
+  intervals: auto         # e.g. [[3, 4], [5, 7]]: teacher blocks, both ends inclusive
+  text_stream: auto       # e.g. [9, 10, 11]
+  modulation_rank: auto   # or a number
+  protect: []             # blocks that must stay as they are
+
+distill:
+  steps: 150              # local steps an interval
+  finetune_steps: 800     # joint steps on the teacher's velocity
+
+verify:
+  scenes: 1024
+  seeds: [0, 1]
+
+export:
+  - {{backend: onnx, dtype: float32}}
+"""
+
+
+def init(model: str, out: Path) -> str:
+    """Write a starter recipe; says where. Raises OutputError rather than overwrite a file."""
+    source = open_source(model)
+    if out.exists():
+        raise OutputError(f"{out}: is there already; give another file with -o")
+    write_text(out, STARTER.format(path=json.dumps(model), source="images" if source.task else "noise"))
+    return f"wrote {out}; next: ppclc compress {out}"
+
+
+def inspect(model: str, check: bool) -> dict[str, Any]:
+    """Family, blocks, parameters and bytes of a model, from its configuration; `check` loads the weights too."""
+    quiet_libraries()
+    source = open_source(model)
+    empty = empty_model(source.family, source.config)
+    parts: dict[str, int] = {}
+    for name, parameter in empty.named_parameters():
+        parts[_part(name, source)] = parts.get(_part(name, source), 0) + parameter.numel()
+    document: dict[str, Any] = {
+        "model": model,
+        "family": source.family.name,
+        "class": source.config.get("_class_name"),
+        "blocks": source.family.num_blocks(source.config),
+        "groups": {g.name: source.config[g.count_key] for g in source.family.groups},
+        "parameters": count_parameters(empty),
+        "bytes": sum(f.stat().st_size for f in source.weight_files()),
+        "parameters_by_part": dict(sorted(parts.items(), key=lambda p: -p[1])),
+    }
+    if check:
+        load_source(source)
+        changed = [f"{f}" for f, digest in _checksums(source).items() if file_digest(source.folder / f) != digest]
+        if changed:
+            raise ModelError(f"{source.folder}: {', '.join(changed)}: not as it was written")
+        document["checked"] = "every tensor is there, of the right shape, and finite"
+    return document
+
+
+def _checksums(source: Source) -> dict[str, str]:
+    """Digests that a student's own run recorded for its files, where that run's records lie beside it."""
+    records = sorted(source.folder.parent.parent.glob("records/slice-*/record.json"), key=lambda p: p.stat().st_mtime)
+    if not records:
+        return {}
+    files: dict[str, str] = json.loads(records[-1].read_text("utf-8"))["files"]
+    return {Path(f).name: d for f, d in files.items()}
+
+
+def _part(name: str, source: Source) -> str:
+    """A parameter's part, the same for every block: `transformer_blocks.*.attn`."""
+    for group in source.family.groups:
+        if name.startswith(group.path + "."):
+            return f"{group.path}.*.{name.removeprefix(group.path + '.').split('.')[1]}"
+    return name.split(".")[0]
+
+
+def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, Any]:
+    """What a recipe cuts: the plan of its analysis where OUT holds one, else one spaced evenly from the configuration."""
+    quiet_libraries()
+    path = find_recipe(recipe_name)
+    recipe = read_recipe(path, changes)
+    source = open_source(recipe.model.path, recipe.model.revision)
+    check_teacher(source)
+    folder = out or default_out(path)
+    found = _analysed_plan(folder, recipe)
+    cut = found or even_plan(source, recipe.target, recipe.plan, recipe.model.dtype)
+    teacher = CompressionPlan.of(source.family.name, source.family.num_blocks(source.config))
+    size = BYTES[recipe.model.dtype]
+    rows = {}
+    for name, which in (("teacher", teacher), ("student", cut)):
+        count = predicted_parameters(source.family, source.config, which)
+        rows[name] = {"parameters": count, "bytes": count * size, "blocks": len(which.kept)}
+    return {**rows, "plan": cut.model_dump(mode="json"), "basis": "analysis" if found else "config"}
+
+
+def _analysed_plan(out: Path, recipe: Recipe) -> CompressionPlan | None:
+    """The plan of the analysis in OUT that this recipe would reuse, if there is one."""
+    plan_file, stored = out / "plan.json", out / "recipe.yaml"
+    if not (plan_file.is_file() and stored.is_file()):
+        return None
+    earlier = read_recipe(stored)
+    same = all(getattr(earlier, s) == getattr(recipe, s) for s in ("model", "calibrate", "analyze", "target", "plan"))
+    return CompressionPlan.read(plan_file) if same else None
+
+
+def default_out(recipe: Path) -> Path:
+    """`out/<recipe's stem>`."""
+    return Path("out") / recipe.stem
+
+
+def compress(recipe_name: str, changes: list[str], out: Path | None, until: str, verbosity: int) -> tuple[bool, dict[str, Any]]:
+    """Run the passes; whether a gate failed, and the report's head."""
+    path = find_recipe(recipe_name)
+    recipe = read_recipe(path, changes)
+    folder = out or default_out(path)
+    display = Display(len(compiler.PASSES), verbosity)
+    run = compiler.compress(recipe, path.name, folder, display, until)
+    document: dict[str, Any] = {}
+    if run.plan is not None:
+        document["plan"] = run.plan.model_dump(mode="json")
+    gates = run.verdict.gates if run.verdict else []
+    if run.report:
+        document = {k: run.report[k] for k in ("teacher", "student", "plan", "gates")}
+        for line in summary(run.report, folder):
+            display.say(line)
+    elif run.plan is not None:
+        display.say(f"stopped after {until}, as asked; plan: {folder / 'plan.json'}")
+    for gate in gates:
+        if not gate.passed:
+            display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")
+    return any(not g.passed for g in gates), document
+
+
+def summary(report: dict[str, Any], out: Path) -> list[str]:
+    """What a person wants to know first, a line each."""
+    teacher, student = report["teacher"], report["student"]
+    gone = 100 * (1 - student["parameters"] / teacher["parameters"])
+    lines = [
+        "",
+        f"parameters  {teacher['parameters']:,} -> {student['parameters']:,} ({gone:.1f} % removed), blocks {teacher['blocks']} -> {student['blocks']}",
+    ]
+    for name, row in report["quality"].items():
+        interval = f", 95 % interval {row['ci95'][0]:.2f} to {row['ci95'][1]:.2f}" if row["ci95"] else ""
+        lines.append(f"{name}  {row['teacher']:.4g} -> {row['student']:.4g} (drop {row['drop_percent']:.2f} %{interval}; n = {row['n']})")
+    for row in report["exports"]:
+        parity = f", largest difference from eager {row['parity']['max_abs']:.1e}" if row["parity"] else ""
+        lines.append(f"{row['backend']} {row['dtype']}  {row['bytes'] / 1e6:.1f} MB{parity}")
+    lines += [
+        f"{row['backend']}  p50 {row['p50_ms']:.2f} ms, {row['speedup']:.2f} times the teacher's speed"
+        for row in report["bench"]
+        if row["target"] == "student" and row["speedup"]
+    ]
+    return [*lines, f"report: {out / 'report.html'}"]
+
+
+def newest_out() -> Path:
+    """The output folder below `out/` whose student was made last. Raises RecipeError when there is none."""
+    found = [p.parents[2] for p in Path("out").glob("*/model/transformer/config.json")]
+    if not found:
+        raise RecipeError("no student below out/ yet; give a MODEL, or run first: ppclc compress two_digits")
+    return max(found, key=lambda f: (f / "model").stat().st_mtime)
+
+
+def export(model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int) -> dict[str, Any]:
+    """Lower a model; the entry of `exports`."""
+    quiet_libraries()
+    set_threads()
+    export_pass.check_backend(backend, dtype)
+    newest = newest_out() if model is None else None
+    source = open_source(str(newest / "model") if newest else str(model))
+    folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
+    display = Display(1, verbosity)
+    with display.stage(f"export {source.path} to {backend}"):
+        record = export_pass.export_model(load_source(source), source.family, backend, dtype, folder, source.digest())
+    display.say(f"wrote {folder}")
+    return report_pass.export_json(record)
+
+
+def bench(targets: list[str], against: str | None, runs: int, verbosity: int) -> list[dict[str, Any]]:
+    """Measure; the list `bench`. Without targets, the newest student against its own teacher, with its exports."""
+    quiet_libraries()
+    set_threads()
+    exports: dict[str, list[Path]] = {}
+    labels: dict[str, str] = {}
+    if not targets:
+        out = newest_out()
+        recipe = read_recipe(out / "recipe.yaml")
+        labels = {"teacher": against or recipe.model.path, "student": str(out / "model")}
+        exports = {
+            "teacher": [p.parent for p in out.glob("records/teacher-*/export.json")],
+            "student": [p.parent for p in out.glob("export/*/export.json")],
+        }
+        if against:
+            exports["teacher"] = []
+    else:
+        labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
+    sources = {label: open_source(path) for label, path in labels.items()}
+    models = {label: load_source(source) for label, source in sources.items()}
+    display = Display(1, verbosity)
+    with display.stage("bench") as progress:
+        result = compiler.bench_models(next(iter(sources.values())), models, exports, 1, runs, progress)
+    return [row.model_dump(mode="json") for row in result.rows]
+
+
+def print_bench(rows: list[dict[str, Any]]) -> None:
+    """A table on standard output."""
+    table = Table("target", "backend", "batch", "p50 ms", "p90 ms", "p99 ms", "peak MB", "speed-up", box=None)
+    for row in rows:
+        speedup = f"{row['speedup']:.2f}" if row["speedup"] else "-"
+        figures = (f"{row[k]:.2f}" for k in ("p50_ms", "p90_ms", "p99_ms"))
+        table.add_row(
+            row["target"], row["backend"], str(row["shape"].get("batch", "")), *figures, f"{row['peak_bytes'] / 1e6:.0f}", speedup
+        )
+    Console().print(table)
+
+
+def report(out: Path) -> str:
+    """Write the report of a finished run again, from its records."""
+    stored = out / "recipe.yaml"
+    if not stored.is_file():
+        raise OutputError(f"{out}: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/")
+    recipe = read_recipe(stored)
+    run = compiler.compress(recipe, f"{out.name}.yaml", out, Display(len(compiler.PASSES), -1))
+    return "\n".join(summary(run.report or {}, out))
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, cores, devices, and for every back end whether it can run here or how to make it."""
+    import torch
+
+    from ppclc import plugins
+
+    backends = {}
+    for name in plugins.names("backends"):
+        missing = [extra for module, extra in plugins.load("backends", name).requires if importlib.util.find_spec(module) is None]
+        backends[name] = "ready" if not missing else f"pip install 'ppclc[{missing[0]}]'"
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: everything runs on the CPU"
+    return {
+        "versions": compiler.versions(),
+        "python": sys.executable,
+        "machine": f"{platform.machine()}, {set_threads()} threads",
+        "gpu": gpu,
+        "disk_free_bytes": shutil.disk_usage(".").free,
+        "backends": backends,
+    }
+
+
+def print_document(document: dict[str, Any], indent: int = 0) -> None:
+    """Nested figures as indented lines on standard output."""
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            print(f"{' ' * indent}{key}:")
+            print_document(value, indent + 2)
+        else:
+            shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+            print(f"{' ' * indent}{key}: {shown}")

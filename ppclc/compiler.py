@@ -1,0 +1,402 @@
+"""The driver: names the passes in their order, and holds nothing else."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ppclc.display import Display
+from ppclc.errors import OutputError, PlanError, RecipeError
+from ppclc.families import Family
+from ppclc.models import (
+    Source,
+    check_teacher,
+    count_parameters,
+    load_model,
+    load_source,
+    open_source,
+    quiet_libraries,
+    set_threads,
+    student_config,
+)
+from ppclc.passes import analyze as analyze_pass
+from ppclc.passes import bench as bench_pass
+from ppclc.passes import calibrate as calibrate_pass
+from ppclc.passes import distill as distill_pass
+from ppclc.passes import export as export_pass
+from ppclc.passes import report as report_pass
+from ppclc.passes import slice as slice_pass
+from ppclc.passes import verify as verify_pass
+from ppclc.plan import CompressionPlan
+from ppclc.recipe import ExportTarget, Recipe
+from ppclc.records import (
+    Analysis,
+    Benchmark,
+    CalibrationStats,
+    Distilled,
+    Export,
+    Measured,
+    Record,
+    Store,
+    Student,
+    Verdict,
+    digest_of,
+    measured,
+    write_text,
+)
+from ppclc.samples import Samples, open_samples
+
+PASSES = ("calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report")
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
+
+
+@dataclass
+class Run:
+    """One compilation: recipe, output folder, store, and what has been made so far."""
+
+    recipe: Recipe
+    name: str
+    out: Path
+    display: Display
+    source: Source
+    teacher: Any = None
+    store: Store = field(init=False)
+    stats: CalibrationStats | None = None
+    analysis: Analysis | None = None
+    plan: CompressionPlan | None = None
+    edits: list[Distilled] = field(default_factory=list)
+    student: Student | None = None
+    verdict: Verdict | None = None
+    exports: list[Export] = field(default_factory=list)
+    teacher_exports: list[Export] = field(default_factory=list)
+    benchmark: Benchmark | None = None
+    report: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.out)
+
+
+def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str = "report") -> Run:
+    """Every pass up to `until`, recipe to report.
+
+    Raises:
+        RecipeError, ModelError, PlanError, OutputError: the user's mistake, before anything is written.
+        UnavailableError: a back end's library is missing, or the disk is full.
+    """
+    if until not in PASSES:
+        raise RecipeError(f"--until {until}: wanted one of {', '.join(PASSES)}")
+    quiet_libraries()
+    set_threads()
+    run = prepare(recipe, name, out, display)
+    steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
+        "calibrate": calibrate,
+        "analyze": analyze,
+        "distill": distill,
+        "slice": slice_student,
+        "verify": verify,
+        "export": export,
+        "bench": bench,
+        "report": report,
+    }
+    display.stages = PASSES.index(until) + 1
+    for step in PASSES[: display.stages]:
+        with display.stage(step) as progress:
+            steps[step](run, progress)
+    return run
+
+
+def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
+    """Check all that can be checked before work begins, load the teacher, claim the output folder."""
+    for target in recipe.export:
+        export_pass.check_backend(target.backend, target.dtype)
+    source = open_source(recipe.model.path, recipe.model.revision)
+    check_teacher(source)
+    verify_pass.check_gates(recipe.verify, source)
+    open_samples(recipe.calibrate.source, source, None, "choose")
+    digest = source.digest()
+    mark = out / "records" / "teacher"
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: is a file; give another folder with -o")
+    if mark.is_file() and mark.read_text("utf-8").split()[:1] != [digest]:
+        raise OutputError(
+            f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; give another folder with -o"
+        )
+    run = Run(recipe, name, out, display, source)
+    run.teacher = load_source(source, recipe.model.dtype)
+    if not mark.is_file():
+        write_text(mark, f"{digest} {recipe.model.path}\n")
+    write_text(out / "recipe.yaml", recipe.to_yaml())
+    return run
+
+
+def _samples(run: Run, split: str) -> Samples:
+    samples = open_samples(run.recipe.calibrate.source, run.source, run.teacher, split)
+    if samples.kind == "noise" and split == "choose":
+        run.display.say("warning: calibrating on random embeddings and latents; what is measured on them says little about real prompts")
+    return samples
+
+
+def _base(run: Run) -> Record:
+    """The root of all digests: the teacher and its dtype."""
+    return Record(digest=digest_of([run.source.digest(), run.recipe.model.dtype]))
+
+
+def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
+    """Moments of the teacher's states."""
+    settings, samples = run.recipe.calibrate, _samples(run, "choose")
+    run.stats = run.store.make(
+        CalibrationStats,
+        "calibrate",
+        calibrate_pass.VERSION,
+        settings.model_dump() | {"source": samples.kind},
+        (_base(run),),
+        lambda _: calibrate_pass.calibrate(run.teacher, run.source.family, samples, settings, progress),
+    )
+
+
+def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
+    """Probes, candidates and the plan; a plan.json that a person has edited goes first."""
+    recipe, stats = run.recipe, _made(run.stats)
+    sections = (recipe.analyze, recipe.target, recipe.plan)
+    run.analysis = run.store.make(
+        Analysis,
+        "analyze",
+        analyze_pass.VERSION,
+        [s.model_dump() for s in sections],
+        (stats,),
+        lambda _: analyze_pass.analyze(run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress),
+    )
+    run.plan = _edited_plan(run, run.analysis.plan)
+    student_config(run.source.family, run.source.config, run.plan)
+
+
+def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
+    """The plan to follow: `plan.json` as a person left it, else the analysis's own, which is then written there."""
+    path, ours = run.out / "plan.json", run.out / "records" / "plan.json"
+    if path.is_file() and ours.is_file() and path.read_text("utf-8") != ours.read_text("utf-8"):
+        edited = CompressionPlan.read(path)
+        if (edited.family, edited.num_blocks) != (plan.family, plan.num_blocks):
+            raise PlanError(f"{path}: a plan for {edited.num_blocks} blocks of {edited.family}, wanted {plan.num_blocks} of {plan.family}")
+        run.display.say(f"{path} was edited: it is followed; remove it to take the analysis's own plan")
+        return edited
+    for file in (ours, path):
+        if not file.is_file() or file.read_text("utf-8") != plan.to_json():
+            write_text(file, plan.to_json())
+    return plan
+
+
+def distill(run: Run, progress: Callable[[float, str], None]) -> None:
+    """One record an interval, then the fine-tune of the whole."""
+    stats, plan, settings = _made(run.stats), _made(run.plan), run.recipe.distill
+    samples, family, ridge = _samples(run, "train"), run.source.family, run.recipe.analyze.ridge
+    bank: dict[str, dict[str, Any]] = dict(analyze_pass.closed_form_bank(stats, ridge, plan, family.text_key))
+    total = settings.steps * len(plan.intervals) + settings.finetune_steps
+    done = 0
+    run.edits = []
+
+    def part(steps: int, name: str) -> Callable[[float, str], None]:
+        start = done
+        return lambda share, note: progress((start + share * steps) / max(total, 1), f"{name} {note}")
+
+    for interval in plan.intervals:
+        report = part(settings.steps, interval.key)
+        edit = run.store.make(
+            Distilled,
+            interval.key,
+            distill_pass.VERSION,
+            settings.local() | {"source": samples.kind},
+            (_base(run),),
+            partial(distill_pass.distill_interval, run.teacher, family, interval, samples, settings, report),
+            stage="distill",
+        )
+        bank[interval.key] = edit.tensors
+        run.edits.append(edit)
+        done += settings.steps
+    report = part(settings.finetune_steps, "fine-tune")
+    run.edits.append(
+        run.store.make(
+            Distilled,
+            "finetune",
+            distill_pass.VERSION,
+            [settings.joint() | {"source": samples.kind}, plan.model_dump(), ridge],
+            (_base(run), stats, *run.edits),
+            partial(distill_pass.finetune, run.teacher, plan, bank, samples, settings, report),
+            stage="distill",
+        )
+    )
+
+
+def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:
+    """The student's folder, `OUT/model`."""
+    plan, trained, folder = _made(run.plan), run.edits[-1], run.out / "model"
+    run.student = run.store.make(
+        Student,
+        "slice",
+        slice_pass.VERSION,
+        plan.model_dump(),
+        (trained,),
+        lambda _: slice_pass.slice_student(run.teacher, plan, trained, folder),
+        valid=lambda student: slice_pass.is_intact(student, folder),
+    )
+
+
+def verify(run: Run, progress: Callable[[float, str], None]) -> None:
+    """Both models judged, then compared."""
+    settings, student = run.recipe.verify, _made(run.student)
+    model = load_model(run.out / "model", run.recipe.model.dtype)
+    outcomes: list[Measured] = []
+    for i, (label, subject, root) in enumerate((("teacher", run.teacher, _base(run)), ("student", model, student))):
+
+        def half(done: float, note: str, i: int = i, label: str = label) -> None:
+            progress((i + done) / 2, f"{note} the {label}")
+
+        outcomes.append(
+            run.store.make(
+                Measured,
+                f"measure-{label}",
+                verify_pass.VERSION,
+                settings.measure_key(),
+                (root,),
+                partial(verify_pass.measure, subject, run.source, settings, half),
+                stage="verify",
+            )
+        )
+    run.verdict = run.store.make(
+        Verdict,
+        "verify",
+        verify_pass.VERSION,
+        settings.model_dump(mode="json"),
+        (outcomes[0], outcomes[1], student),
+        lambda _: verify_pass.verify(run.teacher, model, run.source, (outcomes[0], outcomes[1]), _samples(run, "judge"), settings),
+    )
+
+
+def export(run: Run, progress: Callable[[float, str], None]) -> None:
+    """Every target of the recipe for the student, and the teacher beside it as the baseline of `bench`."""
+    model = load_model(run.out / "model", run.recipe.model.dtype)
+    run.exports, run.teacher_exports = [], []
+    jobs = [(t, role) for t in run.recipe.export for role in ("student", "teacher")]
+    for n, (target, role) in enumerate(jobs):
+        root: Record = _made(run.student) if role == "student" else _base(run)
+        subject = model if role == "student" else run.teacher
+        baseline = run.out / "records" / f"teacher-{target.backend}-{target.dtype}"
+        folder = run.out / "export" / target.backend if role == "student" else baseline
+        record = run.store.make(
+            Export,
+            f"export-{target.backend}-{target.dtype}-{role}",
+            export_pass.VERSION,
+            target.model_dump(),
+            (root,),
+            partial(_export, subject, run.source.family, target, folder, root.digest),
+            valid=partial(export_pass.is_intact, folder=folder),
+            stage="export",
+        )
+        (run.exports if role == "student" else run.teacher_exports).append(record)
+        progress((n + 1) / len(jobs), f"{target.backend} {role}")
+
+
+def _export(model: Any, family: Family, target: ExportTarget, folder: Path, digest: str, _: Path) -> Export:
+    return export_pass.export_model(model, family, target.backend, target.dtype, folder, digest)
+
+
+def bench(run: Run, progress: Callable[[float, str], None]) -> None:
+    """Teacher and student, eager and in every back end that runs here, interleaved in one run."""
+    settings = run.recipe.bench
+    run.benchmark = run.store.make(
+        Benchmark,
+        "bench",
+        bench_pass.VERSION,
+        [settings.model_dump(), _machine()],
+        (_made(run.student), *run.exports, *run.teacher_exports),
+        lambda _: bench_models(
+            run.source,
+            {"teacher": run.teacher, "student": load_model(run.out / "model", run.recipe.model.dtype)},
+            {
+                "teacher": [run.out / "records" / f"teacher-{t.backend}-{t.dtype}" for t in run.recipe.export],
+                "student": [run.out / "export" / t.backend for t in run.recipe.export],
+            },
+            settings.batch,
+            settings.runs,
+            progress,
+        ),
+    )
+
+
+def bench_models(
+    source: Source, models: dict[str, Any], exports: dict[str, list[Path]], batch: int, runs: int, progress: Callable[[float, str], None]
+) -> Benchmark:
+    """Latency of models by label, eager and as the artefacts in `exports`, on one set of inputs.
+
+    Raises:
+        RecipeError: models that do not take the same inputs.
+    """
+    lowered = {label: source.family.lowered(model) for label, model in models.items()}
+    widths = {label: (model.config["in_channels"], model.config["joint_attention_dim"]) for label, model in models.items()}
+    if len(set(widths.values())) > 1:
+        raise RecipeError(f"bench: {', '.join(models)} take inputs of different widths; wanted a teacher and its students")
+    first = next(iter(lowered.values()))
+    size = {**first.sizes[0], "batch": batch}
+    targets = [bench_pass.eager_target(label, low.reference) for label, low in lowered.items()]
+    for label, low in lowered.items():
+        found = [f for f in exports.get(label, []) if (f / bench_pass.ONNX_MODEL).is_file()]
+        targets += [bench_pass.onnxruntime_target(label, folder, low.reference) for folder in found]
+    dtype = str(next(next(iter(models.values())).parameters()).dtype).removeprefix("torch.")
+    return bench_pass.run_bench(targets, first.inputs(**size), size, runs, "cpu", dtype, progress)
+
+
+def report(run: Run, progress: Callable[[float, str], None]) -> None:
+    """`report.json` and `report.html`; written at every run, since it also says what that run reused."""
+    student = _made(run.student)
+    sizes = {
+        "parameters": count_parameters(run.teacher),
+        "bytes": sum(f.stat().st_size for f in run.source.weight_files()),
+        "blocks": run.source.family.num_blocks(run.source.config),
+    }
+    inputs = report_pass.ReportInputs(
+        out=run.out,
+        recipe_name=run.name,
+        recipe_text=run.recipe.to_yaml(),
+        model_path=run.recipe.model.path,
+        teacher=sizes,
+        student={"parameters": student.parameters, "bytes": student.bytes, "blocks": student.blocks},
+        plan=_made(run.plan),
+        analysis=_made(run.analysis),
+        distilled=run.edits,
+        verdict=run.verdict,
+        exports=run.exports,
+        benchmark=run.benchmark,
+        stages=run.store.stages,
+        versions=versions(),
+    )
+    with measured("report") as cost:
+        written = report_pass.write_report(inputs)
+    # The JSON once more, with the report's own cost, now that it is known.
+    run.report = report_pass.write_json(replace(inputs, stages=[*run.store.stages, *cost]))
+    for note in written["warnings"]:
+        run.display.say(note)
+
+
+def _machine() -> dict[str, Any]:
+    return {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "threads": set_threads()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every library that has a say in the result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _made(value: Any) -> Any:
+    assert value is not None, "a pass ran before the one that it reads"
+    return value

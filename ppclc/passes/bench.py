@@ -1,0 +1,158 @@
+"""bench: latency and memory of several targets in one interleaved run."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ppclc import plugins
+from ppclc.backends import Reference, Tensors
+from ppclc.errors import RecipeError
+from ppclc.records import Benchmark, BenchRow, measured
+
+VERSION = 1
+TEACHER = "teacher"
+ONNX_MODEL = Path("transformer") / "model.onnx"
+"""Where an ONNX export holds its model."""
+Progress = Callable[[float, str], None]
+
+
+def peak_resident(run: Callable[[], None]) -> int:
+    """Largest resident memory of this process and its children, in bytes, while `run` runs; all that is loaded counts."""
+    with measured("bench", every_s=0.005) as stages:
+        run()
+    return stages[0].peak_rss_bytes
+
+
+def peak_on_device(run: Callable[[], None]) -> int:
+    """Most bytes that PyTorch had allocated on the current GPU while `run` ran."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return int(torch.cuda.max_memory_allocated())
+
+
+@dataclass(frozen=True)
+class BenchTarget:
+    """What is timed: `teacher`, `student` or a path, in a back end.
+
+    run: from inputs to the output, back when it is there. peak: bytes at the peak of a call.
+    """
+
+    label: str
+    backend: str
+    run: Callable[[Tensors], Any]
+    peak: Callable[[Callable[[], None]], int] = peak_resident
+
+
+def eager_target(label: str, reference: Reference, device: str = "cpu") -> BenchTarget:
+    """The eager model, by `Lowered.reference`."""
+    session = plugins.load("backends", "eager").load(Path(), reference)
+    return BenchTarget(label, "eager", session.run, peak_resident if device == "cpu" else peak_on_device)
+
+
+def onnxruntime_target(label: str, folder: Path, reference: Reference) -> BenchTarget:
+    """The ONNX model in an export's folder, in ONNX Runtime on the CPU."""
+    session = plugins.load("backends", "onnxruntime").load(folder, reference)
+    return BenchTarget(label, "onnxruntime", session.run)
+
+
+def run_bench(
+    targets: Sequence[BenchTarget],
+    inputs: Tensors,
+    shape: Mapping[str, int],
+    runs: int,
+    device: str,
+    dtype: str,
+    progress: Progress | None = None,
+    *,
+    warmup: int = 3,
+    seed: int = 0,
+    clock: Callable[[], int] = time.perf_counter_ns,
+) -> Benchmark:
+    """Latencies of the targets on the same inputs, in milliseconds; `clock` counts nanoseconds.
+
+    Each round runs every target once, in an order of its own, so that none always follows the same
+    other and a slow spell of the machine falls on all. Memory is watched while warming up, where it
+    costs no time that counts.
+
+    Raises:
+        RecipeError: fewer than one run or one warm-up run.
+    """
+    for name, value in (("runs", runs), ("warmup", warmup)):
+        if value < 1:
+            raise RecipeError(f"bench.{name} = {value}: wanted a whole number above 0")
+    peaks = [target.peak(partial(_repeat, target.run, inputs, warmup)) for target in targets]
+    nanoseconds = _interleaved(targets, inputs, runs, random.Random(seed), clock, progress)
+    rows = [
+        _row(target, times, peak, device=device, dtype=dtype, shape=dict(shape), warmup=warmup)
+        for target, times, peak in zip(targets, nanoseconds, peaks, strict=True)
+    ]
+    return Benchmark(rows=[row.model_copy(update={"speedup": _speedup(row, rows)}) for row in rows])
+
+
+def _repeat(run: Callable[[Tensors], Any], inputs: Tensors, times: int) -> None:
+    for _ in range(times):
+        run(inputs)
+
+
+def _interleaved(
+    targets: Sequence[BenchTarget], inputs: Tensors, runs: int, order: random.Random, clock: Callable[[], int], progress: Progress | None
+) -> list[list[int]]:
+    """Nanoseconds of every run, by target."""
+    times: list[list[int]] = [[] for _ in targets]
+    with collection_paused():
+        for done in range(runs):
+            for i in order.sample(range(len(targets)), len(targets)):
+                start = clock()
+                targets[i].run(inputs)
+                times[i].append(clock() - start)
+            if progress:
+                progress((done + 1) / runs, "timing")
+    return times
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """A block in which Python collects no garbage; what was there is collected before."""
+    before = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _row(target: BenchTarget, nanoseconds: list[int], peak: int, **same: Any) -> BenchRow:
+    ms = np.array(nanoseconds) / 1e6
+    p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
+    return BenchRow(
+        target=target.label,
+        backend=target.backend,
+        runs=len(nanoseconds),
+        mean_ms=float(ms.mean()),
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        peak_bytes=peak,
+        speedup=None,
+        **same,
+    )
+
+
+def _speedup(row: BenchRow, rows: Sequence[BenchRow]) -> float | None:
+    """The teacher's p50 over this row's, in the same back end; None where the teacher was not run there."""
+    teacher = next((r for r in rows if r.target == TEACHER and r.backend == row.backend), None)
+    return teacher.p50_ms / row.p50_ms if teacher and row.p50_ms > 0 else None

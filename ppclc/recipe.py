@@ -1,0 +1,172 @@
+"""The recipe: the source program. A strict YAML file, one section a pass; each section stands beside its pass."""
+
+from __future__ import annotations
+
+import types
+from io import StringIO
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ppclc.errors import RecipeError
+from ppclc.passes.analyze import AnalyzeSettings, PlanSettings, TargetSettings
+from ppclc.passes.calibrate import CalibrateSettings
+from ppclc.passes.distill import DistillSettings
+from ppclc.passes.verify import VerifySettings
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """Base of the sections that belong to no single pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSettings(Section):
+    """Section `model`: the teacher. A folder, a hub id with an optional revision, or `builtin:two-digits`."""
+
+    path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class ExportTarget(Section):
+    """One entry of section `export`."""
+
+    backend: str
+    dtype: str = "float32"
+
+
+class BenchSettings(Section):
+    """Section `bench`: timed runs a target, and the batch."""
+
+    runs: Annotated[int, Field(ge=2)] = 50
+    batch: Annotated[int, Field(ge=1)] = 1
+
+
+class Recipe(Section):
+    """Everything that a run is told. Every key has a default but `model.path`."""
+
+    model: ModelSettings
+    calibrate: CalibrateSettings = CalibrateSettings()
+    analyze: AnalyzeSettings = AnalyzeSettings()
+    target: TargetSettings = TargetSettings()
+    plan: PlanSettings = PlanSettings()
+    distill: DistillSettings = DistillSettings()
+    verify: VerifySettings = VerifySettings()
+    export: list[ExportTarget] = []
+    bench: BenchSettings = BenchSettings()
+
+    def to_yaml(self) -> str:
+        """The recipe with every default filled in."""
+        out = StringIO()
+        writer = YAML()
+        writer.default_flow_style = None
+        writer.dump(self.model_dump(mode="json"), out)
+        return out.getvalue()
+
+
+def find_recipe(name: str) -> Path:
+    """The recipe of that path, or the shipped one of that name. Raises RecipeError when there is neither."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    shipped = SHIPPED / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.yaml")))
+    what = "is a folder" if path.is_dir() else "no such file"
+    raise RecipeError(f"{name}: {what}; wanted a recipe file, or a shipped recipe: {names}")
+
+
+def read_recipe(path: Path, changes: list[str] | None = None) -> Recipe:
+    """The recipe in a file, with `section.key=value` changes on top.
+
+    Raises:
+        RecipeError: not YAML 1.2, an unknown key, a wrong type, a value out of range.
+    """
+    try:
+        data = _yaml(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error}); wanted a YAML file") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}: got {_kind(data)}, wanted sections such as 'model:' and 'target:'")
+    for change in changes or []:
+        _apply_change(data, change)
+    return parse_recipe(data, str(path))
+
+
+def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
+    """The recipe that a mapping holds. Raises RecipeError naming the first key that is wrong."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise RecipeError(f"{where}: {line}{getattr(error, 'problem', None) or error}; wanted YAML") from None
+
+
+def _apply_change(data: dict[str, Any], change: str) -> None:
+    key, equals, value = change.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {change!r}: wanted section.key=value, e.g. target.parameters=0.5")
+    inner = data
+    for part in parts[:-1]:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {change!r}: {part} holds {inner!r}, wanted a section")
+    inner[parts[-1]] = _yaml(value, f"--set {change!r}")
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault as `section.key = value: wanted ...`; alternatives of one key are told together."""
+    faults = error.errors(include_url=False)
+    first = faults[0]
+    path = [p for p in first["loc"] if isinstance(p, int) or not _is_alternative(str(p))]
+    key = ".".join(map(str, path))
+    if first["type"] == "extra_forbidden":
+        return f"{key} = {first['input']!r}: unknown key; wanted one of {', '.join(_siblings(path[:-1]))}"
+    if first["type"] == "missing":
+        return f"{key}: missing; wanted a value"
+    same = [f for f in faults if [p for p in f["loc"] if isinstance(p, int) or not _is_alternative(str(p))][: len(path)] == path]
+    wanted = list(dict.fromkeys(f["msg"].removeprefix("Input should be ").removeprefix("a valid ") for f in same))
+    return f"{key} = {first['input']!r}: wanted {' or '.join(wanted)}"
+
+
+def _is_alternative(part: str) -> bool:
+    """Whether a part of an error's path names a branch of a union and not a key."""
+    return (
+        "[" in part
+        or part in ("float", "int", "str", "bool", "none")
+        or part.startswith(("list", "literal", "constrained", "lax", "strict", "function"))
+    )
+
+
+def _siblings(path: list[Any]) -> list[str]:
+    kind: Any = Recipe
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = kind.model_fields.get(part) if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+        if field is None:
+            return [*VerifySettings.model_fields["gates"].annotation.__args__[1].model_fields]  # type: ignore[union-attr]
+        kind = field.annotation
+        if isinstance(kind, types.GenericAlias):
+            kind = kind.__args__[-1]
+    return list(kind.model_fields)
+
+
+def _kind(value: Any) -> str:
+    return "an empty file" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,87 @@
+"""Tiny teachers with random weights, on which every claim can be checked in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from ppclc import plugins
+from ppclc.families import Family
+from ppclc.plan import CompressionPlan
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "ppclc", deadline=None, max_examples=60, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("ppclc")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="session")
+def family() -> Family:
+    loaded: Family = plugins.load("families", "qwen_image")
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def make_teacher(family: Family) -> Callable[..., Any]:
+    """`make_teacher(num_layers, seed, **config)`: a stock model whose modulation and gates matter in every block."""
+    from diffusers import QwenImageTransformer2DModel
+
+    def make(num_layers: int = 6, seed: int = 0, **config: Any) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = QwenImageTransformer2DModel(**{**family.tiny_config, "num_layers": num_layers, **config})
+            for name, parameter in model.named_parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+                if "_mod.1.bias" in name:
+                    parameter.data += 0.5 * torch.randn_like(parameter)
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(make_teacher: Callable[..., Any]) -> Any:
+    """Six blocks. Shared: tests that change weights make their own."""
+    return make_teacher(6)
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(teacher: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared teacher as a diffusers folder. Read only: tests that break it copy it."""
+    folder: Path = tmp_path_factory.mktemp("teacher")
+    teacher.save_pretrained(folder / "transformer")
+    return folder
+
+
+@pytest.fixture
+def inputs(family: Family, teacher: Any) -> dict[str, Any]:
+    """Keyword arguments of forward, two samples."""
+    return family.example_inputs(teacher.config, batch=2, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def random_bank(family: Family) -> Callable[[Any, CompressionPlan], dict[str, Tensors]]:
+    """A bank with everything a plan may ask for: an orthogonal basis, and random maps for its text edits."""
+
+    def make(model: Any, plan: CompressionPlan) -> dict[str, Tensors]:
+        g = torch.Generator().manual_seed(5)
+        width = model.inner_dim
+        basis = torch.linalg.qr(torch.randn(width, width, generator=g))[0]
+        bank: dict[str, Tensors] = {"modulation": {"basis": basis, "mean": 0.1 * torch.randn(width, generator=g)}}
+        for edit in plan.text_stream:
+            bank[family.text_key(plan, edit.block)] = {
+                f"{name}.{part}": torch.randn(*shape, generator=g) / width**0.5
+                for name in ("text_in", "text_out")
+                for part, shape in (("weight", (width, width)), ("bias", (width,)))
+            }
+        return bank
+
+    return make
