@@ -47,7 +47,7 @@ def _check_request(request: ExportRequest) -> None:
         raise RecipeError(
             f"export.dtype = {request.dtype!r}, of a model in {dtype}: wanted float32 for both; onnx writes no other in this version"
         )
-    if opset not in OPSETS or isinstance(opset, bool):
+    if opset not in OPSETS:
         raise RecipeError(f"export.opset = {opset!r}: wanted one of {', '.join(map(str, OPSETS))}")
     if request.options["external_data"] not in (True, False, None):
         raise RecipeError(f"export.external_data = {request.options['external_data']!r}: wanted true, false or null")

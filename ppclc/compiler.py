@@ -46,6 +46,7 @@ from ppclc.records import (
     Store,
     Student,
     Verdict,
+    check_writable,
     digest_of,
     measured,
     write_text,
@@ -121,14 +122,13 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     open_samples(recipe.calibrate.source, source, None, "choose")
     digest = source.digest()
     mark = out / "records" / "teacher"
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out}: is a file; give another folder with -o")
+    check_writable(out)
     if mark.is_file() and mark.read_text("utf-8").split()[:1] != [digest]:
         raise OutputError(
             f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; give another folder with -o"
         )
-    run = Run(recipe, name, out, display, source)
-    run.teacher = load_source(source, recipe.model.dtype)
+    teacher = load_source(source, recipe.model.dtype)
+    run = Run(recipe, name, out, display, source, teacher)
     if not mark.is_file():
         write_text(mark, f"{digest} {recipe.model.path}\n")
     write_text(out / "recipe.yaml", recipe.to_yaml())

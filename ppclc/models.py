@@ -57,7 +57,8 @@ class Source:
         """
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
-            names = sorted(set(_json_object(index).get("weight_map", {}).values()))
+            places = _json_object(index).get("weight_map", {})
+            names = sorted({str(n) for n in places.values()} if isinstance(places, dict) else ["no weight_map"])
             bad = [n for n in names if Path(n).name != n or not (self.folder / n).is_file()]
             if bad or not names:
                 raise ModelError(f"{index}: names {', '.join(bad) or 'no shards'}, wanted shards that lie beside it; fetch the model again")
@@ -155,7 +156,7 @@ def _stock_config(family: Family) -> dict[str, Any]:
     return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
 
 
-def empty_model(family: Family, config: Mapping[str, Any]) -> Any:
+def empty_model(family: Family, config: Mapping[str, Any], where: str = "config.json") -> Any:
     """The model with parameters on the meta device: names, shapes and counts, no memory.
 
     Raises:
@@ -167,7 +168,7 @@ def empty_model(family: Family, config: Mapping[str, Any]) -> Any:
         with init_empty_weights(include_buffers=False):
             return model_class(family, config).from_config({k: v for k, v in config.items() if k != "auto_map"})
     except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(f"config.json of a {family.name} model cannot be built: {error}") from None
+        raise ModelError(f"{where}: cannot be built as a model of {family.name}: {error}") from None
 
 
 def load_source(source: Source, dtype: str = "float32") -> Any:
@@ -176,7 +177,8 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     Raises:
         ModelError: weights truncated or corrupt; a tensor missing, extra, of a wrong shape, or not finite.
     """
-    expected = {k: tuple(v.shape) for k, v in empty_model(source.family, source.config).state_dict().items()}
+    empty = empty_model(source.family, source.config, str(source.folder / "config.json"))
+    expected = {k: tuple(v.shape) for k, v in empty.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for file in source.weight_files():
         try:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc.errors import OutputError, UnavailableError
 from ppclc.plan import CompressionPlan
@@ -231,6 +232,19 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Raise OutputError for a folder that could not be made or written; leaves nothing behind."""
+    nearest = folder
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".ppclc-"):
+            pass
+    except OSError as error:
+        reason = "is a file" if nearest.is_file() else error.strerror
+        raise OutputError(f"{folder}: cannot be written ({nearest}: {reason}); give another folder with -o") from None
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A draft folder that becomes `path` when the block ends well, and vanishes otherwise."""
@@ -284,13 +298,14 @@ def write_record(record: Record, folder: Path) -> None:
 
 def read_record(kind: type[R], folder: Path) -> R:
     """The record in a folder. Raises OutputError when it is not one of that kind."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         record = kind.model_validate_json((folder / "record.json").read_text("utf-8"))
         tensors = folder / "tensors.safetensors"
         return record.model_copy(update={"tensors": load_file(tensors)}) if tensors.exists() else record
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise OutputError(f"{folder}: no readable {kind.__name__} record ({error}); remove the folder and run again") from None
 
 

@@ -81,6 +81,7 @@ def _modulation(part: str, plan: CompressionPlan, source: Tensors, bank: Bank, n
     if plan.modulation_rank is None:
         return weight if part.endswith("weight") else bias  # type: ignore[no-any-return]
     basis, mean = _basis(plan, bank)
+    weight, bias = weight.to(basis.dtype), bias.to(basis.dtype)
     return (weight @ basis) if part.endswith("weight") else weight @ mean + bias  # type: ignore[no-any-return]
 
 

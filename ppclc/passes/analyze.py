@@ -280,12 +280,20 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
     if wanted.modulation_rank == "auto" and limit is not None:
         ranks.append(max(1, width // 8))
     choices = [fixed] if fixed is not None else [even_intervals(length, n) for n in range(length if wanted.intervals == "auto" else 1)]
+    if fixed is None:
+        choices = [[span for span in spans if allows(wanted, *span)] for spans in choices]
     for rank, spans in itertools.product(reversed(ranks), choices):
         dead = wanted.dead_code and bool(text or rank is not None)
         plan = CompressionPlan.of(family.name, length, spans, text, rank, dead)
         if limit is None or predicted_parameters(family, source.config, plan) <= limit:
             return plan
     raise RecipeError(f"target: {limit} parameters cannot be reached by the edits that the recipe allows; wanted a larger target")
+
+
+def allows(wanted: PlanSettings, first: int, last: int) -> bool:
+    """Whether a free interval touches no protected block and removes none whose text stream is mapped by hand."""
+    text = wanted.text_stream if isinstance(wanted.text_stream, list) else []
+    return not any(first <= b <= last for b in wanted.protect) and not any(first < b <= last for b in text)
 
 
 def even_intervals(length: int, removed: int) -> list[tuple[int, int]]:
@@ -318,6 +326,8 @@ class Search:
             raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{self.length - 1}")
         if wanted.ffn not in ("auto", "none", []):
             raise RecipeError(f"plan.ffn = {wanted.ffn}: feed-forward edits are not supported by this version; wanted auto or none")
+        # Now, while the model is whole: `measure_intervals` swaps its blocks.
+        self._teacher_outputs = [flow.predict(model, *sample) for sample in samples]
         self._counts: dict[CompressionPlan, int] = {}
         self.interval_costs: dict[tuple[int, int], float] = {}
         self.text_costs: dict[int, float] = {}
@@ -344,7 +354,7 @@ class Search:
         spans = [
             (u, v)
             for u, v in itertools.combinations(range(self.length), 2)
-            if v - u < longest and not any(b in self.wanted.protect for b in range(u, v + 1))
+            if v - u < longest and allows(self.wanted, u, v)
         ]
         for n, (u, v) in enumerate(spans):
             stand_in = StandIn(self.family, self._linear(u, v))
@@ -356,10 +366,6 @@ class Search:
         outputs = [flow.predict(student, *sample) for sample in self.samples]
         distance = sum((a - b).double().square().sum().item() for a, b in zip(outputs, self._teacher_outputs, strict=True))
         return distance / sum(b.double().square().sum().item() for b in self._teacher_outputs)
-
-    @cached_property
-    def _teacher_outputs(self) -> list[torch.Tensor]:
-        return [flow.predict(self.model, *sample) for sample in self.samples]
 
     def _linear(self, u: int, v: int) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
         maps = {}
@@ -395,7 +401,8 @@ class Search:
         rows = [("interval", u, v, c, self.make([(u, v)], [], None)) for (u, v), c in self.interval_costs.items()]
         for k, cost in self.text_costs.items():
             rows.append(("text_stream", self.length - k, self.length - 1, cost, self.make([], range(self.length - k, self.length), None)))
-        by_length = {v - u: self.count(plan) for kind, u, v, _, plan in rows if kind == "interval"}
+        one_each = {v - u: plan for kind, u, v, _, plan in rows if kind == "interval"}
+        by_length = {length: self.count(plan) for length, plan in one_each.items()}
         return [
             Candidate(kind=kind, first=u, last=v, cost=c, parameters=whole - (by_length[v - u] if kind == "interval" else self.count(plan)))
             for kind, u, v, c, plan in rows
@@ -451,7 +458,8 @@ class Search:
         kept = kept_blocks(self.length, list(intervals))
         if k >= len(kept) or self.length - kept[len(kept) - k - 1] > self.stats.longest:
             return [] if k == 0 else None
-        return list(kept[len(kept) - k :])
+        blocks = list(kept[len(kept) - k :])
+        return None if any(b in self.wanted.protect for b in blocks) else blocks
 
     def _interval_choices(self, ppcl: list[tuple[int, int]]) -> dict[int, tuple[float, list[tuple[int, int]]]]:
         """Least-cost disjoint intervals by the number of blocks they remove."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 import ppclc
 from ppclc import plugins
-from ppclc.backends import Backend, ExportRequest, Reference, Session
+from ppclc.backends import Backend, ExportRequest
 from ppclc.errors import OutputError, PpclcError, RecipeError, VerificationError
 from ppclc.families import Family, Lowered
 from ppclc.lowering import parity, worst
@@ -156,28 +156,26 @@ def compare(backend: Backend, folder: Path, lowered: Lowered, progress: Progress
     """
     distances: list[Parity] = []
     with torch.no_grad():
-        session = _session(backend, folder, lowered.reference)
+        with _failures(f"{backend.name}: cannot load what was written"):
+            session = backend.load(folder, lowered.reference)
         for size in lowered.sizes:
             inputs = lowered.inputs(**size)
-            distances.append(parity(lowered.reference(inputs), _run(session, inputs, backend.name, size)))
+            with _failures(f"{backend.name}: does not run at {dict(size)}"):
+                got = session.run(inputs)
+            distances.append(parity(lowered.reference(inputs), got))
             progress(0.8 + 0.2 * len(distances) / len(lowered.sizes), "compare")
     return worst(distances), session.options
 
 
-def _session(backend: Backend, folder: Path, reference: Reference) -> Session:
+@contextmanager
+def _failures(what: str) -> Iterator[None]:
+    """Tell a runtime's own errors, of whatever class, as VerificationError."""
     try:
-        return backend.load(folder, reference)
-    except Exception as error:  # each runtime has errors of its own
-        raise VerificationError(f"{backend.name}: cannot load what was written: {error}") from error
-
-
-def _run(session: Session, inputs: dict[str, Any], name: str, size: Mapping[str, int]) -> torch.Tensor:
-    try:
-        return session.run(inputs)
+        yield
     except PpclcError:
         raise
-    except Exception as error:  # each runtime has errors of its own
-        raise VerificationError(f"{name}: does not run at {dict(size)}: {error}") from error
+    except Exception as error:
+        raise VerificationError(f"{what}: {error}") from error
 
 
 def check_parity(distance: Parity, where: str, dtype: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional
 
 from ppclc import flow
@@ -56,14 +57,16 @@ def assess(model: Any, split: data.Split, count: int, seed: int) -> dict[str, fl
     return {"flow_loss": loss, "scene_accuracy_g1": right}
 
 
-def train_teacher(steps: int, batch: int, learning_rate: float, seed: int, out: Path) -> None:
-    """Train and write the averaged weights to `out/transformer` at every assessment."""
+def train_teacher(steps: int, batch: int, learning_rate: float, seed: int, out: Path, start_from: Path | None = None) -> None:
+    """Train and write the averaged weights to `out/transformer` at every assessment; from weights, or from nothing."""
     from diffusers import QwenImageTransformer2DModel
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = QwenImageTransformer2DModel(**CONFIG)
+    if start_from:
+        model.load_state_dict(load_file(start_from / "transformer" / "diffusion_pytorch_model.safetensors"))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.998))
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     warmup = 300
@@ -99,6 +102,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=PLUGIN.model_folder)
+    parser.add_argument("--start-from", type=Path, help="go on from the weights in this folder, with a schedule of its own")
     parser.add_argument("--keep-judge", action="store_true", help="train the teacher alone, with the judge that is there")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +110,7 @@ def main() -> None:
         trained = judge.train_judge()
         judge.save_judge(trained)
         print("judge, held-out digits:", json.dumps(judge.held_out_accuracy(trained)), flush=True)
-    train_teacher(options.steps, options.batch, options.learning_rate, options.seed, options.out)
+    train_teacher(options.steps, options.batch, options.learning_rate, options.seed, options.out, options.start_from)
 
 
 if __name__ == "__main__":

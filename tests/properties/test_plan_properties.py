@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -16,8 +17,7 @@ from ppclc.plan import CompressionPlan, Interval, TextStreamEdit
 def plans(draw: st.DrawFn) -> CompressionPlan:
     length = draw(st.integers(1, 14))
     edges = sorted(draw(st.sets(st.integers(0, length))) | {0, length})
-    runs = list(zip(edges, edges[1:], strict=False))
-    chosen = [(a, b - 1) for a, b in runs if b - a >= 2 and draw(st.booleans())]
+    chosen = [(a, b - 1) for a, b in itertools.pairwise(edges) if b - a >= 2 and draw(st.booleans())]
     gone = {k for a, b in chosen for k in range(a + 1, b + 1)}
     text = [k for k in range(1, length) if k not in gone and draw(st.booleans())]
     rank = draw(st.none() | st.integers(1, 64))

@@ -23,8 +23,9 @@ from ppclc.records import Export, Parity, file_digest
 
 FAMILY: Family = plugins.load("families", "qwen_image")
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids"]
-LAYERS = 4
-ALL_EDITS = CompressionPlan.of(FAMILY.name, LAYERS, [(0, 1)], [2], 8, True)
+# Depth, text stream, modulation rank and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
+SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True)
+LONG_PLAN = CompressionPlan.of(FAMILY.name, 6, [(0, 1)], [2, 4], 8, True)
 
 
 def a_teacher(layers: int) -> Any:
@@ -33,15 +34,15 @@ def a_teacher(layers: int) -> Any:
     return model_class(FAMILY, config).from_config(config).eval().requires_grad_(False)
 
 
-def a_student() -> Any:
-    """Depth, text stream, modulation rank and dead code, all at once."""
-    teacher = a_teacher(LAYERS)
+def a_student(plan: CompressionPlan) -> Any:
+    teacher = a_teacher(plan.num_blocks)
     width = teacher.inner_dim
     square = {f"{name}.weight": torch.randn(width, width) / width**0.5 for name in ("text_in", "text_out")}
     offset = {f"{name}.bias": torch.randn(width) / 10 for name in ("text_in", "text_out")}
     basis = torch.linalg.qr(torch.randn(width, width))[0]
-    bank = {"modulation": {"basis": basis, "mean": torch.randn(width) / 10}, "text-2-2-0-1": square | offset}
-    return apply_plan(teacher, ALL_EDITS, bank)
+    bank = {"modulation": {"basis": basis, "mean": torch.randn(width) / 10}}
+    bank |= dict.fromkeys(("text-2-2-0-1", "text-4-4-3-3"), square | offset)
+    return apply_plan(teacher, plan, bank)
 
 
 def fingerprint(model: Any) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A stock teacher with its weights inside the model file, a width-edited student with them beside it."""
     folder = tmp_path_factory.mktemp("export") / "onnx"
     capture = request.config.pluginmanager.getplugin("capturemanager")
-    model, external = (a_teacher(1), False) if request.param == "teacher" else (a_student(), True)
+    model, external = (a_teacher(1), False) if request.param == "teacher" else (a_student(SHORT_PLAN), True)
     return exported(model, folder, lambda: capture.read_global_capture()[0], external_data=external)
 
 
@@ -106,6 +107,16 @@ def test_the_artefact_takes_sizes_that_no_one_tried(made: Exported) -> None:
         inputs = lowered.inputs(**size)
         with torch.no_grad():
             assert lowering.parity(lowered.reference(inputs), session.run(inputs)).max_abs <= 1e-4
+
+
+def test_what_is_lowered_equals_eager_for_every_role_of_a_block() -> None:
+    model = a_student(LONG_PLAN)
+    before, lowered = fingerprint(model), FAMILY.lowered(model)
+    for size in lowered.sizes:
+        inputs = lowered.inputs(**size)
+        with torch.no_grad():
+            assert lowering.parity(lowered.reference(inputs), lowered.module(**inputs)).max_abs <= 1e-5
+    assert_unchanged(model, before)
 
 
 def test_the_model_is_left_as_it_was(made: Exported) -> None:

@@ -1,0 +1,175 @@
+"""The whole chain on the embedded teacher, through the command line, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ppclc.models import load_model
+from ppclc.plan import CompressionPlan
+
+SMALL = """\
+model: {path: "builtin:two-digits"}
+calibrate: {samples: 64}
+analyze: {probes: 16}
+target: {parameters: 0.6}
+plan: {text_stream: [10, 11], modulation_rank: 8}
+distill: {steps: 4, finetune_steps: 12, batch: 8, checkpoint_every: 2}
+verify: {scenes: 16, seeds: [0, 1], guidance: [1], steps: 4, gates: {velocity_error: {drop_percent: 100}}}
+export: [{backend: onnx}]
+bench: {runs: 5}
+"""
+COMMAND = [sys.executable, "-m", "ppclc"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def ppclc(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*COMMAND, *args], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the chain has run to its end."""
+    folder = tmp_path_factory.mktemp("chain")
+    (folder / "small.yaml").write_text(SMALL)
+    done = ppclc("compress", "small.yaml", "--json", cwd=folder)
+    document = json.loads(done.stdout)
+    assert set(document) == {"teacher", "student", "plan", "gates"}
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder with its inode and time of change."""
+    return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_report_keeps_its_contract(finished: Path) -> None:
+    out = finished / "out" / "small"
+    report = json.loads((out / "report.json").read_text())
+    assert set(report) == {
+        *("ppclc", "recipe_sha256", "teacher", "student", "plan", "quality", "gates", "stages", "exports", "bench", "versions"),
+    }
+    student = load_model(out / "model")
+    assert report["student"]["parameters"] == sum(p.numel() for p in student.parameters())
+    assert report["student"]["parameters"] <= 0.6 * report["teacher"]["parameters"]
+    assert report["student"]["bytes"] == (out / "model/transformer/diffusion_pytorch_model.safetensors").stat().st_size
+    assert [s["name"] for s in report["stages"]] == ["calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report"]
+    assert {(b["target"], b["backend"]) for b in report["bench"]} == {
+        (t, b) for t in ("teacher", "student") for b in ("eager", "onnxruntime")
+    }
+    assert report["exports"][0]["parity"]["max_abs"] <= 1e-4
+    assert len(report["exports"][0]["shapes"]) == 3
+    assert report["quality"]["scene_accuracy_g1"]["n"] == 32
+    plan = CompressionPlan.read(out / "plan.json")
+    assert plan.model_dump(mode="json") == report["plan"]
+    assert (out / "report.html").stat().st_size > 50_000
+
+
+def test_a_second_run_makes_nothing_anew(finished: Path) -> None:
+    out = finished / "out" / "small"
+    before = files_of(out)
+    ppclc("compress", "small.yaml", cwd=finished)
+    after = files_of(out)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {"report.json", "report.html", "recipe.yaml"}
+    report = json.loads((out / "report.json").read_text())
+    assert all(s["reused"] for s in report["stages"] if s["name"] != "report")
+
+
+def test_export_and_bench_work_bare(finished: Path) -> None:
+    exported = json.loads(ppclc("export", "--backend", "onnx", "--json", cwd=finished).stdout)
+    assert exported["backend"] == "onnx"
+    assert (finished / "out/small/export/onnx/transformer/model.onnx").is_file()
+    rows = json.loads(ppclc("bench", "--json", "--runs", "5", cwd=finished).stdout)
+    assert {r["target"] for r in rows} == {"teacher", "student"}
+    assert all(r["p50_ms"] <= r["p90_ms"] <= r["p99_ms"] for r in rows)
+
+
+def test_the_student_loads_without_ppclc(finished: Path) -> None:
+    """In a fresh process that cannot import ppclc, through diffusers alone, to the same bits."""
+    folder = finished / "out" / "small" / "model" / "transformer"
+    inputs = {
+        "hidden_states": torch.linspace(-1, 1, 32 * 12).reshape(1, 32, 12),
+        "timestep": torch.tensor([0.5]),
+        "encoder_hidden_states": torch.linspace(-1, 1, 5 * 32).reshape(1, 5, 32),
+    }
+    script = f"""
+import sys, torch; sys.modules["ppclc"] = None; torch.set_num_threads(1)
+from diffusers import AutoModel
+model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+x = torch.linspace(-1, 1, 32 * 12).reshape(1, 32, 12); c = torch.linspace(-1, 1, 5 * 32).reshape(1, 5, 32)
+with torch.no_grad():
+    y = model(hidden_states=x, timestep=torch.tensor([0.5]), encoder_hidden_states=c, img_shapes=[[(1, 4, 8)]], return_dict=False)[0]
+import numpy; numpy.save({str(finished / "out.npy")!r}, y.numpy())
+"""
+    modules = finished / "modules"
+    subprocess.run([sys.executable, "-c", script], check=True, env={**ENVIRONMENT, "HF_MODULES_CACHE": str(modules)}, timeout=120)
+    model = load_model(folder)
+    with torch.no_grad():
+        here = model(**inputs, img_shapes=[[(1, 4, 8)]], return_dict=False)[0]
+    assert np.array_equal(np.load(finished / "out.npy"), here.numpy())
+
+
+def test_another_teacher_in_the_same_folder_is_refused(finished: Path) -> None:
+    from ppclc.models import apply_plan, save_model
+
+    plan = CompressionPlan.of("qwen_image", 12, [(3, 4)])
+    save_model(apply_plan(load_model("builtin:two-digits"), plan), plan, finished / "other")
+    (finished / "other.yaml").write_text(SMALL.replace("builtin:two-digits", "other").replace("[10, 11]", "none"))
+    before = files_of(finished / "out" / "small")
+    done = ppclc("compress", "other.yaml", "-o", "out/small", cwd=finished, code=2)
+    assert "another teacher" in done.stderr
+    assert "-o" in done.stderr
+    assert files_of(finished / "out" / "small") == before
+
+
+def test_a_failed_gate_exits_with_1_and_still_reports(finished: Path) -> None:
+    done = ppclc("compress", "small.yaml", "--set", "verify.gates={velocity_error: {drop_percent: 0}}", cwd=finished, code=1)
+    assert "gate failed: velocity_error.drop_percent" in done.stderr
+    gates = json.loads((finished / "out/small/report.json").read_text())["gates"]
+    assert [g["passed"] for g in gates] == [False]
+
+
+def test_an_edited_plan_is_followed(finished: Path) -> None:
+    out = finished / "out" / "edited"
+    ppclc("compress", "small.yaml", "-o", str(out), "--until", "analyze", cwd=finished)
+    plan = CompressionPlan.of("qwen_image", 12, [(5, 6)], [], 8, True)
+    (out / "plan.json").write_text(plan.to_json())
+    done = ppclc("compress", "small.yaml", "-o", str(out), "--until", "slice", cwd=finished)
+    assert "was edited" in done.stderr
+    assert CompressionPlan.read(out / "model/transformer/plan.json") == plan
+
+
+@pytest.mark.slow
+def test_killed_runs_resume_to_the_same_weights(finished: Path) -> None:
+    """SIGKILL at several moments, from the first second to the last step; the end is that of an unbroken run."""
+    weights = "model/transformer/diffusion_pytorch_model.safetensors"
+    wanted = load_file(finished / "out" / "small" / weights)
+    kills = 0
+    for attempt in range(12):
+        process = subprocess.Popen([*COMMAND, "compress", "small.yaml", "-o", "killed", "--until", "slice"], cwd=finished, env=ENVIRONMENT)
+        deadline = time.monotonic() + 5 + 1.5 * attempt
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        if process.wait() == 0:
+            break
+    assert kills >= 2
+    ppclc("compress", "small.yaml", "-o", "killed", "--until", "slice", cwd=finished)
+    got = load_file(finished / "killed" / weights)
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -1,0 +1,154 @@
+"""The other commands and bad input, through the command line's own entry point, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppclc import cli
+
+EXPECTED_COMMANDS = {"init", "inspect", "plan", "compress", "export", "bench", "report", "doctor"}
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    monkeypatch.setattr("sys.argv", ["ppclc", *args])
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def ppclc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: run(capsys, monkeypatch, *args)
+
+
+def test_the_commands_are_these() -> None:
+    assert {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} == EXPECTED_COMMANDS
+
+
+def test_inspect_counts_what_is_there(ppclc: Any, teacher: Any, teacher_folder: Path) -> None:
+    code, out, _ = ppclc("inspect", str(teacher_folder), "--json", "--check")
+    document = json.loads(out)
+    assert code == 0
+    assert document["parameters"] == sum(p.numel() for p in teacher.parameters()) == sum(document["parameters_by_part"].values())
+    assert document["groups"] == {"transformer_blocks": 6}
+    assert document["blocks"] == 6
+    assert document["bytes"] == sum(f.stat().st_size for f in teacher_folder.rglob("*.safetensors"))
+
+
+def test_init_writes_a_recipe_that_plan_reads(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    code, out, _ = ppclc("init", str(teacher_folder))
+    assert (code, out.count("recipe.yaml")) == (0, 2)
+    code, out, _ = ppclc("plan", "recipe.yaml", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["basis"] == "config"
+    assert document["student"]["parameters"] <= 0.5 * document["teacher"]["parameters"]
+    assert document["student"]["blocks"] == len(document["plan"]["kept"])
+    code, _, err = ppclc("init", str(teacher_folder))
+    assert code == 2
+    assert "recipe.yaml" in err
+
+
+def test_plan_needs_no_weights(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((teacher_folder / "transformer" / "config.json").read_text())
+    (tmp_path / "r.yaml").write_text("model: {path: bare}\nplan: {intervals: [[1, 3]], text_stream: none, modulation_rank: none}\n")
+    code, out, _ = ppclc("plan", "r.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["kept"] == [0, 1, 4, 5]
+
+
+def test_the_paper_s_model_is_planned_from_its_configuration(ppclc: Any, tmp_path: Path) -> None:
+    """Qwen-Image's published count and that of its blocks, from config.json alone."""
+    bare = tmp_path / "qwen"
+    bare.mkdir()
+    (bare / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", "in_channels": 64, "num_layers": 60}))
+    (tmp_path / "r.yaml").write_text(
+        "model: {path: qwen, dtype: bfloat16}\nplan: {intervals: [[3, 4], [5, 7]], text_stream: none, modulation_rank: none}\n"
+    )
+    code, out, _ = ppclc("plan", "r.yaml", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert document["teacher"]["parameters"] == 20_430_401_088
+    assert document["student"]["parameters"] == 20_430_401_088 - 3 * 339_831_296
+    assert document["student"]["bytes"] == 2 * document["student"]["parameters"]
+
+
+def test_doctor_names_every_back_end(ppclc: Any) -> None:
+    code, out, _ = ppclc("doctor", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document["backends"]) == {"eager", "onnx", "onnxruntime"}
+    assert document["versions"]["torch"]
+
+
+BAD_RECIPES = {
+    "no such file": (None, "nope.yaml", ["nope.yaml", "two_digits"]),
+    "not yaml": ("model: [", "r.yaml", ["r.yaml", "line"]),
+    "a list": ("- a\n", "r.yaml", ["r.yaml", "sections"]),
+    "empty": ("", "r.yaml", ["r.yaml", "empty"]),
+    "unknown section": ("model: {path: x}\nspeed: 3\n", "r.yaml", ["r.yaml", "speed", "calibrate"]),
+    "unknown key": ("model: {path: x}\ndistill: {stepz: 3}\n", "r.yaml", ["r.yaml", "distill.stepz", "3", "steps"]),
+    "wrong type": ("model: {path: x}\ndistill: {learning_rate: fast}\n", "r.yaml", ["r.yaml", "distill.learning_rate", "'fast'", "number"]),
+    "target of 0": ("model: {path: x}\ntarget: {parameters: 0}\n", "r.yaml", ["r.yaml", "target.parameters", "0", "greater than 0"]),
+    "negative target": ("model: {path: x}\ntarget: {parameters: -0.5}\n", "r.yaml", ["r.yaml", "target.parameters", "-0.5"]),
+    "no model": ("target: {parameters: 0.5}\n", "r.yaml", ["r.yaml", "model"]),
+    "no such model": ("model: {path: ./nowhere}\n", "r.yaml", ["./nowhere", "folder"]),
+    "no such builtin": ("model: {path: 'builtin:nothing'}\n", "r.yaml", ["builtin:nothing", "builtin:two-digits"]),
+    "no such back end": ("model: {path: 'builtin:two-digits'}\nexport: [{backend: tape}]\n", "r.yaml", ["tape", "onnx"]),
+    "no such gate": ("model: {path: 'builtin:two-digits'}\nverify: {gates: {beauty: {drop_percent: 1}}}\n", "r.yaml", ["beauty", "flow_loss"]),
+    "source without data": ("model: {path: TEACHER}\ncalibrate: {source: images}\n", "r.yaml", ["calibrate.source", "images", "noise"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECIPES, ids=lambda c: c.replace(" ", "-"))
+def test_bad_recipes_are_refused_in_one_message(case: str, ppclc: Any, tmp_path: Path, teacher_folder: Path) -> None:
+    text, name, words = BAD_RECIPES[case]
+    if text is not None:
+        (tmp_path / name).write_text(text.replace("TEACHER", str(teacher_folder)))
+    code, out, err = ppclc("compress", name)
+    assert code == 2
+    assert out == ""
+    assert err.count("ppclc: ") == 1
+    assert "Traceback" not in err
+    assert [w for w in words if w not in err] == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "unwritable"])
+def test_folders_that_cannot_be_written_are_refused(place: str, ppclc: Any, tmp_path: Path, teacher_folder: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\ncalibrate: {{samples: 2}}\n")
+    (tmp_path / "file").write_text("mine")
+    out = {"a file": "file", "below a file": "file/out", "unwritable": "/proc/ppclc"}[place]
+    code, _, err = ppclc("compress", "r.yaml", "-o", out)
+    assert code == 2
+    assert out in err
+    assert "-o" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_missing_library_is_exit_code_3(ppclc: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, teacher_folder: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\nexport: [{{backend: onnx}}]\n")
+    code, _, err = ppclc("compress", "r.yaml")
+    assert code == 3
+    assert "pip install 'ppclc[onnx]'" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_and_bench_without_a_student_say_what_to_do(ppclc: Any) -> None:
+    for command in ("export", "bench"):
+        code, _, err = ppclc(command)
+        assert code == 2
+        assert "ppclc compress two_digits" in err

@@ -1,0 +1,159 @@
+"""Model folders that are not what they claim to be: told in one message with the way out, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ppclc.errors import ModelError
+from ppclc.models import WEIGHTS, load_model
+
+INDEX = f"{WEIGHTS}.index.json"
+BLOCK = "transformer_blocks.5.attn.to_q.weight"
+
+
+@pytest.fixture
+def folder(teacher_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the teacher that a test may break."""
+    return Path(shutil.copytree(teacher_folder, tmp_path / "model"))
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(home: Path) -> None:
+        config = json.loads((home / "config.json").read_text("utf-8")) | changes
+        (home / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}), "utf-8")
+
+    return edit
+
+
+def config_text(text: str) -> Callable[[Path], None]:
+    return lambda home: (home / "config.json").write_text(text, "utf-8") and None
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def edit(home: Path) -> None:
+        tensors = load_file(home / WEIGHTS)
+        change(tensors)
+        save_file(tensors, home / WEIGHTS, metadata={"format": "pt"})
+
+    return edit
+
+
+def edit_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda home: (home / WEIGHTS).write_bytes(change((home / WEIGHTS).read_bytes())) and None
+
+
+def index(content: Any, *, keep: bool = True) -> Callable[[Path], None]:
+    def edit(home: Path) -> None:
+        (home / INDEX).write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
+        shutil.copy(home / WEIGHTS, home.parent / "outside.safetensors")
+        if not keep:
+            (home / WEIGHTS).unlink()
+
+    return edit
+
+
+def only_pickle(home: Path) -> None:
+    torch.save(load_file(home / WEIGHTS), home / "diffusion_pytorch_model.bin")
+    (home / WEIGHTS).unlink()
+
+
+def set_value(name: str, value: float) -> Callable[[Path], None]:
+    return edit_tensors(lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "no transformer": (lambda home: (home / "config.json").unlink(), ["holds no transformer", "wanted transformer/config.json"]),
+    "unknown class": (set_config(_class_name="UNet2DModel"), ["config.json", "_class_name = 'UNet2DModel'", "QwenImageTransformer2DModel"]),
+    "no class": (set_config(_class_name=None), ["config.json", "_class_name = None", "known are"]),
+    "config not JSON": (config_text("{not json"), ["config.json", "cannot be read as JSON", "fetch the model again"]),
+    "config empty": (config_text(""), ["config.json", "cannot be read as JSON"]),
+    "config a list": (config_text("[1]"), ["config.json", "got a list, wanted a JSON object"]),
+    "blocks zero": (set_config(num_layers=0), ["config.json", "num_layers = 0", "a whole number above 0"]),
+    "blocks text": (set_config(num_layers="6"), ["config.json", "num_layers = '6'", "a whole number above 0"]),
+    "blocks too many": (set_config(num_layers=7), ["tensors are missing", "transformer_blocks.6.", "config.json"]),
+    "blocks too few": (set_config(num_layers=5), ["are not in the class", "transformer_blocks.5.", "does num_layers in config.json fit?"]),
+    "width": (set_config(num_attention_heads=3), ["has shape [", "wanted [", "by config.json"]),
+    "width text": (set_config(num_attention_heads="two"), ["config.json: cannot be built as a model of qwen_image"]),
+    "truncated": (edit_bytes(lambda b: b[: len(b) // 2]), [WEIGHTS, "not a whole safetensors file", "fetch it again"]),
+    "one byte short": (edit_bytes(lambda b: b[:-1]), [WEIGHTS, "not a whole safetensors file"]),
+    "empty weights": (edit_bytes(lambda b: b""), [WEIGHTS, "not a whole safetensors file"]),
+    "corrupt header": (edit_bytes(lambda b: b[:8] + b"\xff" * 64 + b[72:]), [WEIGHTS, "not a whole safetensors file"]),
+    "huge header": (edit_bytes(lambda b: b"\xff" * 8 + b[8:]), [WEIGHTS, "not a whole safetensors file"]),
+    "missing tensor": (edit_tensors(lambda t: t.pop(BLOCK)), ["1 tensors are missing", BLOCK, "wanted all that config.json calls for"]),
+    "extra tensor": (
+        edit_tensors(lambda t: t.update({"lora.up": torch.ones(2)})),
+        ["1 tensors are not in the class", "lora.up", "num_layers"],
+    ),
+    "wrong shape": (edit_tensors(lambda t: t.update({BLOCK: torch.ones(32, 31)})), [BLOCK, "shape [32, 31]", "wanted [32, 32]"]),
+    "NaN": (set_value(BLOCK, float("nan")), [BLOCK, "NaN or infinite", "fetch the model again"]),
+    "infinite": (set_value("proj_out.bias", float("-inf")), ["proj_out.bias", "NaN or infinite"]),
+    "pickle only": (only_pickle, ["no weights", ".bin is a pickle, which is never loaded", "convert it to safetensors"]),
+    "no weights": (lambda home: (home / WEIGHTS).unlink(), ["no weights", f"wanted {WEIGHTS} or its index"]),
+    "index without shards": (index({"weight_map": {"a": "x-1.safetensors"}}), [INDEX, "x-1.safetensors", "fetch the model again"]),
+    "index leads out": (index({"weight_map": {"a": "../outside.safetensors"}}), [INDEX, "../outside.safetensors", "lie beside it"]),
+    "index empty": (index({"weight_map": {}}), [INDEX, "no shards"]),
+    "index without map": (index({}), [INDEX, "no shards"]),
+    "index not JSON": (index("{"), [INDEX, "cannot be read as JSON"]),
+    "index map a list": (index({"weight_map": [WEIGHTS]}), [INDEX, "wanted"]),
+    "index shard a number": (index({"weight_map": {"a": 1}}), [INDEX, "1", "wanted"]),
+}
+
+
+def test_the_unbroken_copy_loads(folder: Path, teacher: Any) -> None:
+    again = load_model(folder).state_dict()
+    assert all(torch.equal(again[k], v) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_say_where_what_and_the_way_out(name: str, folder: Path) -> None:
+    break_it, words = BROKEN[name]
+    break_it(folder / "transformer")
+    with pytest.raises(ModelError) as caught:
+        load_model(folder)
+    message = str(caught.value)
+    assert caught.value.exit_code == 2
+    for word in [str(folder), *words]:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("gone", ["no such model folder", "wanted a folder, a hub id"]),
+        ("./gone", ["no such model folder"]),
+        ("a/b/c", ["no such model folder"]),
+        ("builtin:gone", ["no such model", "builtin:two-digits"]),
+    ],
+)
+def test_paths_that_lead_nowhere(path: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load_model(path)
+    for word in [path, *words]:
+        assert word in str(caught.value)
+
+
+def test_a_file_and_an_empty_folder_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", "utf-8")
+    with pytest.raises(ModelError, match="no such model folder"):
+        load_model(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty: holds no transformer: wanted transformer/config\.json or config\.json"):
+        load_model(tmp_path / "empty")
+
+
+def test_a_hub_id_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the network is down\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(ModelError, match=r"nobody/nothing: no such folder, and not to be had from the hub \(the network is down\)"):
+        load_model("nobody/nothing")

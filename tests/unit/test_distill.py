@@ -1,0 +1,219 @@
+"""Distillation: the loss by formula, training that can be stopped anywhere, and edits that do not know of each other."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppclc.families import Family
+from ppclc.models import apply_plan, open_source
+from ppclc.passes.analyze import closed_form_bank, probe_set
+from ppclc.passes.calibrate import CalibrateSettings, calibrate
+from ppclc.passes.distill import DistillSettings, Training, distill_interval, finetune, state_loss
+from ppclc.plan import CompressionPlan, Interval
+from ppclc.quality import velocity_error
+from ppclc.records import Distilled
+from ppclc.samples import Samples, open_samples
+
+NAME = "qwen_image"
+SHORT = DistillSettings(steps=9, finetune_steps=9, batch=4, checkpoint_every=3)
+FIRST, SECOND = Interval(first=1, last=2), Interval(first=3, last=4)
+LAST = Interval(first=4, last=5)
+
+
+def quiet(*_: Any) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def samples(teacher_folder: Path, teacher: Any) -> Samples:
+    return open_samples("noise", open_source(str(teacher_folder)), teacher, "train")
+
+
+def local(model: Any, family: Family, interval: Interval, samples: Samples, work: Path, **changes: Any) -> Distilled:
+    progress = changes.pop("progress", quiet)
+    chosen = SHORT.model_copy(update=changes)
+    return distill_interval(model, family, interval, samples, chosen, work=work, progress=progress)
+
+
+def same(a: Distilled, b: Distilled) -> bool:
+    return a.losses == b.losses and a.tensors.keys() == b.tensors.keys() and all(torch.equal(v, b.tensors[k]) for k, v in a.tensors.items())
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 0.1, 3.0])
+def test_state_loss_is_its_formula_token_by_token(magnitude: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 7, 5, generator=g)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 0, 1]] * 3, dtype=torch.float32)
+    terms = []
+    for s, t in zip(student.double().reshape(-1, 5).numpy(), teacher.double().reshape(-1, 5).numpy(), strict=True):
+        norm_s, norm_t = (s @ s) ** 0.5, (t @ t) ** 0.5
+        direction = ((s / norm_s - t / norm_t) ** 2).sum()  # equation 6, which is 2 - 2 cos
+        terms.append(direction + magnitude * (norm_s / norm_t - 1) ** 2)
+    assert state_loss(student, teacher, magnitude).item() == pytest.approx(sum(terms) / 21, rel=1e-5)
+    kept = [v for v, m in zip(terms, mask.flatten().tolist(), strict=True) if m]
+    assert state_loss(student, teacher, magnitude, mask).item() == pytest.approx(sum(kept) / 12, rel=1e-5)
+    assert state_loss(student, teacher, magnitude, mask.bool()).item() == pytest.approx(sum(kept) / 12, rel=1e-5)
+
+
+def test_state_loss_of_equal_states_is_zero_and_direction_sees_no_scale() -> None:
+    x = torch.randn(2, 4, 6, dtype=torch.float64)
+    y = torch.randn(2, 4, 6, dtype=torch.float64)
+    assert state_loss(x, x, 5.0).item() == pytest.approx(0, abs=1e-12)
+    assert state_loss(x, 100 * x, 0.0).item() == pytest.approx(0, abs=1e-12)
+    assert state_loss(3 * x, y / 7, 0.0).item() == pytest.approx(state_loss(x, y, 0.0).item(), rel=1e-12)
+    assert state_loss(2 * x, x, 0.5).item() == pytest.approx(0.5, rel=1e-9)
+    assert state_loss(-x, x, 0.0).item() == pytest.approx(4, rel=1e-9)
+    assert torch.isfinite(state_loss(torch.zeros_like(x), torch.zeros_like(x), 1.0))
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+class StopError(Exception):
+    """Power goes."""
+
+
+def stop_after(step: int, steps: int) -> Callable[[float, str], None]:
+    def progress(done: float, _: str) -> None:
+        if round(done * steps) == step:
+            raise StopError
+
+    return progress
+
+
+@pytest.mark.parametrize("stops", [[1], [3], [5], [8], [2, 4, 4, 7]])
+def test_a_stopped_interval_goes_on_to_the_same_bits(
+    teacher: Any, family: Family, samples: Samples, tmp_path: Path, stops: list[int]
+) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = local(teacher, family, FIRST, samples, tmp_path / "whole")
+    for step in stops:
+        with pytest.raises(StopError):
+            local(teacher, family, FIRST, samples, tmp_path / "parts", progress=stop_after(step, 9))
+    seen: list[float] = []
+    again = local(teacher, family, FIRST, samples, tmp_path / "parts", progress=lambda done, _: seen.append(done))
+    # Progress is told before a checkpoint is written, so a stop at step 3 goes on from the start.
+    assert len(seen) == 9 - (max(stops) - 1) // 3 * 3
+    assert same(again, whole)
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_a_stopped_finetune_goes_on_to_the_same_bits(teacher: Any, samples: Samples, tmp_path: Path, stop: int) -> None:
+    plan = CompressionPlan.of(NAME, 6, [(1, 2)])
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = finetune(teacher, plan, {}, samples, SHORT, work=tmp_path / "whole", progress=quiet)
+    with pytest.raises(StopError):
+        finetune(teacher, plan, {}, samples, SHORT, work=tmp_path / "parts", progress=stop_after(stop, 9))
+    assert (tmp_path / "parts" / "checkpoint.safetensors").exists() == (stop > 3)
+    again = finetune(teacher, plan, {}, samples, SHORT, work=tmp_path / "parts", progress=quiet)
+    assert same(again, whole)
+
+
+def test_training_is_adamw_under_a_warm_up_and_a_cosine(tmp_path: Path) -> None:
+    """Against torch's own optimizer driven by hand."""
+    g = torch.Generator().manual_seed(0)
+    data = torch.randn(40, 3, generator=g)
+    module, twin = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
+    twin.load_state_dict(module.state_dict())
+    job = Training(module, lambda g: module(data[torch.randint(40, (5,), generator=g)]).square().mean(), 30, 0.05, 7, 3)
+    losses = job.run(tmp_path, quiet)
+    own = torch.Generator().manual_seed(3)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1, betas=(0.9, 0.95), weight_decay=0.02)
+    seen = []
+    for step in range(30):
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 30, dtype=torch.float64)).item())
+        optimizer.param_groups[0]["lr"] = 0.05 * min((step + 1) / 20, cosine)
+        loss = twin(data[torch.randint(40, (5,), generator=own)]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.step()
+        seen.append(loss.item())
+    assert torch.allclose(module.weight, twin.weight, rtol=1e-5, atol=1e-7)
+    assert losses == [(n, pytest.approx(sum(seen[n - 10 : n]) / 10, rel=1e-6)) for n in (10, 20, 30)]
+    assert losses[-1][1] < losses[0][1]
+
+
+# -- edits -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_interval_knows_nothing_of_the_others_nor_of_global_chance(
+    teacher: Any, family: Family, samples: Samples, tmp_path: Path
+) -> None:
+    for name in ("alone", "second", "after"):
+        (tmp_path / name).mkdir()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    alone = local(teacher, family, FIRST, samples, tmp_path / "alone")
+    torch.manual_seed(12345)
+    second = local(teacher, family, SECOND, samples, tmp_path / "second")
+    after = local(teacher, family, FIRST, samples, tmp_path / "after")
+    assert same(alone, after)
+    assert not same(alone, second)
+    assert (alone.edit, second.edit) == ("interval-1-2", "interval-3-4")
+    assert all(torch.equal(teacher.state_dict()[k], v) for k, v in before.items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_an_interval_learns(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
+    learnt = local(teacher, family, FIRST, samples, tmp_path, steps=60, batch=8)
+    assert learnt.losses[-1][1] < 0.7 * learnt.losses[0][1]
+    assert learnt.losses[-1][0] == 60
+    plan = CompressionPlan.of(NAME, 6, [(1, 2)])
+    probes = probe_set(samples, 32)
+    plain = velocity_error(teacher, apply_plan(teacher, plan), probes)
+    assert velocity_error(teacher, apply_plan(teacher, plan, {FIRST.key: learnt.tensors}), probes) < 0.8 * plain
+
+
+def test_zero_steps_give_the_closed_form_student(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
+    untrained = local(teacher, family, SECOND, samples, tmp_path, steps=0)
+    assert untrained.losses == []
+    block = teacher.transformer_blocks[3].state_dict()
+    assert all(torch.equal(v, block[k]) for k, v in untrained.tensors.items())
+    plan = CompressionPlan.of(NAME, 6, [(3, 4)], [5], 6, True)
+    stats = calibrate(teacher, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
+    bank = closed_form_bank(stats, 1e-4, plan, family.text_key)
+    tuned = finetune(teacher, plan, bank, samples, SHORT.model_copy(update={"finetune_steps": 0}), work=tmp_path, progress=quiet)
+    wanted = apply_plan(teacher, plan, bank).state_dict()
+    assert tuned.tensors.keys() == wanted.keys()
+    assert all(torch.equal(v, tuned.tensors[k]) for k, v in wanted.items())
+
+
+def test_an_empty_plan_is_not_trained(teacher: Any, samples: Samples, tmp_path: Path) -> None:
+    tuned = finetune(teacher, CompressionPlan.of(NAME, 6), {}, samples, SHORT, work=tmp_path, progress=quiet)
+    assert tuned.steps == 0
+    assert all(torch.equal(v, tuned.tensors[k]) for k, v in teacher.state_dict().items())
+
+
+def test_finetune_brings_the_student_nearer_to_the_teacher(teacher: Any, samples: Samples, tmp_path: Path) -> None:
+    plan = CompressionPlan.of(NAME, 6, [(1, 2), (4, 5)])
+    probes = probe_set(samples, 32)
+    student = apply_plan(teacher, plan)
+    before = velocity_error(teacher, student, probes)
+    settings = DistillSettings(finetune_steps=60, batch=8, finetune_learning_rate=3e-3)
+    tuned = finetune(teacher, plan, {}, samples, settings, work=tmp_path, progress=quiet)
+    student.load_state_dict(tuned.tensors)
+    assert velocity_error(teacher, student, probes) < 0.7 * before
+
+
+@pytest.mark.parametrize(("interval", "read"), [(LAST, False), (SECOND, True)])
+def test_text_counts_unless_nothing_reads_it(
+    teacher: Any, family: Family, samples: Samples, tmp_path: Path, interval: Interval, read: bool
+) -> None:
+    """Another text output of the interval's last block is another target, but not after the last block of all."""
+    for name in ("plain", "other"):
+        (tmp_path / name).mkdir()
+    other = copy.deepcopy(teacher)
+    other.transformer_blocks[interval.last].txt_mlp.net[2].weight.mul_(-3)
+    plain = local(teacher, family, interval, samples, tmp_path / "plain", steps=3)
+    assert same(plain, local(other, family, interval, samples, tmp_path / "other", steps=3)) != read
