@@ -181,9 +181,11 @@ def _restore(
         return []
     with safe_open(path, "pt") as file:
         generator.set_state(file.get_tensor("generator"))
+        held = set(file.keys())  # parameters that nothing reads get no gradient, and have no state
         for name, parameter in parameters.items():
             parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}").clone() for key in keys}
+            if f"step.{name}" in held:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}").clone() for key in keys}
         losses: list[float] = json.loads(file.metadata()["losses"])
     return losses

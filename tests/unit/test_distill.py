@@ -90,18 +90,19 @@ def stop_after(step: int, steps: int) -> Callable[[float, str], None]:
     return progress
 
 
+@pytest.mark.parametrize("interval", [FIRST, LAST])
 @pytest.mark.parametrize("stops", [[1], [3], [5], [8], [2, 4, 4, 7]])
 def test_a_stopped_interval_goes_on_to_the_same_bits(
-    teacher: Any, family: Family, samples: Samples, tmp_path: Path, stops: list[int]
+    teacher: Any, family: Family, samples: Samples, tmp_path: Path, stops: list[int], interval: Interval
 ) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "parts").mkdir()
-    whole = local(teacher, family, FIRST, samples, tmp_path / "whole")
+    whole = local(teacher, family, interval, samples, tmp_path / "whole")
     for step in stops:
         with pytest.raises(StopError):
-            local(teacher, family, FIRST, samples, tmp_path / "parts", progress=stop_after(step, 9))
+            local(teacher, family, interval, samples, tmp_path / "parts", progress=stop_after(step, 9))
     seen: list[float] = []
-    again = local(teacher, family, FIRST, samples, tmp_path / "parts", progress=lambda done, _: seen.append(done))
+    again = local(teacher, family, interval, samples, tmp_path / "parts", progress=lambda done, _: seen.append(done))
     # Progress is told before a checkpoint is written, so a stop at step 3 goes on from the start.
     assert len(seen) == 9 - (max(stops) - 1) // 3 * 3
     assert same(again, whole)
@@ -200,7 +201,7 @@ def test_finetune_brings_the_student_nearer_to_the_teacher(teacher: Any, samples
     probes = probe_set(samples, 32)
     student = apply_plan(teacher, plan)
     before = velocity_error(teacher, student, probes)
-    settings = DistillSettings(finetune_steps=60, batch=8, finetune_learning_rate=3e-3)
+    settings = DistillSettings(finetune_steps=40, batch=4, finetune_learning_rate=3e-3)
     tuned = finetune(teacher, plan, {}, samples, settings, work=tmp_path, progress=quiet)
     student.load_state_dict(tuned.tensors)
     assert velocity_error(teacher, student, probes) < 0.7 * before
