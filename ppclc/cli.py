@@ -148,15 +148,13 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
 def main() -> None:
     """Entry point: runs a command and turns errors into one message and an exit code."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
     except PpclcError as error:
         print(f"ppclc: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("ppclc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except typer.Abort:
         sys.exit(130)
     except Exception as error:
@@ -165,6 +163,7 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ class Task(Protocol):
 
     name: str
     model_folder: Path
-    teacher_outcomes: Path
 
     def batch(self, count: int, generator: torch.Generator, split: str) -> tuple[torch.Tensor, dict[str, Any]]: ...
 

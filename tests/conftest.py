@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Before numpy and torch are there: two threads on two busy cores are many times slower than one.
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,11 @@ settings.register_profile(
 settings.load_profile("ppclc")
 
 Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

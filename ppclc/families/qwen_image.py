@@ -137,6 +137,9 @@ class ExportableQwenImage(nn.Module):
         self.model = copy.deepcopy(model, memo=dict(shared))
         for block in self.model.transformer_blocks:
             block.attn.set_processor(JointAttention())
+            for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+                if hasattr(block.attn, name):
+                    setattr(block.attn, name, _one_operator(getattr(block.attn, name)))
         frequencies = [10000 ** -(torch.arange(0, d, 2).float() / d) for d in model.config.axes_dims_rope]
         self.frequencies: torch.Tensor
         self.register_buffer("frequencies", torch.cat(frequencies), persistent=False)
@@ -171,6 +174,14 @@ class ExportableQwenImage(nn.Module):
             )
         out: torch.Tensor = m.proj_out(m.norm_out(image, temb))
         return out
+
+
+def _one_operator(norm: Any) -> nn.RMSNorm:
+    """diffusers' RMSNorm as PyTorch's, which lowers to one operator; the weight is shared."""
+    single = nn.RMSNorm(norm.dim, eps=norm.eps, elementwise_affine=norm.weight is not None)
+    if norm.weight is not None:
+        single.weight = norm.weight
+    return single
 
 
 def lowered(model: Any) -> Lowered:

@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow
 from ppclc.errors import PlanError, RecipeError
-from ppclc.models import Source, StandIn, apply_plan, predicted_parameters, replaced
+from ppclc.models import Source, StandIn, apply_plan, predicted_parameters, replaced, student_config
 from ppclc.plan import CompressionPlan, kept_blocks
-from ppclc.records import Analysis, CalibrationStats, Candidate
+from ppclc.records import Analysis, CalibrationStats, Candidate, digest_of
 from ppclc.samples import Samples
 
 VERSION = 1
@@ -328,7 +328,7 @@ class Search:
             raise RecipeError(f"plan.ffn = {wanted.ffn}: feed-forward edits are not supported by this version; wanted auto or none")
         # Now, while the model is whole: `measure_intervals` swaps its blocks.
         self._teacher_outputs = [flow.predict(model, *sample) for sample in samples]
-        self._counts: dict[CompressionPlan, int] = {}
+        self._counts: dict[str, int] = {}
         self.interval_costs: dict[tuple[int, int], float] = {}
         self.text_costs: dict[int, float] = {}
         self.rank_costs: dict[int, float] = {}
@@ -344,18 +344,15 @@ class Search:
         return CompressionPlan.of(self.family.name, self.length, list(intervals), list(text), rank, dead)
 
     def count(self, plan: CompressionPlan) -> int:
-        """Exact parameters of the student."""
-        if plan not in self._counts:
-            self._counts[plan] = predicted_parameters(self.family, self.source.config, plan)
-        return self._counts[plan]
+        """Exact parameters of the student; plans with the same configuration are counted once."""
+        key = digest_of(student_config(self.family, self.source.config, plan))
+        if key not in self._counts:
+            self._counts[key] = predicted_parameters(self.family, self.source.config, plan)
+        return self._counts[key]
 
     def measure_intervals(self, longest: int) -> None:
         """Velocity error with each candidate interval replaced by the best linear map of its input to its output."""
-        spans = [
-            (u, v)
-            for u, v in itertools.combinations(range(self.length), 2)
-            if v - u < longest and allows(self.wanted, u, v)
-        ]
+        spans = [(u, v) for u, v in itertools.combinations(range(self.length), 2) if v - u < longest and allows(self.wanted, u, v)]
         for n, (u, v) in enumerate(spans):
             stand_in = StandIn(self.family, self._linear(u, v))
             with replaced(self.model, self.family, {u: stand_in, **dict.fromkeys(range(u + 1, v + 1))}):
@@ -475,7 +472,7 @@ class Search:
         return cheapest_chains(self.length, self.interval_costs)
 
     def _put_back(self, plan: CompressionPlan, limit: int) -> CompressionPlan:
-        """The plan without any edit that the target does not need, dearest first."""
+        """The plan without any edit that the target does not need; intervals are put back first, then text streams."""
         fixed = self.wanted
         while True:
             for edit in plan.edits():

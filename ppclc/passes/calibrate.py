@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ppclc import flow
 from ppclc.families import Family
 from ppclc.models import blocks_of, trace
 from ppclc.records import CalibrationStats
@@ -42,7 +43,7 @@ def calibrate(
     while done < settings.samples:
         count = min(BATCH, settings.samples - done)
         x, t, conditioning = samples.draw(count, generator)
-        seen = trace(model, family, {"hidden_states": x, "timestep": t, **conditioning})
+        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning))
         mask = conditioning.get("encoder_hidden_states_mask")
         for stream, states in seen.states.items():
             sums.add(stream, states, mask if stream == "text" else None)

@@ -89,7 +89,7 @@ def distill_interval(
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         x, t, conditioning = samples.draw(settings.batch, generator)
-        seen = trace(model, family, {"hidden_states": x, "timestep": t, **conditioning}, last=interval.last)
+        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), last=interval.last)
         output = run_block(student, family, {s: v[interval.first] for s, v in seen.states.items()}, seen.shared)
         mask = conditioning.get("encoder_hidden_states_mask")
         terms = [state_loss(output[s], seen.states[s][-1], settings.magnitude, mask if s == "text" else None) for s in streams]

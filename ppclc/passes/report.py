@@ -308,8 +308,7 @@ def removed_tile(inputs: ReportInputs) -> Tile:
     t, s = inputs.teacher, inputs.student
     share = 100 * (1 - s["parameters"] / t["parameters"])
     detail = (
-        f"{many(t['parameters'])} → {many(s['parameters'])}; {size(t['bytes'])} → {size(s['bytes'])}; "
-        f"{t['blocks']} → {s['blocks']} blocks"
+        f"{many(t['parameters'])} → {many(s['parameters'])}; {size(t['bytes'])} → {size(s['bytes'])}; {t['blocks']} → {s['blocks']} blocks"
     )
     return Tile("Parameters removed", f"{share:.1f} %", detail)
 

@@ -33,8 +33,8 @@ class VerifySettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     scenes: Annotated[int, Field(ge=2, strict=True)] = 1024
-    seeds: tuple[Annotated[int, Field(ge=0, strict=True)], ...] = (0, 1)
-    guidance: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 2.0)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1)] = (0, 1)
+    guidance: Annotated[tuple[Annotated[float, Field(gt=0, strict=True)], ...], Field(min_length=1)] = (1.0, 2.0)
     steps: Annotated[int, Field(ge=1, strict=True)] = 10
     gates: dict[str, GateSettings] = {}
 

@@ -31,7 +31,6 @@ class TwoDigits:
 
     name: str = "two-digits"
     model_folder: Path = WEIGHTS / "two_digits"
-    teacher_outcomes: Path = WEIGHTS / "teacher_outcomes"
 
     def batch(self, count: int, generator: torch.Generator, split: str) -> tuple[torch.Tensor, dict[str, Any]]:
         """Tokens (B, 32, 12) of real scenes and their conditioning, one prompt in ten dropped.

@@ -105,8 +105,16 @@ def rotate(x_BSHD: torch.Tensor, freqs: Any) -> torch.Tensor:
     if isinstance(freqs, torch.Tensor):
         return apply_rotary_emb_qwen(x_BSHD, freqs, use_real=False)
     cos, sin = (f[:, None] for f in freqs)
-    a, b = x_BSHD.float().reshape(*x_BSHD.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(3).type_as(x_BSHD)
+    a, b = x_BSHD.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(3)
+    return rotated if rotated.dtype == x_BSHD.dtype else rotated.to(x_BSHD.dtype)
+
+
+def joint(text_freqs: Any, image_freqs: Any) -> Any:
+    """Rotary frequencies of text and image, text first."""
+    if isinstance(text_freqs, torch.Tensor):
+        return torch.cat([text_freqs, image_freqs])
+    return tuple(torch.cat(pair) for pair in zip(text_freqs, image_freqs, strict=True))
 
 
 class JointAttention:
@@ -133,21 +141,21 @@ class JointAttention:
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (-1, attn.inner_dim // attn.heads))
 
-        query = rotate(attn.norm_q(heads(attn.to_q(hidden_states))), image_freqs)
-        key = rotate(attn.norm_k(heads(attn.to_k(hidden_states))), image_freqs)
-        text_key = rotate(attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))), text_freqs)
-        text_value = heads(attn.add_v_proj(encoder_hidden_states))
+        query = attn.norm_q(heads(attn.to_q(hidden_states)))
+        key = attn.norm_k(heads(attn.to_k(hidden_states)))
+        text_key = attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))
+        value = torch.cat([attn.add_v_proj(encoder_hidden_states), attn.to_v(hidden_states)], dim=1)
+        freqs = joint(text_freqs, image_freqs)
         if queries_text:
-            text_query = rotate(attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), text_freqs)
-            query = torch.cat([text_query, query], dim=1)
+            query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))), query], dim=1)
         mask = None
         if encoder_hidden_states_mask is not None:
             image_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             mask = torch.cat([encoder_hidden_states_mask.bool(), image_mask], dim=1)[:, None, None, :]
         result = dispatch_attention_fn(
-            query,
-            torch.cat([text_key, key], dim=1),
-            torch.cat([text_value, heads(attn.to_v(hidden_states))], dim=1),
+            rotate(query, freqs if queries_text else image_freqs),
+            rotate(torch.cat([text_key, key], dim=1), freqs),
+            heads(value),
             attn_mask=mask,
             dropout_p=0.0,
             is_causal=False,

@@ -91,7 +91,7 @@ def stop_after(step: int, steps: int) -> Callable[[float, str], None]:
 
 
 @pytest.mark.parametrize("interval", [FIRST, LAST])
-@pytest.mark.parametrize("stops", [[1], [3], [5], [8], [2, 4, 4, 7]])
+@pytest.mark.parametrize("stops", [[3], [5], [2, 4, 4, 7]])
 def test_a_stopped_interval_goes_on_to_the_same_bits(
     teacher: Any, family: Family, samples: Samples, tmp_path: Path, stops: list[int], interval: Interval
 ) -> None:
@@ -108,7 +108,7 @@ def test_a_stopped_interval_goes_on_to_the_same_bits(
     assert same(again, whole)
 
 
-@pytest.mark.parametrize("stop", [2, 7])
+@pytest.mark.parametrize("stop", [7])
 def test_a_stopped_finetune_goes_on_to_the_same_bits(teacher: Any, samples: Samples, tmp_path: Path, stop: int) -> None:
     plan = CompressionPlan.of(NAME, 6, [(1, 2)])
     for name in ("whole", "parts"):
@@ -167,9 +167,9 @@ def test_an_interval_knows_nothing_of_the_others_nor_of_global_chance(
 
 
 def test_an_interval_learns(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
-    learnt = local(teacher, family, FIRST, samples, tmp_path, steps=60, batch=8)
+    learnt = local(teacher, family, FIRST, samples, tmp_path, steps=40, batch=4)
     assert learnt.losses[-1][1] < 0.7 * learnt.losses[0][1]
-    assert learnt.losses[-1][0] == 60
+    assert learnt.losses[-1][0] == 40
     plan = CompressionPlan.of(NAME, 6, [(1, 2)])
     probes = probe_set(samples, 32)
     plain = velocity_error(teacher, apply_plan(teacher, plan), probes)
@@ -201,7 +201,7 @@ def test_finetune_brings_the_student_nearer_to_the_teacher(teacher: Any, samples
     probes = probe_set(samples, 32)
     student = apply_plan(teacher, plan)
     before = velocity_error(teacher, student, probes)
-    settings = DistillSettings(finetune_steps=40, batch=4, finetune_learning_rate=3e-3)
+    settings = DistillSettings(finetune_steps=30, batch=4, finetune_learning_rate=3e-3)
     tuned = finetune(teacher, plan, {}, samples, settings, work=tmp_path, progress=quiet)
     student.load_state_dict(tuned.tensors)
     assert velocity_error(teacher, student, probes) < 0.7 * before

@@ -229,7 +229,7 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     return CompressionPlan.of(NAME, 6, spans, sorted(text), rank, bool(text or rank) and draw(st.booleans()))
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(plan=plans())
 def test_predicted_parameters_are_the_real_ones(
     plan: CompressionPlan, teacher: Any, family: Family, inputs: dict[str, Any], random_bank: Banks

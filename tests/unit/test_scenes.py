@@ -165,6 +165,11 @@ def test_batches_come_from_their_split_and_drop_one_prompt_in_ten() -> None:
     assert sum(found) / len(found) > 0.8  # digits that stand at the left edge; single ones stand in the middle
 
 
+@pytest.fixture(autouse=True)
+def few_bootstraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppclc.scenes.task.BOOTSTRAPS", 4)
+
+
 def settings_of(**changes: Any) -> Any:
     return SimpleNamespace(**{"scenes": 40, "seeds": (0, 1), "guidance": (1.0, 2.0), "steps": 2, **changes})
 
