@@ -56,7 +56,9 @@ def outcomes(made: Run) -> torch.Tensor:
 
 def row(made: Run) -> dict[str, Any]:
     """What is told of one student."""
-    assert made.plan and made.verdict and made.student
+    assert made.plan
+    assert made.verdict
+    assert made.student
     return {
         "intervals": [[i.first, i.last] for i in made.plan.intervals],
         "parameters": made.student.parameters,

@@ -210,10 +210,10 @@ def newest_out() -> Path:
 def export(model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int) -> dict[str, Any]:
     """Lower a model; the entry of `exports`."""
     quiet_libraries()
-    set_threads()
     export_pass.check_backend(backend, dtype)
     newest = newest_out() if model is None else None
     source = open_source(str(newest / "model") if newest else str(model))
+    set_threads(source)
     folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
     display = Display(1, verbosity)
     with display.stage(f"export {source.path} to {backend}"):
@@ -225,7 +225,6 @@ def export(model: str | None, backend: str, out: Path | None, dtype: str, verbos
 def bench(targets: list[str], against: str | None, runs: int, verbosity: int) -> list[dict[str, Any]]:
     """Measure; the list `bench`. Without targets, the newest student against its own teacher, with its exports."""
     quiet_libraries()
-    set_threads()
     exports: dict[str, list[Path]] = {}
     labels: dict[str, str] = {}
     if not targets:
@@ -241,6 +240,7 @@ def bench(targets: list[str], against: str | None, runs: int, verbosity: int) ->
     else:
         labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
     sources = {label: open_source(path) for label, path in labels.items()}
+    set_threads(next(iter(sources.values())))
     models = {label: load_source(source) for label, source in sources.items()}
     display = Display(1, verbosity)
     with display.stage("bench") as progress:

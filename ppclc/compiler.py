@@ -93,7 +93,6 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     if until not in PASSES:
         raise RecipeError(f"--until {until}: wanted one of {', '.join(PASSES)}")
     quiet_libraries()
-    set_threads()
     run = prepare(recipe, name, out, display)
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
         "calibrate": calibrate,
@@ -118,6 +117,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         export_pass.check_backend(target.backend, target.dtype)
     source = open_source(recipe.model.path, recipe.model.revision)
     check_teacher(source)
+    set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
     open_samples(recipe.calibrate.source, source, None, "choose")
     digest = source.digest()
@@ -312,7 +312,7 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
         Benchmark,
         "bench",
         bench_pass.VERSION,
-        [settings.model_dump(), _machine()],
+        [settings.model_dump(), _machine(run.source)],
         (_made(run.student), *run.exports, *run.teacher_exports),
         lambda _: bench_models(
             run.source,
@@ -382,8 +382,8 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
         run.display.say(note)
 
 
-def _machine() -> dict[str, Any]:
-    return {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "threads": set_threads()}
+def _machine(source: Source) -> dict[str, Any]:
+    return {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "threads": set_threads(source)}
 
 
 def versions() -> dict[str, str]:

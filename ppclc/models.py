@@ -33,6 +33,8 @@ BUILTIN = "builtin:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARD_SIZE = "5GB"
+NARROW = 256
+"""Widths up to which operators run on one thread."""
 
 
 @dataclass(frozen=True)
@@ -393,11 +395,21 @@ def replaced(model: Any, family: Family, stand_ins: Mapping[int, nn.Module | Non
         model.set_submodule(path, original)
 
 
-def set_threads() -> int:
-    """Use every core this process may run on, unless OMP_NUM_THREADS says otherwise; returns the count."""
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def set_threads(source: Source | None = None) -> int:
+    """Threads that one operator now uses; OMP_NUM_THREADS goes first.
+
+    A model as narrow as the embedded teacher gains nothing from a second thread in an operator (measured:
+    0.39 s a training step either way), so that its cores are left to work that runs side by side.
+    """
     if "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(cores)
+        config = source.config if source else {}
+        width = int(config.get("attention_head_dim", 0)) * int(config.get("num_attention_heads", 0))
+        torch.set_num_threads(1 if 0 < width <= NARROW else cores())
     return torch.get_num_threads()
 
 

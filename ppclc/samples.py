@@ -18,6 +18,8 @@ from ppclc import flow
 from ppclc.errors import RecipeError
 from ppclc.models import Source
 
+Sample = tuple[torch.Tensor, torch.Tensor, flow.Conditioning]
+"""x_t (B, S, C), timestep (B,), conditioning."""
 SourceKind = Literal["auto", "images", "prompts", "cached", "noise"]
 TRAJECTORY_STEPS = 10
 
@@ -31,7 +33,7 @@ class Samples:
     teacher: Any
     split: str
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, flow.Conditioning]:
+    def draw(self, count: int, generator: torch.Generator) -> Sample:
         """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included."""
         if self.kind == "noise":
             example = self.source.family.example_inputs(self.source.config, batch=count, generator=generator)
@@ -52,9 +54,7 @@ class Samples:
         return torch.where(torch.rand(count, generator=generator) < 1 / 16, torch.ones(()), spread)
 
     @torch.no_grad()
-    def _trajectory(
-        self, noise: torch.Tensor, conditioning: flow.Conditioning, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, flow.Conditioning]:
+    def _trajectory(self, noise: torch.Tensor, conditioning: flow.Conditioning, generator: torch.Generator) -> Sample:
         stop = torch.randint(TRAJECTORY_STEPS, (len(noise),), generator=generator)
         x, at = noise, noise.clone()
         for i in range(int(stop.max()) + 1):

@@ -25,7 +25,7 @@ from ppclc.errors import PlanError, RecipeError
 from ppclc.models import Source, StandIn, apply_plan, predicted_parameters, replaced, student_config
 from ppclc.plan import CompressionPlan, kept_blocks
 from ppclc.records import Analysis, CalibrationStats, Candidate, digest_of
-from ppclc.samples import Samples
+from ppclc.samples import Sample, Samples
 
 VERSION = 1
 Auto = Literal["auto", "none"]
@@ -34,7 +34,6 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_TEXT_BLOCKS = 6
 RANK_TOLERANCE = 1e-3
 """Largest squared relative velocity error that an automatic modulation rank may cost."""
-Sample = tuple[torch.Tensor, torch.Tensor, flow.Conditioning]
 
 
 class AnalyzeSettings(BaseModel):

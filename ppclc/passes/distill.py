@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,10 +26,10 @@ from torch import nn
 
 from ppclc import flow
 from ppclc.families import Bank, Family
-from ppclc.models import apply_plan, blocks_of, run_block, trace
+from ppclc.models import Trace, apply_plan, blocks_of, run_block, trace
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import Distilled, write_tensors
-from ppclc.samples import Samples
+from ppclc.samples import Sample, Samples
 
 VERSION = 1
 Progress = Callable[[float, str], None]
@@ -87,15 +88,18 @@ def distill_interval(
     student = copy.deepcopy(blocks[interval.first]).requires_grad_(True).train()
     streams = ["image"] if interval.last == len(blocks) - 1 else list(family.groups[0].streams)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
+    def prepare(generator: torch.Generator) -> tuple[Trace, torch.Tensor | None]:
         x, t, conditioning = samples.draw(settings.batch, generator)
         seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), last=interval.last)
+        return seen, conditioning.get("encoder_hidden_states_mask")
+
+    def loss(batch: tuple[Trace, torch.Tensor | None]) -> torch.Tensor:
+        seen, mask = batch
         output = run_block(student, family, {s: v[interval.first] for s, v in seen.states.items()}, seen.shared)
-        mask = conditioning.get("encoder_hidden_states_mask")
         terms = [state_loss(output[s], seen.states[s][-1], settings.magnitude, mask if s == "text" else None) for s in streams]
         return torch.stack(terms).sum()
 
-    job = Training(student, loss, settings.steps, settings.learning_rate, settings.checkpoint_every, settings.seed)
+    job = Training(student, prepare, loss, settings.steps, settings.learning_rate, settings.checkpoint_every, settings.seed)
     losses = job.run(work, progress)
     return Distilled(edit=interval.key, steps=settings.steps, losses=losses, tensors=_state(student))
 
@@ -106,14 +110,17 @@ def finetune(
     """The whole student, trained end to end on the teacher's velocity (mean squared error)."""
     student = apply_plan(model, plan, bank).requires_grad_(True).train()
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        x, t, conditioning = samples.draw(settings.batch, generator)
-        with torch.no_grad():
-            wanted = flow.predict(model, x, t, conditioning)
-        return nn.functional.mse_loss(flow.predict(student, x, t, conditioning), wanted)
+    @torch.no_grad()
+    def prepare(generator: torch.Generator) -> tuple[Sample, torch.Tensor]:
+        sample = samples.draw(settings.batch, generator)
+        return sample, flow.predict(model, *sample)
+
+    def loss(batch: tuple[Sample, torch.Tensor]) -> torch.Tensor:
+        sample, wanted = batch
+        return nn.functional.mse_loss(flow.predict(student, *sample), wanted)
 
     steps = 0 if plan.is_empty else settings.finetune_steps
-    job = Training(student, loss, steps, settings.finetune_learning_rate, settings.checkpoint_every, settings.seed + 1)
+    job = Training(student, prepare, loss, steps, settings.finetune_learning_rate, settings.checkpoint_every, settings.seed + 1)
     losses = job.run(work, progress)
     return Distilled(edit="finetune", steps=steps, losses=losses, tensors=_state(student))
 
@@ -126,12 +133,14 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 class Training:
     """AdamW on a module under a warm-up and a cosine to zero, with checkpoints that hold all of its state.
 
-    The generator given to `loss` is the only source of chance, so weights, optimizer state, its state
-    and the step number are the whole of a run.
+    `prepare` draws a batch and runs the teacher on it, one batch ahead of the student and in a thread of
+    its own. The generator that it is given is the only source of chance, so weights, optimizer state, its
+    state and the step number are the whole of a run, whatever the timing.
     """
 
     module: nn.Module
-    loss: Callable[[torch.Generator], torch.Tensor]
+    prepare: Callable[[torch.Generator], Any]
+    loss: Callable[[Any], torch.Tensor]
     steps: int
     learning_rate: float
     checkpoint_every: int
@@ -140,13 +149,13 @@ class Training:
     def run(self, work: Path, progress: Progress) -> list[tuple[int, float]]:
         """Train to the end, from the checkpoint in `work` if there is one; the mean loss of every ten steps."""
         parameters = dict(self.module.named_parameters())
-        optimizer = torch.optim.AdamW(parameters.values(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.02)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.02, fused=True)
         generator = torch.Generator().manual_seed(self.seed)
         losses = _restore(work / "checkpoint.safetensors", parameters, optimizer, generator)
-        for step in range(len(losses), self.steps):
+        for step, (batch, state) in enumerate(self._batches(generator, self.steps - len(losses)), start=len(losses)):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * self.rate(step)
-            loss = self.loss(generator)
+            loss = self.loss(batch)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)
@@ -154,9 +163,23 @@ class Training:
             losses.append(loss.item())
             progress((step + 1) / self.steps, f"loss {loss.item():.4g}")
             if (step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps:
-                _checkpoint(work / "checkpoint.safetensors", parameters, optimizer, generator, losses)
+                _checkpoint(work / "checkpoint.safetensors", parameters, optimizer, state, losses)
         windows = [losses[i : i + LOG_EVERY] for i in range(0, len(losses), LOG_EVERY)]
         return [(i * LOG_EVERY + len(w), sum(w) / len(w)) for i, w in enumerate(windows)]
+
+    def _batches(self, generator: torch.Generator, count: int) -> Iterator[tuple[Any, torch.Tensor]]:
+        """`count` batches, each with the generator's state once it was drawn; the next is made while one is used."""
+
+        def make() -> tuple[Any, torch.Tensor]:
+            return self.prepare(generator), generator.get_state()
+
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = pool.submit(make) if count > 0 else None
+            for left in range(count - 1, -1, -1):
+                assert upcoming is not None
+                ready = upcoming.result()
+                upcoming = pool.submit(make) if left else None
+                yield ready
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, as a share of its peak."""
@@ -164,9 +187,9 @@ class Training:
 
 
 def _checkpoint(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator, losses: list[float]
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: torch.Tensor, losses: list[float]
 ) -> None:
-    tensors: dict[str, torch.Tensor] = {"generator": generator.get_state()}
+    tensors: dict[str, torch.Tensor] = {"generator": state}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter.data
         for key, value in optimizer.state[parameter].items():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppclc import flow
+from ppclc.models import cores
 from ppclc.quality import MeasureSettings, paired_quality
 from ppclc.records import Quality
 from ppclc.scenes import data, judge
@@ -54,19 +57,18 @@ class TwoDigits:
         Tensors, seeds one after the other: `right_g<g>` (N,) 0 or 1, `features_g<g>` (N, 128),
         `flow_loss` (N,), `velocity` (N, 32, 12) at `flow_loss`'s first draw.
         """
-        outcomes: dict[str, list[torch.Tensor]] = {}
-        total = len(settings.seeds) * (sum(1 if g == 1 else 2 for g in settings.guidance) * settings.steps + LOSS_DRAWS)
-        done = 0.0
+        jobs: list[tuple[int, Callable[[], dict[str, torch.Tensor]]]] = []
         for seed in settings.seeds:
-            for name, value in self._losses(model, settings, seed).items():
-                outcomes.setdefault(name, []).append(value)
-            done += LOSS_DRAWS
-            for g in settings.guidance:
-                images, scenes = self._generate(model, settings.scenes, seed, g, settings.steps)
-                trained = judge.load_judge()
-                outcomes.setdefault(f"right_g{g:g}", []).append(judge.scenes_right(trained, images, scenes).float())
-                outcomes.setdefault(f"features_g{g:g}", []).append(judge.scene_features(trained, images))
-                done += (1 if g == 1 else 2) * settings.steps
+            jobs += [((1 if g == 1 else 2) * settings.steps, partial(self._judged, model, settings, seed, g)) for g in settings.guidance]
+            jobs.append((LOSS_DRAWS, partial(self._losses, model, settings, seed)))
+        outcomes: dict[str, list[torch.Tensor]] = {}
+        done, total = 0, sum(cost for cost, _ in jobs)
+        # Side by side: each job has a generator of its own, and their order here is fixed.
+        with ThreadPoolExecutor(cores()) as pool:
+            for (cost, _), future in zip(jobs, [pool.submit(job) for _, job in jobs], strict=True):
+                for name, value in future.result().items():
+                    outcomes.setdefault(name, []).append(value)
+                done += cost
                 progress(done / total)
         tensors = {name: torch.cat(parts) for name, parts in outcomes.items()}
         values = {n: [p.double().mean().item() for p in parts] for n, parts in outcomes.items() if parts[0].dim() == 1}
@@ -104,6 +106,14 @@ class TwoDigits:
         """Images (B, 3, 8, 16) in 0..1 and their prompts."""
         images, scenes = self._generate(model, count, seed, guidance, steps)
         return (images.clamp(-1, 1) + 1) / 2, scenes.names()
+
+    def _judged(self, model: Any, settings: MeasureSettings, seed: int, guidance: float) -> dict[str, torch.Tensor]:
+        images, scenes = self._generate(model, settings.scenes, seed, guidance, settings.steps)
+        trained = judge.load_judge()
+        return {
+            f"right_g{guidance:g}": judge.scenes_right(trained, images, scenes).float(),
+            f"features_g{guidance:g}": judge.scene_features(trained, images),
+        }
 
     def _generate(self, model: Any, count: int, seed: int, guidance: float, steps: int) -> tuple[torch.Tensor, data.Scenes]:
         generator = torch.Generator().manual_seed(9_000_000 + seed)

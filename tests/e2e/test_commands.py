@@ -107,7 +107,11 @@ BAD_RECIPES = {
     "no such model": ("model: {path: ./nowhere}\n", "r.yaml", ["./nowhere", "folder"]),
     "no such builtin": ("model: {path: 'builtin:nothing'}\n", "r.yaml", ["builtin:nothing", "builtin:two-digits"]),
     "no such back end": ("model: {path: 'builtin:two-digits'}\nexport: [{backend: tape}]\n", "r.yaml", ["tape", "onnx"]),
-    "no such gate": ("model: {path: 'builtin:two-digits'}\nverify: {gates: {beauty: {drop_percent: 1}}}\n", "r.yaml", ["beauty", "flow_loss"]),
+    "no such gate": (
+        "model: {path: 'builtin:two-digits'}\nverify: {gates: {beauty: {drop_percent: 1}}}\n",
+        "r.yaml",
+        ["beauty", "flow_loss"],
+    ),
     "source without data": ("model: {path: TEACHER}\ncalibrate: {source: images}\n", "r.yaml", ["calibrate.source", "images", "noise"]),
 }
 

@@ -127,7 +127,7 @@ def test_training_is_adamw_under_a_warm_up_and_a_cosine(tmp_path: Path) -> None:
     data = torch.randn(40, 3, generator=g)
     module, twin = torch.nn.Linear(3, 1), torch.nn.Linear(3, 1)
     twin.load_state_dict(module.state_dict())
-    job = Training(module, lambda g: module(data[torch.randint(40, (5,), generator=g)]).square().mean(), 30, 0.05, 7, 3)
+    job = Training(module, lambda g: data[torch.randint(40, (5,), generator=g)], lambda rows: module(rows).square().mean(), 30, 0.05, 7, 3)
     losses = job.run(tmp_path, quiet)
     own = torch.Generator().manual_seed(3)
     optimizer = torch.optim.AdamW(twin.parameters(), lr=1, betas=(0.9, 0.95), weight_decay=0.02)

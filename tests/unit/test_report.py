@@ -382,7 +382,10 @@ def test_a_run_that_stopped_early_has_a_page(tmp_path: Path) -> None:
 
 
 def test_a_run_in_which_all_was_reused_has_a_page() -> None:
-    stages = [Stage(name="distill", seconds=171.0, peak_rss_bytes=840_000_000, reused=True), Stage(name="slice", seconds=0, peak_rss_bytes=0)]
+    stages = [
+        Stage(name="distill", seconds=171.0, peak_rss_bytes=840_000_000, reused=True),
+        Stage(name="slice", seconds=0, peak_rss_bytes=0),
+    ]
     inputs = some_inputs(Path("unused"), verdict=None, distilled=[])
     inputs = dataclasses.replace(inputs, analysis=no_analysis(inputs.plan))
     for some in (stages[:1], stages):
