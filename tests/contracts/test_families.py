@@ -1,0 +1,102 @@
+"""What every family must keep, over all that are there: a new file in `ppclc/families` is picked up by its being there."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppclc import plugins
+from ppclc.families import Family
+from ppclc.models import apply_plan, blocks_of, count_parameters, empty_model, load_model, predicted_parameters, save_model, trace
+from ppclc.plan import CompressionPlan
+
+FAMILIES = plugins.names("families")
+
+
+@pytest.fixture(params=FAMILIES)
+def subject(request: pytest.FixtureRequest) -> tuple[Family, Any, dict[str, Any]]:
+    """A family, a tiny model of it with random weights, and inputs."""
+    import diffusers
+
+    family: Family = plugins.load("families", request.param)
+    model = getattr(diffusers, family.class_name)(**family.tiny_config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return family, model, family.example_inputs(dict(model.config), batch=2, generator=generator)
+
+
+def run(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(**inputs, return_dict=False)[0]
+    return out
+
+
+def test_an_empty_plan_is_the_teacher(subject: tuple[Family, Any, dict[str, Any]]) -> None:
+    family, model, inputs = subject
+    plan = CompressionPlan.of(family.name, len(blocks_of(model, family)))
+    assert torch.equal(run(apply_plan(model, plan), inputs), run(model, inputs))
+
+
+def test_depth_slicing_is_deletion(subject: tuple[Family, Any, dict[str, Any]]) -> None:
+    family, model, inputs = subject
+    plan = CompressionPlan.of(family.name, len(blocks_of(model, family)), [(1, 2)])
+    student = apply_plan(model, plan)
+    del model.get_submodule(family.groups[0].path)[2]
+    assert type(student) is type(model)
+    assert torch.equal(run(student, inputs), run(model, inputs))
+
+
+def test_width_edits_survive_the_disk_and_are_counted(subject: tuple[Family, Any, dict[str, Any]], tmp_path: Path) -> None:
+    family, model, inputs = subject
+    seen = trace(model, family, inputs)
+    assert seen.temb is not None
+    width = seen.temb.shape[-1]
+    plan = CompressionPlan.of(family.name, len(blocks_of(model, family)), [(0, 1)], [3], 4, True)
+    maps = {
+        f"{n}.{k}": torch.randn(width, width) if k == "weight" else torch.zeros(width)
+        for n in ("text_in", "text_out")
+        for k in ("weight", "bias")
+    }
+    bank = {"modulation": {"basis": torch.eye(width), "mean": torch.zeros(width)}, family.text_key(plan, 3): maps}
+    student = apply_plan(model, plan, bank)
+    config = {"_class_name": family.class_name, **model.config}
+    assert count_parameters(student) == predicted_parameters(family, config, plan) < count_parameters(model)
+    save_model(student, plan, tmp_path)
+    assert torch.equal(run(load_model(tmp_path), inputs), run(student, inputs))
+
+
+def test_the_lowered_module_equals_eager(subject: tuple[Family, Any, dict[str, Any]]) -> None:
+    family, model, _ = subject
+    lowered = family.lowered(model)
+    for size in lowered.sizes:
+        inputs = lowered.inputs(**size)
+        assert set(lowered.dynamic) == set(inputs)
+        with torch.no_grad():
+            assert (lowered.module(**inputs) - lowered.reference(inputs)).abs().max() <= 1e-5
+
+
+def test_counts_come_from_the_configuration(subject: tuple[Family, Any, dict[str, Any]]) -> None:
+    family, model, _ = subject
+    assert count_parameters(empty_model(family, {"_class_name": family.class_name, **model.config})) == count_parameters(model)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_student_s_class_stands_alone(name: str) -> None:
+    """It is copied into folders that are opened without ppclc, so it imports torch, diffusers and the standard library."""
+    family: Family = plugins.load("families", name)
+    source = Path(str(import_module(family.student_class.partition(":")[0]).__file__)).read_text("utf-8")
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(str(node.module).split(".")[0])
+    assert imported - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
