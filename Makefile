@@ -5,7 +5,7 @@ EXTRAS := onnx,onnxruntime,report,train,test
 # On Linux the default index may give torch's CUDA build, several GB. To take the CPU build instead:
 #   make install TORCH_INDEX=<address of PyTorch's index of CPU wheels>
 TORCH_INDEX ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install lint test test-fast teacher clean

@@ -31,7 +31,7 @@ VERSION = 1
 Auto = Literal["auto", "none"]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MAX_TEXT_BLOCKS = 6
+MAX_TEXT_BLOCKS = 8
 RANK_TOLERANCE = 1e-3
 """Largest squared relative velocity error that an automatic modulation rank may cost."""
 

@@ -28,7 +28,7 @@ class CalibrateSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     source: SourceKind = "auto"
     samples: Annotated[int, Field(ge=2)] = 2048
-    longest: Annotated[int, Field(ge=2)] = 8
+    longest: Annotated[int, Field(ge=2)] = 10
     seed: Annotated[int, Field(ge=0)] = 0
 
 
