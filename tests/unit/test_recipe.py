@@ -66,7 +66,9 @@ def test_shipped_recipes_parse_and_round_trip(tmp_path: Path) -> None:
     for path in shipped:
         recipe = read_recipe(find_recipe(path.stem))
         assert read(tmp_path, recipe.to_yaml()) == recipe
-    assert read_recipe(find_recipe("two_digits")).target.parameters == 0.5
+    demo = read_recipe(find_recipe("two_digits"))
+    assert isinstance(demo.target.parameters, float)
+    assert demo.target.parameters <= 0.5, "the demo promises to remove at least half of the parameters"
 
 
 def test_changes_go_on_top(tmp_path: Path) -> None:
