@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins",),
     ("students",),
     ("families",),
-    ("flow", "kernels", "lowering", "models", "quality", "samples"),
+    ("ffn_maps", "flow", "kernels", "lowering", "models", "quality", "samples"),
     ("backends",),
     ("scenes",),
     ("passes",),

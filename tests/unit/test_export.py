@@ -23,9 +23,9 @@ from ppclc.records import Export, Parity, file_digest
 
 FAMILY: Family = plugins.load("families", "qwen_image")
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids"]
-# Depth, text stream, modulation rank and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
-SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True)
-LONG_PLAN = CompressionPlan.of(FAMILY.name, 6, [(0, 1)], [2, 4], 8, True)
+# Depth, text stream, modulation rank, linear networks and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
+SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True, [(2, "image")])
+LONG_PLAN = CompressionPlan.of(FAMILY.name, 6, [(0, 1)], [2, 4], 8, True, [(0, "text"), (3, "image"), (3, "text"), (4, "image")])
 
 
 def a_teacher(layers: int) -> Any:
@@ -42,6 +42,7 @@ def a_student(plan: CompressionPlan) -> Any:
     basis = torch.linalg.qr(torch.randn(width, width))[0]
     bank = {"modulation": {"basis": basis, "mean": torch.randn(width) / 10}}
     bank |= dict.fromkeys(("text-2-2-0-1", "text-4-4-3-3"), square | offset)
+    bank |= {plan.ffn_key(e.block, e.stream): {"weight": torch.randn(width, width) / width, "bias": torch.ones(width)} for e in plan.ffn}
     return apply_plan(teacher, plan, bank)
 
 
