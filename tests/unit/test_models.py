@@ -284,6 +284,22 @@ def test_other_dtypes_survive_the_round_trip(teacher: Any, tmp_path: Path, rando
         assert torch.equal(again[key], tensor), key
 
 
+@settings(max_examples=8)
+@given(plan=plans())
+def test_any_plan_s_student_survives_the_disk(
+    plan: CompressionPlan, teacher: Any, inputs: dict[str, Any], random_bank: Banks, tmp_path: Path
+) -> None:
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    student = apply_plan(teacher, plan, random_bank(teacher, plan))
+    save_model(student, plan, folder)
+    again = load_model(folder)
+    wanted = student.state_dict()
+    assert again.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(run(again, inputs), run(student, inputs))
+    assert CompressionPlan.read(folder / "transformer" / "plan.json") == plan == CompressionPlan.from_json(plan.to_json())
+
+
 FRESH = """
 import json, sys
 sys.modules["ppclc"] = None
