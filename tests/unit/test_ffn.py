@@ -347,6 +347,27 @@ def test_a_distilled_block_gives_all_but_its_network(make_teacher: Callable[...,
     assert all(torch.equal(again[f"transformer_blocks.2.{k}"], v) for k, v in block.state_dict().items())
 
 
+def test_a_smaller_modulation_takes_the_same_half(teacher: Any, inputs: dict[str, Any], random_bank: Banks) -> None:
+    """At full rank the projection changes nothing, so students with and without it are one."""
+    width = teacher.inner_dim
+    projected = CompressionPlan.of(NAME, 6, [(1, 2)], [4], width, True, PLACES[:1] + PLACES[3:])
+    stock = CompressionPlan.of(NAME, 6, [(1, 2)], [4], None, True, PLACES[:1] + PLACES[3:])
+    bank = random_bank(teacher, projected)
+    assert deviation(run(apply_plan(teacher, projected, bank), inputs), run(apply_plan(teacher, stock, bank), inputs)) <= 1e-5
+
+
+def test_tokens_with_a_timestep_of_their_own_keep_it(make_teacher: Callable[..., Any], family: Family, random_bank: Banks) -> None:
+    """The variant for editing modulates reference images as at timestep zero: two modulations a block, chosen by token."""
+    model = make_teacher(3, zero_cond_t=True)
+    inputs = family.example_inputs(model.config, batch=2, height=4, width=4, generator=torch.Generator().manual_seed(1))
+    inputs["img_shapes"] = [[(1, 2, 4), (1, 2, 4)]] * 2
+    plan = CompressionPlan.of(NAME, 3, ffn=[(0, "image"), (1, "text")])
+    bank = random_bank(model, plan)
+    maps = {(e.block, e.stream): tuple(bank[plan.ffn_key(e.block, e.stream)][n] for n in ("weight", "bias")) for e in plan.ffn}
+    with linear_ffns(model, family, maps):
+        assert deviation(run(apply_plan(model, plan, bank), inputs), run(model, inputs)) <= 1e-5
+
+
 @pytest.mark.parametrize("rank", [None, 4])
 def test_what_goes_is_what_was_counted(teacher: Any, family: Family, random_bank: Banks, rank: int | None) -> None:
     """Of each network: both its linears, three of six chunks of modulation; one map comes in."""
