@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 
 from ppclc.errors import PlanError
+from ppclc.ffn_maps import ffn_map
 from ppclc.moments import Far, Near, symmetric_eigenvectors
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
@@ -121,9 +122,11 @@ def modulation_basis(stats: CalibrationStats) -> dict[str, torch.Tensor]:
 
 
 def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan, key: Callable[[CompressionPlan, int], str]) -> Bank:
-    """Everything in the bank that needs no training: modulation basis and text maps of a plan."""
+    """Everything in the bank that needs no training: modulation basis, text maps and linear FFNs of a plan."""
     bank = {"modulation": modulation_basis(stats)}
     for edit in plan.text_stream:
         spans = [(b, i.last if (i := plan.interval_at(b)) else b) for b in (edit.block, edit.reference)]
         bank[key(plan, edit.block)] = text_maps(stats, ridge, spans[0], spans[1])
+    for ffn in plan.ffn:
+        bank[plan.ffn_key(ffn.block, ffn.stream)] = ffn_map(stats.tensors, stats.rows, ffn.block, ffn.stream, ridge)
     return bank

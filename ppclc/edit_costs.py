@@ -19,7 +19,8 @@ from torch import nn
 from ppclc import flow
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
 from ppclc.families import Family
-from ppclc.models import StandIn, Trace, apply_plan, blocks_of, replaced, run_block, trace
+from ppclc.ffn_maps import ffn_map
+from ppclc.models import StandIn, Trace, apply_plan, blocks_of, linear_ffns, replaced, run_block, trace
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample
@@ -100,6 +101,12 @@ class EditCosts:
         """Errors with a block left out and nothing in its place."""
         return self._after(block + 1, None, block)
 
+    def ffn(self, block: int, stream: str) -> torch.Tensor:
+        """Errors with a block's feed-forward network of one stream made linear."""
+        made = ffn_map(self.stats.tensors, self.stats.rows, block, stream, self.ridge)
+        with linear_ffns(self.model, self.family, {(block, stream): (made["weight"], made["bias"])}):
+            return self._after(block, None, block)
+
     def together(self, intervals: Mapping[tuple[int, int], int], linear: bool = True) -> torch.Tensor:
         """Errors with several intervals replaced at once, each by the block that stays, with or without linear maps for the others."""
         stand_ins: dict[int, nn.Module | None] = {}
@@ -157,7 +164,7 @@ class EditCosts:
             if stand_in is not None:
                 states = run_block(stand_in, self.family, states, probe.seen.shared)
             given = StandIn(self.family, lambda _, states=states: states)  # type: ignore[misc]
-            with replaced(self.model, self.family, {0: given, **dict.fromkeys(range(1, start))}):
+            with replaced(self.model, self.family, {0: given, **dict.fromkeys(range(1, start))}) if start else nullcontext():
                 errors.append(_energy(flow.predict(self.model, *probe.sample) - self._velocity(probe)))
         self.spent += self.count * (self.length - start + (stand_in is not None)) / self.length
         return torch.cat(errors)

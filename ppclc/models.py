@@ -228,8 +228,13 @@ def student_config(family: Family, config: Mapping[str, Any], plan: CompressionP
         raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
     if plan.num_blocks != family.num_blocks(config):
         raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
-    if plan.ffn or plan.adapters:
-        raise PlanError("plan: ffn and adapters cannot be applied by this version; wanted both empty")
+    if plan.adapters:
+        raise PlanError("plan: adapters cannot be applied by this version; wanted none")
+    for edit in plan.ffn:
+        if edit.stream not in family.ffn_inputs:
+            raise PlanError(
+                f"plan.ffn: block {edit.block}, {edit.stream}: {family.name} has no such network to replace; wanted it left out"
+            )
     if config.get("_class_name") == family.student_class_name:
         raise PlanError("plan: the model is a width-edited student already; plans are made for its teacher")
     name = family.student_class_name if plan.has_width_edits else family.class_name
@@ -244,7 +249,7 @@ def predicted_parameters(family: Family, config: Mapping[str, Any], plan: Compre
 def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> Any:
     """The student of a teacher: a new model whose tensors are copies, the teacher untouched.
 
-    `bank` gives distilled blocks, text maps and the modulation basis; an interval that it lacks
+    `bank` gives distilled blocks, text maps, ffn maps and the modulation basis; an interval that it lacks
     starts from its first block. Dtype and device are the teacher's.
 
     Raises:
@@ -317,20 +322,24 @@ class Trace:
 
     `states[s][i]` is stream s at the input of block i, `states[s][-1]` at the last block's output, each
     (B, tokens, D); `temb` is the time embedding; `shared` are the keyword arguments all blocks get.
+    `mids[s][i]`, where asked for, is stream s in block i after the attention residual, (B, tokens, D).
     """
 
     velocity: torch.Tensor
     states: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     temb: torch.Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    mids: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class _EnoughError(Exception):
     """Raised inside a forward that has gone far enough."""
 
 
-def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | None = None) -> Trace:
+def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | None = None, mids: bool = False) -> Trace:
     """Run a stock model once and keep every block's states; with `last`, no further than that block.
+
+    With `mids`, the states between attention and feed-forward networks as well.
 
     Raises:
         ModelError: a family with several groups.
@@ -355,6 +364,9 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
         seen.temb = output.detach()
 
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    for stream, path in family.ffn_inputs.items() if mids else ():
+        seen.mids[stream] = []
+        hooks += [b.get_submodule(path).register_forward_pre_hook(_keeper(seen.mids[stream])) for b in blocks]
     hooks.append(blocks[-1].register_forward_hook(after))
     hooks.append(model.get_submodule(family.time_embedding).register_forward_hook(embedded))
     try:
@@ -366,6 +378,15 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _keeper(kept: list[torch.Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that adds a module's first argument to a list."""
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0].detach())
+
+    return keep
 
 
 def run_block(block: Any, family: Family, states: Mapping[str, torch.Tensor], shared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -398,6 +419,46 @@ def replaced(model: Any, family: Family, stand_ins: Mapping[int, nn.Module | Non
         yield
     finally:
         model.set_submodule(path, original)
+
+
+@contextmanager
+def linear_ffns(model: Any, family: Family, maps: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """The stock model with `h + (W h + b)` in place of feed-forward networks; undone afterwards.
+
+    `maps` gives W (D, D) and b (D,) by block and stream. Nothing is saved: the networks still run, and
+    their result is not used. May stand around `replaced`, whose stand-ins are left alone, not inside it.
+
+    Raises:
+        PlanError: a block or a stream that has no such network.
+    """
+    blocks, hooks = list(model.get_submodule(family.groups[0].path)), []
+    for block, stream in maps:
+        if not 0 <= block < len(blocks) or stream not in family.ffn_inputs:
+            raise PlanError(f"ffn: block {block}, {stream}: wanted a block of 0..{len(blocks) - 1}, a stream of {list(family.ffn_inputs)}")
+    for (block, stream), (weight, bias) in maps.items():
+        mids: list[torch.Tensor] = []
+        after = _linear_output(mids, family.groups[0].outputs.index(stream), weight, bias)
+        hooks.append(blocks[block].get_submodule(family.ffn_inputs[stream]).register_forward_pre_hook(_keeper(mids)))
+        hooks.append(blocks[block].register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _linear_output(
+    mids: list[torch.Tensor], place: int, weight: torch.Tensor, bias: torch.Tensor
+) -> Callable[[nn.Module, tuple[Any, ...], tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    """A hook that puts the linear network's result at one place of a block's output, from the state kept in `mids`."""
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        mid = mids.pop()
+        mids.clear()
+        result = mid + nn.functional.linear(mid, weight.to(mid), bias.to(mid))
+        return (*output[:place], result, *output[place + 1 :])
+
+    return after
 
 
 def cores() -> int:

@@ -41,7 +41,8 @@ class CalibrationStats(Record):
 
     State i is the input of block i (i = `num_blocks`: the output of the last). Near moments of streams
     `image`, `text` and `temb` (of `SiLU(temb)`, one row a forward), far ones of `image`, `text` and
-    `text_input` (the modulated text state that feeds block i's keys and values). When `grouped`, near
+    `text_input` (the modulated text state that feeds block i's keys and values), and those of the
+    feed-forward networks (`ppclc.ffn_maps`). When `grouped`, near
     moments also stand under `chunk.<c>.` and `band.<b>.`: of every eighth batch, and of each band of
     timesteps. Rows are counted in `rows`; `moment_seconds` went into moments, beside the forwards.
     """

@@ -88,7 +88,7 @@ class Options:
     ) -> CompressionPlan:
         """The plan with these edits; dead code goes where the recipe allows and the class changes anyway."""
         dead = self.dead_code and bool(text or ffn or rank is not None)
-        return CompressionPlan.of(self.family, self.num_blocks, list(spans), list(text), rank, dead, *([list(ffn)] if ffn else []))
+        return CompressionPlan.of(self.family, self.num_blocks, list(spans), list(text), rank, dead, list(ffn))
 
     def run(self, k: int, spans: Sequence[Span]) -> list[int] | None:
         """The last k student blocks, as teacher numbers; None when they are protected or out of reach of the moments."""
@@ -208,7 +208,7 @@ class _Savings:
         return self.base - self.budget.value(self._plan([], blocks, tuple(self.options.fixed_ffns or ()))) if blocks else 0.0
 
     def _ffn(self, stream: str) -> float:
-        block = next(b for _, s, b in self.options.ffns if s == stream)
+        block = min(b for _, s, b in self.options.ffns if s == stream)
         return self.base - self.budget.value(self._plan([], self.options.text_blocks or (), [(block, stream)]))
 
 
@@ -226,7 +226,9 @@ def _plan_of(options: Options, mix: Mix) -> CompressionPlan | None:
     if options.fixed_ffns is not None:
         ffn = list(options.fixed_ffns)
     else:
-        free = [(b, s) for _, s, b in options.ffns if b in kept and not (s == "text" and b in text)]
+        # The last block that computes text has no text network to replace once dead code is gone.
+        full = [b for b in kept if b not in text][:-1]
+        free = [(b, s) for _, s, b in options.ffns if b in (full if s == "text" else kept)]
         if len(free) < mix.ffns:
             return None
         ffn = sorted(free[: mix.ffns])

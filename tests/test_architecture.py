@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("students",),
     ("families",),
     ("detection", "flow", "kernels", "lowering", "models", "moments", "quality", "samples", "selection", "training", "trials"),
-    ("closed_forms", "edit_costs"),
+    ("closed_forms", "edit_costs", "ffn_maps"),
     ("backends",),
     ("scenes",),
     ("passes",),

@@ -6,7 +6,7 @@ A family is one file here with a `PLUGIN`. Blocks are numbered through all group
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ppclc import plugins
@@ -15,7 +15,7 @@ from ppclc.plan import CompressionPlan
 
 Tensors = Mapping[str, Any]
 Bank = Mapping[str, Tensors]
-"""Tensors by edit: `interval-3-4` a block's state, `text-9-8` the maps, `modulation` basis and mean."""
+"""Tensors by edit: `interval-3-4` a block's state, `text-9-9-8-8` and `ffn-2-image` the maps, `modulation` basis and mean."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Family:
     `temb`. text_input: block, text state and temb to the modulated state that feeds keys and values.
     text_key: name in the bank of a text-stream edit's maps.
     example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length.
-    lowered: a model made ready for torch.export.
+    lowered: a model made ready for torch.export. ffn_inputs: by stream, the module within a block whose
+    input is the state after the attention residual; a stream that is not there takes no ffn edit.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Family:
     example_inputs: Callable[..., dict[str, Any]]
     lowered: Callable[[Any], Lowered]
     tiny_config: Mapping[str, Any]
+    ffn_inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def student_class_name(self) -> str:

@@ -199,7 +199,7 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
         choices = [[span for span in spans if allows(wanted, *span)] for spans in choices]
     for rank, spans in itertools.product(reversed(ranks), choices):
         dead = wanted.dead_code and bool(text or ffn or rank is not None)
-        plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, *([ffn] if ffn else []))
+        plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, ffn)
         if budget is None or budget.met(plan):
             return plan
     assert budget is not None
@@ -371,7 +371,14 @@ class Search:
         return [(0.0, 0), *((c, k) for k, c in self.text_costs.items())]
 
     def _ffn_choices(self) -> list[tuple[float, str, int]]:
-        return []
+        if self.wanted.ffn != "auto" or self.budget is None:
+            return []
+        for stream in self.source.family.ffn_inputs:
+            for block in range(self.length):
+                if block not in self.wanted.protect:
+                    self.ffn_costs.append((self.costs.share(self.costs.ffn(block, stream)), stream, block))
+                self.progress((block + 1) / self.length, f"{stream} FFN")
+        return sorted(self.ffn_costs)
 
     def _chains(self) -> dict[int, list[Chain]]:
         """Intervals by the number of blocks they remove, as the strategy picks them."""
@@ -436,6 +443,10 @@ class Search:
             blocks = list(range(self.length - k, self.length))
             saved = whole - predicted_parameters(family, config, self.options.plan([], blocks))
             rows.append(Candidate(kind="text_stream", first=blocks[0], last=blocks[-1], cost=cost, parameters=saved))
+        for cost, stream, block in sorted(self.ffn_costs, key=lambda f: (f[1], f[2])):
+            if stream == "image" or block < self.length - 1:  # the last block's text network is dead code
+                saved = whole - predicted_parameters(family, config, self.options.plan([], ffn=[(block, stream)]))
+                rows.append(Candidate(kind=f"{stream}_ffn", first=block, last=block, cost=cost, parameters=saved))
         return rows
 
     def work(self) -> dict[str, float]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow
 from ppclc.families import Family
+from ppclc.ffn_maps import FfnMoments
 from ppclc.models import Trace, blocks_of, trace
 from ppclc.moments import BANDS, CHUNKS, Moments, rows_of
 from ppclc.records import CalibrationStats
@@ -40,31 +41,34 @@ def calibrate(
 ) -> CalibrationStats:
     """Near and far moments of every block's states by stream, of the modulated text inputs, and of `SiLU(temb)`."""
     generator = torch.Generator().manual_seed(settings.seed)
-    moments, blocks = Moments(), blocks_of(model, family)
+    moments, ffns, blocks = Moments(), FfnMoments(), blocks_of(model, family)
     batches = -(-settings.samples // BATCH)
     # A few batches at least, spread over the run: far moments must be of full rank.
     far_every = max(1, min(FAR_EVERY, batches // 4))
     seconds, done, groups = 0.0, 0, False
     for n in range(batches):
         x, t, conditioning = by_timestep(samples.draw(min(BATCH, settings.samples - done), generator))
-        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning))
+        far = n % far_every == 0
+        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), mids=far)
         start = time.perf_counter()
         groups = grouped_bytes(seen) <= GROUPED_BYTES
         mask = conditioning.get("encoder_hidden_states_mask")
         add_near(moments, seen, t, mask, f"chunk.{n % CHUNKS}." if groups else None)
-        if n % far_every == 0:
+        if far:
             add_far(moments, seen, mask, family, blocks, settings.longest)
+            for stream, mids in seen.mids.items():
+                ffns.add(stream, mids, seen.states[stream][1:], mask if stream == "text" else None)
         seconds += time.perf_counter() - start
         done += len(t)
         progress(done / settings.samples, "")
     return CalibrationStats(
         num_blocks=len(blocks),
         longest=settings.longest,
-        rows=moments.rows,
+        rows=moments.rows | ffns.rows,
         samples=done,
         grouped=groups,
         moment_seconds=seconds,
-        tensors=moments.tensors,
+        tensors=moments.tensors | ffns.tensors,
     )
 
 
