@@ -111,7 +111,29 @@ def open_source(path: str, revision: str | None = None) -> Source:
     return Source(path, folder, known | config, family)
 
 
-def _local_or_hub(path: str, revision: str | None) -> Path:
+def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = None) -> Path:
+    """The folder of the pipeline that a transformer is of, with these parts in it; a hub's are fetched.
+
+    Raises:
+        ModelError: a bare transformer, or a pipeline without such a part.
+    """
+    root = source.folder.parent if source.folder.name == "transformer" else source.folder
+    index = root / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{source.path}: is a bare transformer: there is no {index}, wanted a pipeline's folder with {', '.join(parts)}")
+    listed = _json_object(index)
+    for part in parts:
+        if not isinstance(listed.get(part), list) or None in listed[part]:
+            raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
+    if not Path(source.path).expanduser().is_dir() and not source.path.startswith(BUILTIN):
+        _local_or_hub(source.path, revision, [f"{p}/*{end}" for p in parts for end in (".json", ".safetensors", ".txt", ".jinja")])
+    for part in parts:
+        if not (root / part).is_dir():
+            raise ModelError(f"{root / part}: no such folder, but {index} lists it; fetch the model again")
+    return root
+
+
+def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:
     root = Path(path).expanduser()
     if root.is_dir():
         return root
@@ -121,7 +143,7 @@ def _local_or_hub(path: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=[*wanted, *(more or [])]))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
