@@ -120,7 +120,9 @@ def cache_files(path: str) -> list[Path]:
     files = sorted(f for f in place.glob("*.safetensors") if not f.name.startswith(".")) if place.is_dir() else [place]
     if not files or not all(f.is_file() and f.suffix == ".safetensors" for f in files):
         what = "holds no *.safetensors" if place.is_dir() else "no such file or folder" if not place.exists() else "is no *.safetensors"
-        raise RecipeError(f"calibrate.path = {path!r}: {what}; wanted cached samples in safetensors, as docs/decisions/005-cached-samples.md says")
+        raise RecipeError(
+            f"calibrate.path = {path!r}: {what}; wanted cached samples in safetensors, as docs/decisions/005-cached-samples.md says"
+        )
     return files
 
 
@@ -136,13 +138,19 @@ def open_cache(path: str, source: Source, kind: str = "cached", digest: str | No
         where = f"calibrate.path = {path!r}: {shard.file}"
         names, first = (sorted(s.shapes.keys() - {MASK}) for s in (shard, shards[0]))
         if names != first:
-            raise RecipeError(f"{where}: holds {', '.join(names)}, but {files[0].name} holds {', '.join(first)}; wanted the same in all files")
+            raise RecipeError(
+                f"{where}: holds {', '.join(names)}, but {files[0].name} holds {', '.join(first)}; wanted the same in all files"
+            )
         if shard.grid != shards[0].grid:
-            raise RecipeError(f"{where}: height, width = {shard.grid}, but {files[0].name} has {shards[0].grid}; give one folder a resolution")
+            raise RecipeError(
+                f"{where}: height, width = {shard.grid}, but {files[0].name} has {shards[0].grid}; give one folder a resolution"
+            )
         for name in names:
             tail, wanted = (s.shapes[name][2 if name == TEXT else 1 :] for s in (shard, shards[0]))
             if tail != wanted:
-                raise RecipeError(f"{where}: {name} has rows of {list(tail)}, but {files[0].name} of {list(wanted)}; wanted like rows in all files")
+                raise RecipeError(
+                    f"{where}: {name} has rows of {list(tail)}, but {files[0].name} of {list(wanted)}; wanted like rows in all files"
+                )
     if digest is None:
         for shard in shards:
             _check_values(shard, path)
@@ -161,9 +169,8 @@ def _read_header(file: Path, source: Source, where: str) -> Shard:
         raise RecipeError(f"{where}: not a whole safetensors file ({error}); write it again") from None
     grid = tuple(metadata.get(side, "missing") for side in ("height", "width"))
     if not all(g.isdecimal() and int(g) > 0 for g in grid):
-        raise RecipeError(
-            f"{where}: metadata height = {grid[0]!r}, width = {grid[1]!r}: wanted the image's size in tokens, e.g. save_file(..., metadata={{'height': '16', 'width': '16'}})"
-        )
+        wanted = "the image's size in tokens, e.g. save_file(..., metadata={'height': '16', 'width': '16'})"
+        raise RecipeError(f"{where}: metadata height = {grid[0]!r}, width = {grid[1]!r}: wanted {wanted}")
     height, width = (int(g) for g in grid)
     _check_shapes(shapes, dtypes, (height, width), source, where)
     return Shard(file, shapes[TEXT][0], shapes, (height, width))
@@ -194,9 +201,13 @@ def _check_shapes(
         elif name in family.text_tensors:
             like = example[name].shape
             wanted = [rows, *(["T"] if name == TEXT else like[1:-1]), like[-1]]
-        fits = len(shape) == len(wanted) and all(isinstance(w, str) or s == w for s, w in zip(shape, wanted, strict=True)) and 0 not in shape
+        fits = (
+            len(shape) == len(wanted) and all(isinstance(w, str) or s == w for s, w in zip(shape, wanted, strict=True)) and 0 not in shape
+        )
         if not fits:
-            raise RecipeError(f"{where}: {name} has shape {list(shape)}, wanted [{', '.join(map(str, wanted))}] by config.json and the file's own grid and rows")
+            raise RecipeError(
+                f"{where}: {name} has shape {list(shape)}, wanted [{', '.join(map(str, wanted))}] by config.json and the file's own grid and rows"
+            )
         if name != MASK and dtypes[name] not in ("F32", "F16", "BF16"):
             raise RecipeError(f"{where}: {name} is {dtypes[name]}; wanted float32, bfloat16 or float16")
 
@@ -211,7 +222,9 @@ def _check_values(shard: Shard, path: str) -> None:
                 if not bool(good.all()):
                     row = start + int((~good).nonzero()[0])
                     fault, wanted = ("masks all text", "some text") if name == MASK else ("holds NaN or infinite values", "finite ones")
-                    raise RecipeError(f"calibrate.path = {path!r}: {shard.file}: {name}: row {row} {fault}, wanted {wanted}; mend it or leave it out")
+                    raise RecipeError(
+                        f"calibrate.path = {path!r}: {shard.file}: {name}: row {row} {fault}, wanted {wanted}; mend it or leave it out"
+                    )
 
 
 def _row_blocks(part: Any, rows: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -8,11 +8,12 @@ Shape suffixes: C channel, H height, W width.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
@@ -29,13 +30,14 @@ BLOCK = 512
 
 @dataclass(frozen=True)
 class Picture:
-    """One captioned image: `size` bytes at `offset` of a file; `name` is what messages call it."""
+    """One captioned image: `size` bytes at `offset` of a file; `name` is what messages call it, `digest` the bytes' SHA-256."""
 
     file: Path
     name: str
     offset: int
     size: int
     caption: str
+    digest: str = ""
 
     def data(self) -> bytes:
         """The encoded image."""
@@ -78,10 +80,15 @@ def read_pictures(path: str) -> list[Picture]:
     if not pictures:
         wanted = "image.png with image.txt beside it, a metadata.jsonl, or webdataset shards (*.tar)"
         raise RecipeError(f"calibrate.path = {path!r}: holds no images; wanted {wanted}")
-    for picture in pictures:
-        with _decoding(picture, path) as image:
-            image.verify()
-    return pictures
+    return [_verified(p, path) for p in pictures]
+
+
+def _verified(picture: Picture, path: str) -> Picture:
+    """The picture with its digest. Raises RecipeError for what its format's own header or checksums show to be damaged."""
+    data = picture.data()
+    with _decoding(picture, data, path) as image:
+        image.verify()
+    return replace(picture, digest=hashlib.sha256(data).hexdigest())
 
 
 def pixels(picture: Picture, height: int, width: int, path: str) -> torch.Tensor:
@@ -90,7 +97,7 @@ def pixels(picture: Picture, height: int, width: int, path: str) -> torch.Tensor
     Raises:
         RecipeError: it cannot be decoded.
     """
-    with _decoding(picture, path) as opened:
+    with _decoding(picture, picture.data(), path) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -110,10 +117,10 @@ def shards_at(path: str) -> list[Path]:
 
 
 @contextmanager
-def _decoding(picture: Picture, path: str) -> Iterator[Image.Image]:
+def _decoding(picture: Picture, data: bytes, path: str) -> Iterator[Image.Image]:
     """The image, header read; what Pillow says of a damaged one becomes a RecipeError that names it."""
     try:
-        with Image.open(BytesIO(picture.data())) as image:
+        with Image.open(BytesIO(data)) as image:
             yield image
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         where = f"calibrate.path = {path!r}: {picture.name}"
@@ -125,10 +132,13 @@ def _text(where: Path | str, data: bytes, path: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"calibrate.path = {path!r}: {where}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+        raise RecipeError(
+            f"calibrate.path = {path!r}: {where}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image, and not a hidden one."""
     return name.lower().endswith(IMAGE_ENDS) and not Path(name).name.startswith(".")
 
 
@@ -136,7 +146,7 @@ def _folder_pictures(folder: Path, path: str) -> list[Picture]:
     table = folder / "metadata.jsonl"
     if table.is_file():
         return [_file_picture(folder / name, caption) for name, caption in _table(table, path)]
-    images = sorted(f for f in folder.rglob("*") if f.is_file() and _is_image(f.name))
+    images = sorted(f for f in folder.rglob("*") if f.is_file() and is_image(f.name))
     bare = [f for f in images if not f.with_suffix(".txt").is_file()]
     _all_captioned([str(f) for f in bare], len(images), "a .txt of the same name beside each, or one metadata.jsonl", path)
     return [_file_picture(f, _caption(f.with_suffix(".txt"), f.with_suffix(".txt").read_bytes(), path)) for f in images]
@@ -171,7 +181,7 @@ def _table(table: Path, path: str) -> Iterator[tuple[str, str]]:
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             raise RecipeError(f"{where}: file_name = {name!r}, text = {text!r}; wanted an image's file and its caption")
-        if not _is_image(name) or not (table.parent / name).is_file():
+        if not is_image(name) or not (table.parent / name).is_file():
             raise RecipeError(f"{where}: file_name = {name!r}: no such image; wanted one of {', '.join(IMAGE_ENDS)} below {table.parent}")
         yield name, " ".join(text.split())
 
@@ -186,7 +196,7 @@ def _shard_pictures(shard: Path, path: str) -> list[Picture]:
             folder, _, name = member.name.rpartition("/")
             stem, _, end = name.partition(".")
             key, where = f"{folder}/{stem}", f"{shard}: {member.name}"
-            if _is_image(name):
+            if is_image(name):
                 if key in images:
                     raise RecipeError(f"calibrate.path = {path!r}: {where}: the second image of {stem!r}; wanted one a stem")
                 images[key] = member

@@ -32,6 +32,8 @@ from ppclc.records import disk_errors, file_digest, write_text
 BUILTIN = "builtin:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
+"""Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
 SHARD_SIZE = "5GB"
 NARROW = 256
 """Widths up to which operators run on one thread."""
@@ -131,6 +133,53 @@ def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = No
         if not (root / part).is_dir():
             raise ModelError(f"{root / part}: no such folder, but {index} lists it; fetch the model again")
     return root
+
+
+def digest_parts(root: Path, parts: tuple[str, ...]) -> str:
+    """SHA-256 over all files of some parts of a pipeline."""
+    files = [f for part in parts for f in sorted((root / part).rglob("*")) if f.is_file()]
+    return _files_digest(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+def load_part(root: Path, part: str, dtype: str) -> Any:
+    """One part of a pipeline by `model_index.json`: a network in evaluation mode with every tensor its own, or a tokenizer.
+
+    Raises:
+        ModelError: of a library that ppclc loads nothing from, or not whole.
+    """
+    library, name = _json_object(root / "model_index.json")[part][:2]
+    kind = getattr(import_module(library), name, None) if library in PART_LIBRARIES else None
+    if kind is None:
+        raise ModelError(f"{root / 'model_index.json'}: {part} = {[library, name]}: wanted a class of {' or '.join(PART_LIBRARIES)}")
+    try:
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(root / part, local_files_only=True)
+        model, info = kind.from_pretrained(
+            root / part,
+            **{PART_LIBRARIES[library]: DTYPES[dtype]},
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # two libraries and their parsers raise many kinds; all mean that the part is not whole
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{root / part}: cannot be loaded as {name} ({reason}); fetch it again, safetensors included") from error
+    lacking = sorted({str(k) for key in ("missing_keys", "mismatched_keys") for k in info.get(key, ())})
+    if lacking:
+        raise ModelError(
+            f"{root / part}: {len(lacking)} tensors of {name} are missing or of a wrong shape, {lacking[0]} first; fetch it again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def pipeline_class(root: Path) -> str:
+    """Name of the class that a pipeline's folder is of."""
+    return str(_json_object(root / "model_index.json").get("_class_name"))
+
+
+def part_config(root: Path, part: str) -> dict[str, Any]:
+    """Configuration of a part of a pipeline. Raises ModelError when it cannot be read."""
+    return _json_object(root / part / "config.json")
 
 
 def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins",),
     ("students",),
     ("families",),
-    ("flow", "kernels", "lowering", "models", "quality", "samples"),
+    ("cache", "datasets", "encoding", "flow", "kernels", "lowering", "models", "quality", "samples"),
     ("backends",),
     ("scenes",),
     ("passes",),
