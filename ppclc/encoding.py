@@ -198,7 +198,8 @@ def _encode_images(data: Unencoded, work: Path, dtype: str, say: Callable[[str],
             parts = []
             for some in _blocks(list(data.pictures[start : start + SHARD_ROWS]), IMAGES_AT_ONCE):
                 images = torch.stack([pixels(p, *data.size, data.path) for p in some])
-                latents = data.encoders.encode_images(pipeline, images)
+                with _running(data, data.encoders.image_parts, some[0].name):
+                    latents = data.encoders.encode_images(pipeline, images)
                 _check(data, LATENTS, latents, some[0].name)
                 parts.append(latents)
                 progress.add(start + sum(map(len, parts)))
@@ -215,7 +216,8 @@ def _encode_prompts(data: Unencoded, work: Path, dtype: str, say: Callable[[str]
             for start in todo:
                 parts = []
                 for some in _blocks(list(data.prompts[start : start + SHARD_ROWS]), PROMPTS_AT_ONCE):
-                    parts.append(data.encoders.encode_prompts(pipeline, some))
+                    with _running(data, data.encoders.text_parts, repr(some[0])):
+                        parts.append(data.encoders.encode_prompts(pipeline, some))
                     for name in data.source.family.text_tensors:
                         _check(data, name, parts[-1][name], repr(some[0]))
                     progress.add(start + sum(len(p[TEXT]) for p in parts))
@@ -264,6 +266,18 @@ def _pipeline(data: Unencoded, parts: tuple[str, ...], dtype: str) -> Iterator[A
     finally:
         del pipeline, loaded
         gc.collect()
+
+
+@contextmanager
+def _running(data: Unencoded, parts: tuple[str, ...], first: str) -> Iterator[None]:
+    """Turn what an encoder raises into a ModelError that says which, and where in the data it was."""
+    try:
+        yield
+    except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"{data.root / parts[0]}: fails from {first} on ({reason}); does it fit {', '.join(parts[1:]) or 'its config.json'}?"
+        ) from error
 
 
 class _Progress:

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -151,6 +152,7 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
     kind = getattr(import_module(library), name, None) if library in PART_LIBRARIES else None
     if kind is None:
         raise ModelError(f"{root / 'model_index.json'}: {part} = {[library, name]}: wanted a class of {' or '.join(PART_LIBRARIES)}")
+    quiet_libraries()
     try:
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(root / part, local_files_only=True)
@@ -485,12 +487,16 @@ def set_threads(source: Source | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the screen."""
+    """Keep the libraries' own chatter off the screen, `transformers`' bars too where it is loaded already."""
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
     for name in ("transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def require_library(module: str, extra: str) -> Any:
