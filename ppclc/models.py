@@ -129,7 +129,7 @@ def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = No
         if not isinstance(listed.get(part), list) or None in listed[part]:
             raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
     if not Path(source.path).expanduser().is_dir() and not source.path.startswith(BUILTIN):
-        _local_or_hub(source.path, revision, [f"{p}/*{end}" for p in parts for end in (".json", ".safetensors", ".txt", ".jinja")])
+        root = _local_or_hub(source.path, revision, [f"{p}/*{end}" for p in parts for end in (".json", ".safetensors", ".txt", ".jinja")])
     for part in parts:
         if not (root / part).is_dir():
             raise ModelError(f"{root / part}: no such folder, but {index} lists it; fetch the model again")

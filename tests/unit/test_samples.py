@@ -208,6 +208,7 @@ def pack(tar: Path, images: Path, caption: Callable[[str], tuple[str, bytes]]) -
                 out.addfile(info, io.BytesIO(data))
 
 
+@pytest.mark.slow
 def test_folder_table_and_shards_of_the_same_images_are_one(source: Source, images: Path, tmp_path: Path) -> None:
     first = encoded(source, "images", images, tmp_path / "a")
     shards, table = tmp_path / "shards", tmp_path / "table"
@@ -786,6 +787,26 @@ def test_pipelines_that_do_not_fit(broken: Path, prompts_file: Path, changes: di
     shutil.rmtree(broken / "vae")
     edit_index(broken, _class_name="QwenImagePipeline", text_encoder=["transformers", "X"], vae=["diffusers", "X"])
     refused("prompts", prompts_file, open_source(str(broken)), "vae: no such folder", error=ModelError)
+
+
+def test_a_hubs_parts_are_fetched_as_safetensors_when_they_are_needed(
+    folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None, list[str]]] = []
+
+    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    found = find_data("prompts", str(prompts_file), SIZE, open_source("some/model", "v1"), "v1")
+    assert isinstance(found, Unencoded)
+    (first, second) = asked
+    assert first[:2] == second[:2] == ("some/model", "v1")
+    more = set(second[2]) - set(first[2])
+    assert {f"{p}/*.safetensors" for p in ("text_encoder", "tokenizer", "vae")} <= more
+    assert not any(pattern.endswith(("*", ".bin", ".pt")) for pattern in more)
 
 
 def test_encoders_that_are_not_whole(broken: Path, folder: Path, prompts_file: Path, tmp_path: Path) -> None:
