@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ppclc.cache import FEW, Cache
+from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
@@ -184,13 +185,16 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates and the plan; a plan.json that a person has edited goes first."""
     recipe, stats = run.recipe, _made(run.stats)
     sections = (recipe.analyze, recipe.target, recipe.plan)
+    lessons = analyze_pass.Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
     run.analysis = run.store.make(
         Analysis,
         "analyze",
         analyze_pass.VERSION,
-        [s.model_dump() for s in sections],
+        [*(s.model_dump() for s in sections), *([asdict(lessons)] if recipe.analyze.trials > 1 else [])],
         (stats,),
-        lambda _: analyze_pass.analyze(run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress),
+        lambda _: analyze_pass.analyze(
+            run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress, lessons
+        ),
     )
     run.plan = _edited_plan(run, run.analysis.plan)
     student_config(run.source.family, run.source.config, run.plan)
@@ -215,7 +219,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     """One record an interval, then the fine-tune of the whole."""
     stats, plan, settings = _made(run.stats), _made(run.plan), run.recipe.distill
     samples, family, ridge = _samples(run, "train"), run.source.family, run.recipe.analyze.ridge
-    bank: dict[str, dict[str, Any]] = dict(analyze_pass.closed_form_bank(stats, ridge, plan, family.text_key))
+    bank: dict[str, dict[str, Any]] = dict(closed_form_bank(stats, ridge, plan, family.text_key))
     total = settings.steps * len(plan.intervals) + settings.finetune_steps
     done = 0
     run.edits = []
@@ -226,13 +230,14 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
 
     for interval in plan.intervals:
         report = part(settings.steps, interval.key)
+        start = _made(run.analysis).starts.get(interval.key, interval.first)
         edit = run.store.make(
             Distilled,
             interval.key,
             distill_pass.VERSION,
-            settings.local() | {"source": samples.identity},
+            settings.local() | {"source": samples.identity, "start": start},
             (_base(run),),
-            partial(distill_pass.distill_interval, run.teacher, family, interval, samples, settings, report),
+            partial(distill_pass.distill_interval, run.teacher, family, interval, start, samples, settings, report),
             stage="distill",
         )
         bank[interval.key] = edit.tensors

@@ -379,6 +379,11 @@ def blocks_of(model: Any, family: Family) -> list[nn.Module]:
     return [block for group in family.groups for block in model.get_submodule(group.path)]
 
 
+def block_state(block: nn.Module) -> dict[str, torch.Tensor]:
+    """A block's tensors by name, as the bank holds them."""
+    return {k: v.detach() for k, v in block.state_dict().items()}
+
+
 @dataclass
 class Trace:
     """What one forward of a model passed through.
