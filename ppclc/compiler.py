@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ppclc.cache import FEW, Cache
 from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
+from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
 from ppclc.models import (
@@ -44,6 +46,7 @@ from ppclc.records import (
     Export,
     Measured,
     Record,
+    Stage,
     Store,
     Student,
     Verdict,
@@ -68,6 +71,7 @@ class Run:
     display: Display
     source: Source
     teacher: Any = None
+    cache: Cache | None = None
     store: Store = field(init=False)
     stats: CalibrationStats | None = None
     analysis: Analysis | None = None
@@ -120,7 +124,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     check_teacher(source)
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
-    open_samples(recipe.calibrate.source, source, None, "choose")
+    wanted = recipe.calibrate
+    found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
     digest = source.digest()
     mark = out / "records" / "teacher"
     check_writable(out)
@@ -128,16 +133,31 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         raise OutputError(
             f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; give another folder with -o"
         )
+    cache, encoding = _cached(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     teacher = load_source(source, recipe.model.dtype)
-    run = Run(recipe, name, out, display, source, teacher)
+    run = Run(recipe, name, out, display, source, teacher, cache)
+    run.store.stages += encoding
     if not mark.is_file():
         write_text(mark, f"{digest} {recipe.model.path}\n")
     write_text(out / "recipe.yaml", recipe.to_yaml())
     return run
 
 
+def _cached(found: Cache | Unencoded | None, records: Path, dtype: str, display: Display) -> tuple[Cache | None, list[Stage]]:
+    """The user's samples, and what encoding them took, which counts as calibration, when they are not there yet."""
+    if not isinstance(found, Unencoded) or found.folder(records, dtype).is_dir():
+        return cached(found, records, dtype, display.say), []
+    with measured("calibrate") as cost:
+        cache = cached(found, records, dtype, display.say)
+    return cache, cost
+
+
 def _samples(run: Run, split: str) -> Samples:
-    samples = open_samples(run.recipe.calibrate.source, run.source, run.teacher, split)
+    samples = open_samples(run.recipe.calibrate.source, run.source, run.teacher, split, run.cache)
+    if samples.cache and samples.cache.shares_rows and split == "choose":
+        run.display.say(
+            f"warning: {samples.cache.rows} samples are too few to be kept apart (wanted {FEW}): calibration, training and judging share all of them"
+        )
     if samples.kind == "noise" and split == "choose":
         run.display.say("warning: calibrating on random embeddings and latents; what is measured on them says little about real prompts")
     return samples
@@ -155,7 +175,7 @@ def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
         CalibrationStats,
         "calibrate",
         calibrate_pass.VERSION,
-        settings.model_dump() | {"source": samples.kind},
+        settings.moments() | {"source": samples.identity},
         (_base(run),),
         lambda _: calibrate_pass.calibrate(run.teacher, run.source.family, samples, settings, progress),
     )
@@ -215,7 +235,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
             Distilled,
             interval.key,
             distill_pass.VERSION,
-            settings.local() | {"source": samples.kind, "start": start},
+            settings.local() | {"source": samples.identity, "start": start},
             (_base(run),),
             partial(distill_pass.distill_interval, run.teacher, family, interval, start, samples, settings, report),
             stage="distill",
@@ -229,7 +249,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
             Distilled,
             "finetune",
             distill_pass.VERSION,
-            [settings.joint() | {"source": samples.kind}, plan.model_dump(), ridge],
+            [settings.joint() | {"source": samples.identity}, plan.model_dump(), ridge],
             (_base(run), stats, *run.edits),
             partial(distill_pass.finetune, run.teacher, plan, bank, samples, settings, report),
             stage="distill",

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ from ppclc.records import disk_errors, file_digest, write_text
 BUILTIN = "builtin:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
+"""Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
 SHARD_SIZE = "5GB"
 NARROW = 256
 """Widths up to which operators run on one thread."""
@@ -111,7 +114,77 @@ def open_source(path: str, revision: str | None = None) -> Source:
     return Source(path, folder, known | config, family)
 
 
-def _local_or_hub(path: str, revision: str | None) -> Path:
+def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = None) -> Path:
+    """The folder of the pipeline that a transformer is of, with these parts in it; a hub's are fetched.
+
+    Raises:
+        ModelError: a bare transformer, or a pipeline without such a part.
+    """
+    root = source.folder.parent if source.folder.name == "transformer" else source.folder
+    index = root / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{source.path}: is a bare transformer: there is no {index}, wanted a pipeline's folder with {', '.join(parts)}")
+    listed = _json_object(index)
+    for part in parts:
+        if not isinstance(listed.get(part), list) or None in listed[part]:
+            raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
+    if not Path(source.path).expanduser().is_dir() and not source.path.startswith(BUILTIN):
+        root = _local_or_hub(source.path, revision, [f"{p}/*{end}" for p in parts for end in (".json", ".safetensors", ".txt", ".jinja")])
+    for part in parts:
+        if not (root / part).is_dir():
+            raise ModelError(f"{root / part}: no such folder, but {index} lists it; fetch the model again")
+    return root
+
+
+def digest_parts(root: Path, parts: tuple[str, ...]) -> str:
+    """SHA-256 over all files of some parts of a pipeline."""
+    files = [f for part in parts for f in sorted((root / part).rglob("*")) if f.is_file()]
+    return _files_digest(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+def load_part(root: Path, part: str, dtype: str) -> Any:
+    """One part of a pipeline by `model_index.json`: a network in evaluation mode with every tensor its own, or a tokenizer.
+
+    Raises:
+        ModelError: of a library that ppclc loads nothing from, or not whole.
+    """
+    library, name = _json_object(root / "model_index.json")[part][:2]
+    kind = getattr(import_module(library), name, None) if library in PART_LIBRARIES else None
+    if kind is None:
+        raise ModelError(f"{root / 'model_index.json'}: {part} = {[library, name]}: wanted a class of {' or '.join(PART_LIBRARIES)}")
+    quiet_libraries()
+    try:
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(root / part, local_files_only=True)
+        model, info = kind.from_pretrained(
+            root / part,
+            **{PART_LIBRARIES[library]: DTYPES[dtype]},
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # two libraries and their parsers raise many kinds; all mean that the part is not whole
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{root / part}: cannot be loaded as {name} ({reason}); fetch it again, safetensors included") from error
+    lacking = sorted({str(k) for key in ("missing_keys", "mismatched_keys") for k in info.get(key, ())})
+    if lacking:
+        raise ModelError(
+            f"{root / part}: {len(lacking)} tensors of {name} are missing or of a wrong shape, {lacking[0]} first; fetch it again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def pipeline_class(root: Path) -> str:
+    """Name of the class that a pipeline's folder is of."""
+    return str(_json_object(root / "model_index.json").get("_class_name"))
+
+
+def part_config(root: Path, part: str) -> dict[str, Any]:
+    """Configuration of a part of a pipeline. Raises ModelError when it cannot be read."""
+    return _json_object(root / part / "config.json")
+
+
+def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:
     root = Path(path).expanduser()
     if root.is_dir():
         return root
@@ -121,7 +194,7 @@ def _local_or_hub(path: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=[*wanted, *(more or [])]))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -480,12 +553,16 @@ def set_threads(source: Source | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the screen."""
+    """Keep the libraries' own chatter off the screen, `transformers`' bars too where it is loaded already."""
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
     for name in ("transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def require_library(module: str, extra: str) -> Any:

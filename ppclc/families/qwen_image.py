@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ppclc.errors import PlanError
-from ppclc.families import Bank, Family, Group, Lowered, Tensors
+from ppclc.families import Bank, Encoders, Family, Group, Lowered, Tensors
 from ppclc.plan import CompressionPlan
 from ppclc.students.qwen_image import JointAttention, TextRole, text_roles
 
@@ -138,8 +138,37 @@ def example_inputs(
         "hidden_states": torch.randn(batch, height * width, config["in_channels"], generator=generator),
         "timestep": torch.rand(batch, generator=generator),
         "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=generator),
-        "img_shapes": [[(1, height, width)]] * batch,
+        **grid_inputs(batch, height, width, text),
     }
+
+
+def grid_inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """The grid of every sample: one frame of `height` x `width` tokens."""
+    return {"img_shapes": [[(1, height, width)]] * batch}
+
+
+def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
+    """Text states (B, T, E) of the pipeline's own text encoder, and their mask (B, T) where prompts differ in length."""
+    states, mask = pipeline.encode_prompt(prompts)
+    return {"encoder_hidden_states": states} | ({} if mask is None else {"encoder_hidden_states_mask": mask})
+
+
+def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
+    """Packed latents (B, S, C) of images (B, 3, H, W) in -1..1: the VAE's mode, normalised by its own mean and deviation.
+
+    The sampler undoes just that: it multiplies by `latents_std` and adds `latents_mean` before it decodes.
+    """
+    vae = pipeline.vae
+    latents = vae.encode(images[:, :, None].to(vae.dtype)).latent_dist.mode()
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std))
+    latents = ((latents - mean) / std)[:, :, 0]
+    packed: torch.Tensor = pipeline._pack_latents(latents, *latents.shape)
+    return packed
+
+
+def pixels_per_token(vae_config: Mapping[str, Any]) -> int:
+    """Side of the square of pixels that one token stands for: the VAE halves once a stage, packing once more."""
+    return int(2 ** (len(vae_config.get("temperal_downsample", (False, True, True))) + 1))
 
 
 def position_ids(height: int, width: int, text: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,4 +308,13 @@ PLUGIN = Family(
         "axes_dims_rope": (4, 6, 6),
     },
     ffn_inputs={"image": "img_norm2", "text": "txt_norm2"},
+    grid_inputs=grid_inputs,
+    encoders=Encoders(
+        pipeline_class="QwenImagePipeline",
+        text_parts=("text_encoder", "tokenizer"),
+        image_parts=("vae",),
+        encode_prompts=encode_prompts,
+        encode_images=encode_images,
+        pixels_per_token=pixels_per_token,
+    ),
 )

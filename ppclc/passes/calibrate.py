@@ -24,16 +24,28 @@ FAR_EVERY = 16
 GROUPED_BYTES = 256 * 2**20
 """Most memory that moments by group may take; beyond it the analysis goes without its stability."""
 TEXT_INPUT = "text_input"
+Pixels = Annotated[int, Field(ge=1)]
 
 
 class CalibrateSettings(BaseModel):
-    """Section `calibrate` of a recipe. `longest`: most blocks an interval may span in the analysis."""
+    """Section `calibrate` of a recipe. `longest`: most blocks an interval may span in the analysis.
+
+    `path`: the user's data, by `source`: a text file of prompts, a folder or shards of captioned images,
+    or cached samples. `resolution`: height and width in pixels, or one number for both; it tells the
+    size of the images, and for prompts the size at which the teacher samples.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     source: SourceKind = "auto"
+    path: Annotated[str, Field(min_length=1)] | None = None
+    resolution: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] = 256
     samples: Annotated[int, Field(ge=2)] = 2048
     longest: Annotated[int, Field(ge=2)] = 10
     seed: Annotated[int, Field(ge=0)] = 0
+
+    def moments(self) -> dict[str, Any]:
+        """The settings on which the moments depend, but for the data itself."""
+        return self.model_dump(exclude={"source", "path", "resolution"})
 
 
 def calibrate(
