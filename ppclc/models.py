@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -114,6 +114,12 @@ def open_source(path: str, revision: str | None = None) -> Source:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
     return Source(path, folder, known | config, family)
+
+
+def open_configuration(path: str) -> Source:
+    """A model known by its configuration alone: a folder with `config.json`, or the file itself. Raises ModelError as `open_source`."""
+    file = Path(path).expanduser()
+    return replace(open_source(str(file.parent if file.name == "config.json" and file.is_file() else path)), path=path)
 
 
 def _local_or_hub(path: str, revision: str | None) -> Path:

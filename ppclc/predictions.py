@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_iter
 
 from ppclc import models
 from ppclc.block_costs import BlockCosts, blocks_by_group, default_size, width_of
+from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import DTYPES, count_parameters, empty_model, model_class, student_config
 from ppclc.plan import CompressionPlan
@@ -66,9 +67,11 @@ def predict(
     """The student of a teacher's configuration; with an empty plan, the teacher itself.
 
     Raises:
-        PlanError: a plan of another model.
+        PlanError: a plan that the model cannot take.
         ModelError: a configuration that cannot be built.
     """
+    if plan.modulation_rank is not None and plan.modulation_rank > width_of(config):
+        raise PlanError(f"plan.modulation_rank = {plan.modulation_rank}: wanted at most the width, {width_of(config)}")
     empty = empty_model(family, student_config(family, config, plan))
     return Prediction(
         parameters=count_parameters(empty),
