@@ -33,7 +33,9 @@ from ppclc.timing import Clock, interleaved
 
 VERSION = 1
 SHALLOW, DEEP, DEEPEST = 2, 4, 8
-"""Blocks of the models that are timed: SHALLOW, and from DEEP to DEEPEST as the teacher's depth and memory allow."""
+"""Blocks of the models that are timed: SHALLOW, and from DEEP to DEEPEST as the teacher's depth allows."""
+DEEPER_BYTES = 500e6
+"""Weights of a model that may be deeper than DEEP: blocks beyond that size cost far more than their timing is unsure."""
 MEMORY_SHARE = 0.5
 """Share of the free memory that the weights of the timed models may take."""
 Progress = Callable[[float, str], None]
@@ -206,13 +208,15 @@ def depth_that_fits(family: Family, config: Mapping[str, Any], dtype: str) -> in
     shallow, deeper = (
         count_parameters(empty_model(family, dict(config) | {g.count_key: n for g in family.groups})) * size for n in (SHALLOW, SHALLOW + 1)
     )
-    room = MEMORY_SHARE * psutil.virtual_memory().available
     block = deeper - shallow
     # Edits change at most half of a block's tensors; those are there twice.
-    fits = SHALLOW + int((room - 1.5 * shallow) / (1.5 * block))
-    if fits < DEEP:
-        need = (1.5 * shallow + 1.5 * block * (DEEP - SHALLOW)) / MEMORY_SHARE
-        raise UnavailableError(f"block costs: {room / MEMORY_SHARE / 1e9:.1f} GB of memory are free, wanted {need / 1e9:.1f} GB to time a few blocks in {dtype}")
+    need = 1.5 * (shallow + block * (DEEP - SHALLOW))
+    room = MEMORY_SHARE * psutil.virtual_memory().available
+    if need > room:
+        raise UnavailableError(
+            f"block costs: {room / 1e9:.1f} GB of memory may be taken, half of what is free; wanted {need / 1e9:.1f} GB to time a few blocks in {dtype}"
+        )
+    fits = SHALLOW + int((min(room / 1.5, DEEPER_BYTES) - shallow) / block)
     return max(DEEP, min(DEEPEST, family.num_blocks(config), fits))
 
 

@@ -270,14 +270,14 @@ def bench(
     else:
         labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
     sources = {label: open_source(path) for label, path in labels.items()}
-    display = Display(1, verbosity)
+    set_threads(next(iter(sources.values()), None) or open_configuration(str(random_weights)))
+    models = {label: load_source(source, dtype) for label, source in sources.items()}
     if random_weights:
         sources[random_weights] = open_configuration(random_weights)
-    set_threads(next(iter(sources.values())))
+    display = Display(2, verbosity)
     with display.stage("block costs") as progress:
         for source in _teachers(sources.values()):
             _keep_block_costs(source, dtype, runs, progress, display)
-    models = {label: load_source(source, dtype) for label, source in sources.items() if label != random_weights}
     if random_weights:
         models[random_weights] = _random_weights(sources[random_weights], dtype)
     with display.stage("bench") as progress:

@@ -58,9 +58,8 @@ def words(plan: CompressionPlan) -> list[str]:
         lines.append(f"{MERGED} merged into one block: {', '.join(f'{i.first}-{i.last}' for i in plan.intervals)}")
     if plan.text_stream:
         lines.append(f"{MAPPED} text stream mapped: {_ranges(e.block for e in plan.text_stream)}")
-    for stream in ("image", "text"):
-        if linear := [e.block for e in plan.ffn if e.stream == stream]:
-            lines.append(f"{LINEAR} {stream} feed-forward made linear: {_ranges(linear)}")
+    linear = {stream: [e.block for e in plan.ffn if e.stream == stream] for stream in ("image", "text")}
+    lines += [f"{LINEAR} {stream} feed-forward made linear: {_ranges(blocks)}" for stream, blocks in linear.items() if blocks]
     if plan.adapters:
         lines.append(f"  adapters before: {', '.join(f'{i.first}-{i.last}' for i in plan.adapters)}")
     if plan.modulation_rank is not None:
@@ -101,7 +100,9 @@ def _table(document: dict[str, Any]) -> Table:
 def _run(run: dict[str, Any]) -> Text:
     passes = ", ".join(f"{name} {duration_text(s)}" for name, s in run["seconds"].items() if s >= 1)
     total = duration_text(sum(run["seconds"].values()))
-    return Text(f"ppclc compress takes about {total} here ({passes}), {bytes_text(run['peak_bytes'])} of memory and {bytes_text(run['disk_bytes'])} of disk")
+    return Text(
+        f"ppclc compress takes about {total} here ({passes}), {bytes_text(run['peak_bytes'])} of memory and {bytes_text(run['disk_bytes'])} of disk"
+    )
 
 
 def bytes_text(count: float) -> str:

@@ -82,9 +82,7 @@ def predict(
     )
 
 
-def vram_bytes(
-    family: Family, config: Mapping[str, Any], plan: CompressionPlan, dtype: str, size: Mapping[str, int] | None = None
-) -> int:
+def vram_bytes(family: Family, config: Mapping[str, Any], plan: CompressionPlan, dtype: str, size: Mapping[str, int] | None = None) -> int:
     """Most bytes that tensors take while the plan's student runs: weights, and activations at a size.
 
     What a device's context, its libraries' work space and the allocator's rounding take is not counted.
@@ -154,7 +152,9 @@ def activation_bytes(
     Of a training step the gradients are counted, the optimizer's state is not.
     """
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
-    return _activation_bytes(family.name, json.dumps(plain, sort_keys=True), dtype, tuple(sorted((size or default_size(family)).items())), training)
+    return _activation_bytes(
+        family.name, json.dumps(plain, sort_keys=True), dtype, tuple(sorted((size or default_size(family)).items())), training
+    )
 
 
 @cache
@@ -177,7 +177,7 @@ def _activation_bytes(family_name: str, config: str, dtype: str, size: tuple[tup
             output = model(**inputs, return_dict=False)[0]
             if training:
                 output.square().mean().backward()
-        return seen.peak + sum(t.nbytes for t in inputs.values() if isinstance(t, torch.Tensor))
+        return int(seen.peak) + sum(int(t.nbytes) for t in inputs.values() if isinstance(t, torch.Tensor))
 
 
 class Allocations(TorchDispatchMode):
@@ -187,8 +187,9 @@ class Allocations(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live: int = 0
+        self.peak: int = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

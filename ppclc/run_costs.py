@@ -166,9 +166,7 @@ def distill_seconds(work: Work) -> float:
     """Local steps of every interval, then joint steps; the teacher runs a batch ahead in a thread of its own."""
     settings, speeds = work.recipe.distill, work.speeds
     block_s = speeds.teacher_s / work.blocks
-    local = sum(
-        work.beside(block_s * (interval.last + 1) + work.draw_s, block_s * speeds.training) for interval in work.plan.intervals
-    )
+    local = sum(work.beside(block_s * (interval.last + 1) + work.draw_s, block_s * speeds.training) for interval in work.plan.intervals)
     joint = work.beside(speeds.teacher_s + work.draw_s, speeds.student_s * speeds.training)
     return settings.batch * (settings.steps * local + (0 if work.plan.is_empty else settings.finetune_steps) * joint)
 
@@ -320,7 +318,7 @@ def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionP
     crowd = max(1, min(JUDGE_BATCH, int(2 * CALL_S / teacher_s)))
     crowded = max(1.0, _best(calls[0](crowd), 1) / crowd / teacher_s) if crowd > batch else 1.0
     training = _training_ratio(models[1], family, edited, size | {"batch": batch}, student_s * batch)
-    return Speeds(teacher_s, student_s, *single, training, crowded, products, python)
+    return Speeds(teacher_s, student_s, single[0], single[1], training, crowded, products, python)
 
 
 def _by_batch(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int]) -> Callable[[int], Call]:
