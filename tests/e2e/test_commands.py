@@ -88,7 +88,9 @@ def test_the_paper_s_model_is_planned_from_its_configuration(ppclc: Any, tmp_pat
 
 
 def test_plan_predicts_what_will_be_written_and_what_it_takes(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n"
+    )
     code, out, _ = ppclc("plan", "r.yaml", "--json")
     document = json.loads(out)
     assert code == 0
@@ -105,7 +107,9 @@ def test_plan_predicts_what_will_be_written_and_what_it_takes(ppclc: Any, teache
 
 
 def test_plan_draws_every_edit(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n"
+    )
     code, out, err = ppclc("plan", "r.yaml")
     assert (code, err) == (0, "")
     lines = out.splitlines()

@@ -88,7 +88,9 @@ def test_a_plan_costs_the_sum_of_its_parts(name: str, family: Family, config: di
     assert costs.latency_ms(plan, config) == pytest.approx(world.price(student_config(family, config, plan)) / MS)
 
 
-def test_deep_models_are_timed_as_shallow_ones(family: Family, config: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deep_models_are_timed_as_shallow_ones(
+    family: Family, config: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(block_costs, "DEEPER_BYTES", 0)
     costs = measure(family, {**config, "num_layers": 600}, "float32", make=world.make, clock=lambda: world.now, runs=2)
     assert max(world.made) == 4
@@ -130,7 +132,9 @@ def test_the_cache_lies_where_the_user_says(
     assert block_costs.cache_folder() == tmp_path / wanted
 
 
-def test_without_costs_the_command_is_told(family: Family, config: dict[str, Any], teacher_folder: Path, tmp_path: Path, world: World) -> None:
+def test_without_costs_the_command_is_told(
+    family: Family, config: dict[str, Any], teacher_folder: Path, tmp_path: Path, world: World
+) -> None:
     source = open_source(str(teacher_folder))
     with pytest.raises(RecipeError, match=r"^target\.latency_ms: ") as refused:
         require_block_costs(source, "float32")

@@ -78,7 +78,14 @@ def test_a_rank_beyond_the_width_is_refused(family: Family, teacher: Any) -> Non
         predict(family, config_of(teacher), CompressionPlan.of(family.name, 6, modulation_rank=33), "float32")
 
 
-MID = {"num_layers": 4, "attention_head_dim": 64, "num_attention_heads": 8, "joint_attention_dim": 512, "in_channels": 64, "out_channels": 16}
+MID = {
+    "num_layers": 4,
+    "attention_head_dim": 64,
+    "num_attention_heads": 8,
+    "joint_attention_dim": 512,
+    "in_channels": 64,
+    "out_channels": 16,
+}
 
 
 @pytest.fixture
