@@ -58,10 +58,14 @@ def inspect(
 
 @app.command()
 def plan(recipe: str, changes: Changes = None, out: Out = None, as_json: AsJson = False) -> None:
-    """Say what a recipe would cut, and what would remain, without running it."""
+    """Say what a recipe would cut, what would remain, and what the run would take, without running it."""
     from ppclc import commands
 
-    _show(commands.plan(recipe, changes or [], out), as_json)
+    document = commands.plan(recipe, changes or [], out)
+    if as_json:
+        typer.echo(json.dumps(document))
+    else:
+        commands.print_plan(document)
 
 
 @app.command()
@@ -105,6 +109,10 @@ def bench(
         list[str] | None, typer.Argument(metavar="[TARGET]...", help="Model folders; the newest student without them.")
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="The teacher that speed-ups are told against.")] = None,
+    random_weights: Annotated[
+        str | None, typer.Option("--random-weights", metavar="CONFIG", help="A config.json or its folder: bench it with random weights.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", hidden=True)] = "float32",
     runs: Annotated[int, typer.Option("--runs", min=2, hidden=True)] = 50,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -112,7 +120,7 @@ def bench(
     """Measure latency, throughput and memory on this machine."""
     from ppclc import commands
 
-    rows = commands.bench(targets or [], against, runs, -quiet)
+    rows = commands.bench(targets or [], against, random_weights, dtype, runs, -quiet)
     if as_json:
         typer.echo(json.dumps(rows))
     else:

@@ -7,33 +7,42 @@ import json
 import platform
 import shutil
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from ppclc import compiler
+from ppclc import block_costs, compiler
 from ppclc.display import Display
-from ppclc.errors import ModelError, OutputError, RecipeError
+from ppclc.drawing import plan_drawing
+from ppclc.errors import ModelError, OutputError, RecipeError, UnavailableError
 from ppclc.models import (
     BUILTIN,
+    DTYPES,
     Source,
     check_teacher,
     count_parameters,
     empty_model,
     load_source,
+    open_configuration,
     open_source,
-    predicted_parameters,
     quiet_libraries,
+    random_model,
     set_threads,
 )
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
-from ppclc.passes.analyze import BYTES, even_plan
+from ppclc.passes.analyze import even_plan
 from ppclc.plan import CompressionPlan
+from ppclc.predictions import predict
 from ppclc.recipe import Recipe, find_recipe, read_recipe
-from ppclc.records import file_digest, write_text
+from ppclc.records import digest_of, file_digest, write_text
+from ppclc.run_costs import run_costs
+
+BLOCK_RUNS = 30
+"""Most timed forwards of each model that tells what blocks cost."""
 
 STARTER = """\
 # Made by `ppclc init`. Every key has a default but model.path; `ppclc compress` writes them all to OUT/recipe.yaml.
@@ -121,22 +130,36 @@ def _part(name: str, source: Source) -> str:
 
 
 def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, Any]:
-    """What a recipe cuts: the plan of its analysis where OUT holds one, else one spaced evenly from the configuration."""
+    """What a recipe cuts, and what that costs: the plan of its analysis where OUT holds one, else one spaced evenly.
+
+    Needs a configuration and no weights. Raises PlanError for a plan that the model cannot take.
+    """
     quiet_libraries()
     path = find_recipe(recipe_name)
     recipe = read_recipe(path, changes)
     source = open_source(recipe.model.path, recipe.model.revision)
     check_teacher(source)
-    folder = out or default_out(path)
-    found = _analysed_plan(folder, recipe)
-    cut = found or even_plan(source, recipe.target, recipe.plan, recipe.model.dtype)
-    teacher = CompressionPlan.of(source.family.name, source.family.num_blocks(source.config))
-    size = BYTES[recipe.model.dtype]
-    rows = {}
-    for name, which in (("teacher", teacher), ("student", cut)):
-        count = predicted_parameters(source.family, source.config, which)
-        rows[name] = {"parameters": count, "bytes": count * size, "blocks": len(which.kept)}
-    return {**rows, "plan": cut.model_dump(mode="json"), "basis": "analysis" if found else "config"}
+    set_threads(source)
+    family, config, dtype = source.family, source.config, recipe.model.dtype
+    found = _analysed_plan(out or default_out(path), recipe)
+    cut = found or even_plan(source, recipe.target, recipe.plan, dtype)
+    costs = block_costs.read(family, config, dtype)
+    whole = CompressionPlan.of(family.name, family.num_blocks(config))
+    teacher, student = (predict(family, config, p, dtype, costs) for p in (whole, cut))
+    return {
+        "teacher": teacher.model_dump(),
+        "student": student.model_dump(),
+        "plan": cut.model_dump(mode="json"),
+        "basis": "analysis" if found else "config",
+        "run": run_costs(recipe, source, cut, teacher, student).model_dump(),
+    }
+
+
+def print_plan(document: dict[str, Any]) -> None:
+    """A drawing of the teacher's blocks, and teacher and student side by side, on standard output."""
+    console = Console(highlight=False)
+    for part in plan_drawing(document, console.width):
+        console.print(part)
 
 
 def _analysed_plan(out: Path, recipe: Recipe) -> CompressionPlan | None:
@@ -222,12 +245,19 @@ def export(model: str | None, backend: str, out: Path | None, dtype: str, verbos
     return report_pass.export_json(record)
 
 
-def bench(targets: list[str], against: str | None, runs: int, verbosity: int) -> list[dict[str, Any]]:
-    """Measure; the list `bench`. Without targets, the newest student against its own teacher, with its exports."""
+def bench(
+    targets: list[str], against: str | None, random_weights: str | None, dtype: str, runs: int, verbosity: int
+) -> list[dict[str, Any]]:
+    """Measure; the list `bench`. Without targets, the newest student against its own teacher, with its exports.
+
+    What a block of each teacher costs is measured beside it, and kept for `ppclc plan` and `target.latency_ms`.
+    """
     quiet_libraries()
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
     exports: dict[str, list[Path]] = {}
     labels: dict[str, str] = {}
-    if not targets:
+    if not targets and not random_weights:
         out = newest_out()
         recipe = read_recipe(out / "recipe.yaml")
         labels = {"teacher": against or recipe.model.path, "student": str(out / "model")}
@@ -240,12 +270,49 @@ def bench(targets: list[str], against: str | None, runs: int, verbosity: int) ->
     else:
         labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
     sources = {label: open_source(path) for label, path in labels.items()}
-    set_threads(next(iter(sources.values())))
-    models = {label: load_source(source) for label, source in sources.items()}
-    display = Display(1, verbosity)
+    set_threads(next(iter(sources.values()), None) or open_configuration(str(random_weights)))
+    models = {label: load_source(source, dtype) for label, source in sources.items()}
+    if random_weights:
+        sources[random_weights] = open_configuration(random_weights)
+    display = Display(2, verbosity)
+    with display.stage("block costs") as progress:
+        for source in _teachers(sources.values()):
+            _keep_block_costs(source, dtype, runs, progress, display)
+    if random_weights:
+        models[random_weights] = _random_weights(sources[random_weights], dtype)
     with display.stage("bench") as progress:
         result = compiler.bench_models(next(iter(sources.values())), models, exports, 1, runs, progress)
     return [row.model_dump(mode="json") for row in result.rows]
+
+
+def _teachers(sources: Iterable[Source]) -> list[Source]:
+    """Those that plans are made for, each configuration once."""
+    found: dict[str, Source] = {}
+    for source in sources:
+        if source.config.get("_class_name") != source.family.student_class_name:
+            found.setdefault(digest_of(source.config), source)
+    return list(found.values())
+
+
+def _keep_block_costs(source: Source, dtype: str, runs: int, progress: Callable[[float, str], None], display: Display) -> None:
+    costs = block_costs.measure(source.family, source.config, dtype, runs=min(runs, BLOCK_RUNS), progress=progress)
+    path = block_costs.keep(costs)
+    display.say(f"kept what a block of {source.path} costs here: {path}")
+
+
+def _random_weights(source: Source, dtype: str) -> Any:
+    """The model of a configuration with random weights. Raises UnavailableError when it does not fit into memory."""
+    import psutil
+
+    whole = CompressionPlan.of(source.family.name, source.family.num_blocks(source.config))
+    need = predict(source.family, source.config, whole, dtype).vram_bytes
+    free = psutil.virtual_memory().available
+    if need > free:
+        raise UnavailableError(
+            f"{source.path}: {free / 1e9:.1f} GB of memory are free, wanted {need / 1e9:.1f} GB to run it whole; "
+            "what its blocks cost was measured and kept all the same"
+        )
+    return random_model(source.family, source.config, dtype)
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -74,6 +74,11 @@ class Source:
         also = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
         raise ModelError(f"{self.folder}: no weights, wanted {WEIGHTS} or its index{also}")
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights lie beside the configuration, whole or not."""
+        return any(self.folder.glob("*.safetensors*"))
+
     def digest(self) -> str:
         """SHA-256 over configuration and weight files."""
         return _files_digest(
@@ -112,6 +117,12 @@ def open_source(path: str, revision: str | None = None) -> Source:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
     return Source(path, folder, known | config, family)
+
+
+def open_configuration(path: str) -> Source:
+    """A model known by its configuration alone: a folder with `config.json`, or the file itself. Raises ModelError as `open_source`."""
+    file = Path(path).expanduser()
+    return replace(open_source(str(file.parent if file.name == "config.json" and file.is_file() else path)), path=path)
 
 
 def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = None) -> Path:
@@ -244,6 +255,32 @@ def empty_model(family: Family, config: Mapping[str, Any], where: str = "config.
             return model_class(family, config).from_config({k: v for k, v in config.items() if k != "auto_map"})
     except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{where}: cannot be built as a model of {family.name}: {error}") from None
+
+
+def random_model(
+    family: Family, config: Mapping[str, Any], dtype: str = "float32", pool: dict[tuple[str, tuple[int, ...]], torch.Tensor] | None = None
+) -> Any:
+    """A model of that configuration with random weights, in evaluation mode, fit for timing and for nothing else.
+
+    Tensors that `pool` has by name and shape are shared with it, the others are put there: models that
+    are timed side by side take the memory of one.
+
+    Raises:
+        ModelError: the configuration cannot be built.
+    """
+    model = empty_model(family, config)
+    pool = {} if pool is None else pool
+    noise = 0.02 * torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    state = {}
+    for name, tensor in model.state_dict().items():
+        key = (name, tuple(tensor.shape))
+        if key not in pool:
+            # Repeated noise: to draw billions of numbers would take longer than what is timed.
+            count = tensor.numel()
+            pool[key] = noise.repeat(-(-count // len(noise)))[:count].reshape(tensor.shape).contiguous()
+        state[name] = pool[key]
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def load_source(source: Source, dtype: str = "float32") -> Any:

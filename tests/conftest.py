@@ -7,6 +7,11 @@ import os
 # Before numpy and torch are there: two threads on two busy cores are many times slower than one.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 
+import tempfile
+
+# What tests measure of a busy machine is not for its user to plan with.
+os.environ["PPCLC_CACHE"] = tempfile.mkdtemp(prefix="ppclc-cache-")
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

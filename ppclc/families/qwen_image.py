@@ -260,7 +260,7 @@ def lowered(model: Any) -> Lowered:
     def reference(given: dict[str, Any]) -> torch.Tensor:
         ids = given["img_ids"][:, 1:]
         height, width = ((ids.amax(0) - ids.amin(0)).int() + 1).tolist()
-        kwargs = {k: v for k, v in given.items() if not k.endswith("_ids")}
+        kwargs = {k: v.to(model.dtype) for k, v in given.items() if not k.endswith("_ids")}
         kwargs["img_shapes"] = [[(1, height, width)]] * len(given["hidden_states"])
         out: torch.Tensor = model(**kwargs, return_dict=False)[0]
         return out

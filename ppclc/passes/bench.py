@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +16,7 @@ from ppclc import plugins
 from ppclc.backends import Reference, Tensors
 from ppclc.errors import RecipeError
 from ppclc.records import Benchmark, BenchRow, measured
+from ppclc.timing import Clock, interleaved
 
 VERSION = 1
 TEACHER = "teacher"
@@ -78,13 +77,11 @@ def run_bench(
     *,
     warmup: int = 3,
     seed: int = 0,
-    clock: Callable[[], int] = time.perf_counter_ns,
+    clock: Clock = time.perf_counter_ns,
 ) -> Benchmark:
-    """Latencies of the targets on the same inputs, in milliseconds; `clock` counts nanoseconds.
+    """Latencies of the targets on the same inputs, in milliseconds, by `timing.interleaved`.
 
-    Each round runs every target once, in an order of its own, so that none always follows the same
-    other and a slow spell of the machine falls on all. Memory is watched while warming up, where it
-    costs no time that counts.
+    Memory is watched while warming up, where it costs no time that counts.
 
     Raises:
         RecipeError: fewer than one run or one warm-up run.
@@ -93,7 +90,7 @@ def run_bench(
         if value < 1:
             raise RecipeError(f"bench.{name} = {value}: wanted a whole number above 0")
     peaks = [target.peak(partial(_repeat, target.run, inputs, warmup)) for target in targets]
-    nanoseconds = _interleaved(targets, inputs, runs, random.Random(seed), clock, progress)
+    nanoseconds = interleaved([partial(target.run, inputs) for target in targets], runs, random.Random(seed), clock, progress)
     rows = [
         _row(target, times, peak, device=device, dtype=dtype, shape=dict(shape), warmup=warmup)
         for target, times, peak in zip(targets, nanoseconds, peaks, strict=True)
@@ -104,35 +101,6 @@ def run_bench(
 def _repeat(run: Callable[[Tensors], Any], inputs: Tensors, times: int) -> None:
     for _ in range(times):
         run(inputs)
-
-
-def _interleaved(
-    targets: Sequence[BenchTarget], inputs: Tensors, runs: int, order: random.Random, clock: Callable[[], int], progress: Progress | None
-) -> list[list[int]]:
-    """Nanoseconds of every run, by target."""
-    times: list[list[int]] = [[] for _ in targets]
-    with collection_paused():
-        for done in range(runs):
-            for i in order.sample(range(len(targets)), len(targets)):
-                start = clock()
-                targets[i].run(inputs)
-                times[i].append(clock() - start)
-            if progress:
-                progress((done + 1) / runs, "timing")
-    return times
-
-
-@contextmanager
-def collection_paused() -> Iterator[None]:
-    """A block in which Python collects no garbage; what was there is collected before."""
-    before = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
 
 
 def _row(target: BenchTarget, nanoseconds: list[int], peak: int, **same: Any) -> BenchRow:

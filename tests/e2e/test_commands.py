@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -82,7 +83,104 @@ def test_the_paper_s_model_is_planned_from_its_configuration(ppclc: Any, tmp_pat
     assert code == 0
     assert document["teacher"]["parameters"] == 20_430_401_088
     assert document["student"]["parameters"] == 20_430_401_088 - 3 * 339_831_296
-    assert document["student"]["bytes"] == 2 * document["student"]["parameters"]
+    # Two bytes a parameter, and the headers of the shards.
+    assert 0 < document["student"]["bytes"] - 2 * document["student"]["parameters"] < 1_000_000
+
+
+def test_plan_predicts_what_will_be_written_and_what_it_takes(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n"
+    )
+    code, out, _ = ppclc("plan", "r.yaml", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert set(document) == {"teacher", "student", "plan", "basis", "run"}
+    for model in ("teacher", "student"):
+        assert set(document[model]) == {"parameters", "bytes", "blocks", "latency_ms", "vram_bytes"}
+        assert document[model]["vram_bytes"] > 4 * document[model]["parameters"]
+    assert document["teacher"]["bytes"] == sum(f.stat().st_size for f in teacher_folder.rglob("*.safetensors"))
+    assert set(document["run"]) == {"peak_bytes", "disk_bytes", "seconds"}
+    assert list(document["run"]["seconds"]) == ["calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report"]
+    assert all(s >= 0 for s in document["run"]["seconds"].values())
+    assert document["run"]["disk_bytes"] > document["student"]["bytes"]
+    assert document["run"]["peak_bytes"] > document["student"]["vram_bytes"]
+
+
+def test_plan_draws_every_edit(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(
+        f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n"
+    )
+    code, out, err = ppclc("plan", "r.yaml")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split() == ["block", "0", "1", "2", "3", "4", "5"]
+    assert lines[1].split(maxsplit=1) == ["image", "■   ■───┤───┤   ■   ■"]
+    assert lines[2].split(maxsplit=1) == ["text", "■   ■───┤───┤   ■   ▒"]
+    for words in ("merged into one block: 1-3", "text stream mapped: 5", "modulation of rank 4", "dead code removed", "not measured"):
+        assert words in out
+    row = next(line for line in lines if line.startswith("blocks"))
+    assert row.split() == ["blocks", "6", "4", "66.7", "%"]
+
+
+@pytest.mark.parametrize(
+    ("edits", "wanted"),
+    [
+        ("intervals: [[1, 2], [2, 3]]", "without overlap"),
+        ("intervals: [[4, 6]]", "0..5"),
+        ("intervals: none, text_stream: [0]", "block 0"),
+        ("intervals: none, modulation_rank: 33", "modulation_rank = 33"),
+    ],
+)
+def test_a_plan_that_the_model_cannot_take_is_refused(edits: str, wanted: str, ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\nplan: {{{edits}}}\n")
+    code, out, err = ppclc("plan", "r.yaml")
+    assert (code, out) == (2, "")
+    assert wanted in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_bench_keeps_block_costs_that_plan_reads(ppclc: Any, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPCLC_CACHE", str(tmp_path / "cache"))
+    code, out, err = ppclc("bench", str(teacher_folder), "--runs", "2", "--json")
+    assert code == 0
+    assert [row["target"] for row in json.loads(out)] == [str(teacher_folder)]
+    kept = list((tmp_path / "cache").iterdir())
+    assert len(kept) == 1
+    assert err.count("kept what a block of") == 1
+    assert kept[0].name in err.replace("\n", "")
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: none}}\n")
+    document = json.loads(ppclc("plan", "r.yaml", "--json")[1])
+    costs = json.loads(kept[0].read_text())
+    assert document["teacher"]["latency_ms"] == pytest.approx(costs["base_ms"] + 6 * costs["block_ms"]["transformer_blocks"])
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_bench_of_random_weights_needs_a_configuration_alone(as_file: bool, ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((teacher_folder / "transformer" / "config.json").read_text())
+    name = "bare/config.json" if as_file else "bare"
+    code, out, err = ppclc("bench", "--random-weights", name, "--runs", "2", "--dtype", "bfloat16", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [(row["target"], row["backend"], row["dtype"], row["runs"]) for row in rows] == [(name, "eager", "bfloat16", 2)]
+    assert f"kept what a block of {name} costs" in err
+    code, out, err = ppclc("bench", "--random-weights", "nowhere")
+    assert (code, out) == (2, "")
+    assert "nowhere" in err
+
+
+def test_random_weights_beyond_memory_are_refused(ppclc: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppclc.commands.predict", lambda *_: SimpleNamespace(vram_bytes=10**15))
+    code, _, err = ppclc("bench", "--random-weights", str(teacher_folder), "--runs", "2")
+    assert code == 3
+    assert "wanted 1000000.0 GB" in err
+
+
+def test_a_dtype_that_is_none_is_refused(ppclc: Any, teacher_folder: Path) -> None:
+    code, _, err = ppclc("bench", str(teacher_folder), "--dtype", "int4")
+    assert code == 2
+    assert "int4" in err
 
 
 def test_doctor_names_every_back_end(ppclc: Any) -> None:

@@ -1,0 +1,293 @@
+"""What a block costs on this machine, and each edit saves, measured from a configuration alone.
+
+Latency depends on a model's configuration and not on its weights. So small models of the same widths
+with random weights are timed, a few blocks deep, and the cost of a block is the slope over depth: two
+and four blocks of a model tell what sixty cost. Every edit is one row of `EDITS`: a plan that holds it,
+and how often a plan holds it; the rows are solved for one after the other.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ppclc import families
+from ppclc.errors import RecipeError, UnavailableError
+from ppclc.families import Family
+from ppclc.models import DTYPES, Source, count_parameters, empty_model, random_model, student_config
+from ppclc.plan import CompressionPlan
+from ppclc.records import digest_of, write_text
+from ppclc.timing import Clock, interleaved
+
+VERSION = 1
+SHALLOW, DEEP, DEEPEST = 2, 4, 8
+"""Blocks of the models that are timed: SHALLOW, and from DEEP to DEEPEST as the teacher's depth allows."""
+DEEPER_BYTES = 500e6
+"""Weights of a model that may be deeper than DEEP: blocks beyond that size cost far more than their timing is unsure."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory that the weights of the timed models may take."""
+Progress = Callable[[float, str], None]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class EditCost:
+    """One thing that a plan may hold: `count(plan, width)` says how often, `probe(blocks, width)` makes a plan that holds it.
+
+    A probe may hold edits that stand before its own in `EDITS`, and none that stand after it.
+    """
+
+    name: str
+    count: Callable[[CompressionPlan, int], float]
+    probe: Callable[[int, int], dict[str, Any]]
+
+
+def _rank_cut(plan: CompressionPlan, width: int) -> float:
+    """Share of a modulation's inputs that the plan takes away."""
+    return 0.0 if plan.modulation_rank is None else 1 - plan.modulation_rank / width
+
+
+EDITS: tuple[EditCost, ...] = (
+    # A student's own class at full rank: what its blocks cost beside the stock ones.
+    EditCost("student_class", lambda p, w: len(p.kept) if p.has_width_edits else 0, lambda n, w: {"modulation_rank": w}),
+    EditCost("modulation_rank", lambda p, w: len(p.kept) * _rank_cut(p, w), lambda n, w: {"modulation_rank": _low(w)}),
+    EditCost("text_stream", lambda p, w: len(p.text_stream), lambda n, w: {"text_stream": range(1, n)}),
+    # A mapped block has one modulation less to make smaller.
+    EditCost(
+        "text_stream_rank",
+        lambda p, w: len(p.text_stream) * _rank_cut(p, w),
+        lambda n, w: {"text_stream": range(1, n), "modulation_rank": _low(w)},
+    ),
+    EditCost("dead_code", lambda p, w: int(p.dead_code), lambda n, w: {"modulation_rank": w, "dead_code": True}),
+)
+"""Milliseconds are solved for in this order. Linear feed-forward networks join here, one row a stream."""
+
+
+def _low(width: int) -> int:
+    return max(1, width // 8)
+
+
+class BlockCosts(BaseModel):
+    """Milliseconds of one eager forward, by part: everything outside blocks, a block by group, what an edit adds.
+
+    Savings are negative. `key` says what was measured and where.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int
+    family: str
+    key: dict[str, Any]
+    runs: int
+    base_ms: float
+    block_ms: dict[str, float]
+    edit_ms: dict[str, float]
+
+    def latency_ms(self, plan: CompressionPlan, config: Mapping[str, Any]) -> float:
+        """Predicted latency of the plan's student; `config` is the teacher's."""
+        family = families.of_config(config, "config")
+        blocks = sum(self.block_ms[name] * count for name, count in blocks_by_group(family, config, plan).items())
+        width = width_of(config)
+        edits = sum(self.edit_ms.get(edit.name, 0.0) * edit.count(plan, width) for edit in EDITS)
+        return self.base_ms + blocks + edits
+
+
+def width_of(config: Mapping[str, Any]) -> int:
+    """Features of a state."""
+    return int(config["attention_head_dim"]) * int(config["num_attention_heads"])
+
+
+def blocks_by_group(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, int]:
+    """Blocks of each group that a plan keeps."""
+    counts, first = {}, 0
+    for group in family.groups:
+        last = first + int(config[group.count_key])
+        counts[group.name] = sum(first <= block < last for block in plan.kept)
+        first = last
+    return counts
+
+
+def default_size(family: Family, batch: int = 1) -> dict[str, int]:
+    """The size that bench runs at: batch, image grid and text length of the family's example."""
+    parameters = inspect.signature(family.example_inputs).parameters
+    return {n: p.default for n, p in parameters.items() if isinstance(p.default, int)} | {"batch": batch}
+
+
+def example_call(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int]) -> Call:
+    """A function that runs the model once, without gradients, on random inputs of a size."""
+    inputs = family.example_inputs(config, **size, generator=torch.Generator().manual_seed(0))
+    dtype = next(model.parameters()).dtype
+    given = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+
+    def call() -> Any:
+        with torch.no_grad():
+            return model(**given, return_dict=False)[0]
+
+    return call
+
+
+def measure(
+    family: Family,
+    config: Mapping[str, Any],
+    dtype: str,
+    size: Mapping[str, int] | None = None,
+    runs: int = 30,
+    progress: Progress | None = None,
+    *,
+    warmup: int = 3,
+    make: Callable[[Mapping[str, Any]], Call] | None = None,
+    clock: Clock = time.perf_counter_ns,
+) -> BlockCosts:
+    """Costs of a teacher's configuration by part: medians of `runs` forwards of each model, interleaved.
+
+    `make` turns a configuration into what is timed: by default one forward of a model with random weights.
+
+    Nothing is kept: see `keep`.
+
+    Raises:
+        UnavailableError: too little memory for models of a few blocks.
+    """
+    size = dict(size or default_size(family))
+    deep = depth_that_fits(family, config, dtype)
+    pool: dict[Any, torch.Tensor] = {}
+    make = make or (lambda c: example_call(random_model(family, c, dtype, pool), family, c, size))
+    probes = _probes(family, config, deep)
+    calls = [make(student_config(family, shallow, plan)) for shallow, plan in probes]
+    for call in calls:
+        for _ in range(warmup):
+            call()
+    times = interleaved(calls, runs, random.Random(0), clock, progress)
+    return _solve(family, probes, [median(t) / 1e6 for t in times], key_of(family, config, dtype, size), runs)
+
+
+def _probes(family: Family, config: Mapping[str, Any], deep: int) -> list[tuple[dict[str, Any], CompressionPlan]]:
+    """Teacher configuration and plan of every model that is timed: the shallow one, one deeper by group, one an edit."""
+    low = dict(config) | {g.count_key: SHALLOW for g in family.groups}
+    depths = [low, *(low | {g.count_key: deep} for g in family.groups)]
+    rows = [(c, CompressionPlan.of(family.name, family.num_blocks(c))) for c in depths]
+    wide = depths[1]
+    blocks = family.num_blocks(wide)
+    edits = [CompressionPlan.of(family.name, blocks, **edit.probe(blocks, width_of(config))) for edit in EDITS]
+    return rows + [(wide, plan) for plan in edits]
+
+
+def _solve(
+    family: Family, probes: Sequence[tuple[dict[str, Any], CompressionPlan]], ms: Sequence[float], key: dict[str, Any], runs: int
+) -> BlockCosts:
+    low_config, groups = probes[0][0], family.groups
+    block_ms = {
+        g.name: (ms[1 + i] - ms[0]) / (int(probes[1 + i][0][g.count_key]) - int(low_config[g.count_key])) for i, g in enumerate(groups)
+    }
+    base = ms[0] - sum(block_ms[g.name] * int(low_config[g.count_key]) for g in groups)
+    costs = BlockCosts(version=VERSION, family=family.name, key=key, runs=runs, base_ms=base, block_ms=block_ms, edit_ms={})
+    for edit, (config, plan), time_ms in zip(EDITS, probes[1 + len(groups) :], ms[1 + len(groups) :], strict=True):
+        known = costs.latency_ms(plan, config)
+        found = (time_ms - known) / edit.count(plan, width_of(config))
+        costs = costs.model_copy(update={"edit_ms": costs.edit_ms | {edit.name: found}})
+    return costs
+
+
+def depth_that_fits(family: Family, config: Mapping[str, Any], dtype: str) -> int:
+    """Blocks of the deeper models, by the teacher's depth and the memory that is free.
+
+    Raises:
+        UnavailableError: there is not even room for DEEP blocks.
+    """
+    size = DTYPES[dtype].itemsize
+    shallow, deeper = (
+        count_parameters(empty_model(family, dict(config) | {g.count_key: n for g in family.groups})) * size for n in (SHALLOW, SHALLOW + 1)
+    )
+    block = deeper - shallow
+    # Edits change at most half of a block's tensors; those are there twice.
+    need = 1.5 * (shallow + block * (DEEP - SHALLOW))
+    room = MEMORY_SHARE * psutil.virtual_memory().available
+    if need > room:
+        raise UnavailableError(
+            f"block costs: {room / 1e9:.1f} GB of memory may be taken, half of what is free; wanted {need / 1e9:.1f} GB to time a few blocks in {dtype}"
+        )
+    fits = SHALLOW + int((min(room / 1.5, DEEPER_BYTES) - shallow) / block)
+    return max(DEEP, min(DEEPEST, family.num_blocks(config), fits))
+
+
+def key_of(family: Family, config: Mapping[str, Any], dtype: str, size: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """All that a latency depends on: configuration, dtype, size, and this machine as PyTorch uses it."""
+    return {
+        "config": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(config.items()) if not k.startswith("_")},
+        "dtype": dtype,
+        "size": dict(size or default_size(family)),
+        "device": "cpu",
+        "machine": platform.node(),
+        "processor": _processor(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Where costs are kept for this user: `PPCLC_CACHE`, else `ppclc` in `XDG_CACHE_HOME` or in `~/.cache`."""
+    if own := os.environ.get("PPCLC_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ppclc"
+
+
+def cache_file(key: Mapping[str, Any]) -> Path:
+    """The file of costs measured under that key."""
+    return cache_folder() / f"block-costs-{digest_of([VERSION, key])}.json"
+
+
+def keep(costs: BlockCosts) -> Path:
+    """Write costs to the cache; says where. Raises OutputError when that cannot be written."""
+    path = cache_file(costs.key)
+    write_text(path, costs.model_dump_json(indent=1) + "\n")
+    return path
+
+
+def read(family: Family, config: Mapping[str, Any], dtype: str, size: Mapping[str, int] | None = None) -> BlockCosts | None:
+    """The costs kept for a teacher's configuration on this machine, None where they were not measured."""
+    key = key_of(family, config, dtype, size)
+    try:
+        costs = BlockCosts.model_validate_json(cache_file(key).read_text("utf-8"))
+    except (OSError, ValueError, ValidationError):
+        return None
+    return costs if costs.key == key else None
+
+
+def require_block_costs(source: Source, dtype: str, key: str = "target.latency_ms", size: Mapping[str, int] | None = None) -> BlockCosts:
+    """The costs kept for a teacher on this machine.
+
+    Raises:
+        RecipeError: they were not measured; says the command that measures them.
+    """
+    costs = read(source.family, source.config, dtype, size)
+    if costs is None:
+        raise RecipeError(
+            f"{key}: needs the cost of a block of {source.path} in {dtype}, which was not measured on this machine; "
+            f"run first: {bench_command(source, dtype)}"
+        )
+    return costs
+
+
+def bench_command(source: Source, dtype: str) -> str:
+    """The command that measures a model's block costs."""
+    model = source.path if source.has_weights else f"--random-weights {source.path}"
+    return f"ppclc bench {model}" + ("" if dtype == "float32" else f" --dtype {dtype}")

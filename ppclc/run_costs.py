@@ -1,0 +1,383 @@
+"""What `ppclc compress` will take for a recipe: seconds by pass, peak memory, disk. Nothing of the recipe is run.
+
+Work is counted in forwards of one sample and turned into seconds by a short measurement of this machine: the
+configuration itself with random weights where it is small, else one matrix product of its width. `STAGES` holds
+one function a pass; what a pass does more or less of is changed there.
+
+Constants were fitted to runs of the embedded teacher's recipe on two cores of a x86-64 server. Source: ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ppclc.block_costs import Call, default_size, example_call, width_of
+from ppclc.families import Family
+from ppclc.models import DTYPES, Source, cores, count_parameters, empty_model, random_model, student_config
+from ppclc.plan import CompressionPlan
+from ppclc.predictions import Prediction, activation_bytes
+from ppclc.recipe import Recipe
+
+SMALL_PARAMETERS = 200_000_000
+"""Models up to this size are built to be timed; of larger ones the operations are counted."""
+BATCH, JUDGE_BATCH = 64, 256
+"""Samples of a forward in calibration and probing, and in the judging of a task."""
+JUDGE_DRAWS = 4
+"""Forwards a scene for the held-out loss of a task."""
+CALL_S, TRAINING_CALL_S = 0.3, 0.5
+"""Longest single forward, and training step, of the measurement."""
+TRAINING_RATIO = 3.5
+"""Forward and backward over a forward, where that is not measured."""
+TRAJECTORY_FORWARDS = 10
+"""Forwards that draw one sample of kind `prompts`."""
+SIDE_BY_SIDE = 1.1
+"""What threads that run beside each other lose."""
+EXPORT_BLOCK_S, EXPORT_S = 3.2, 0.5
+"""Capture, conversion, check and comparison of a model in one back end: by block, and beside blocks."""
+PYTHON_REFERENCE_S = 0.035
+"""Time of `python_seconds` where the constants were fitted."""
+OTHER_S = {"calibrate": 0.3, "analyze": 2.0, "distill": 0.5, "slice": 0.4, "verify": 3.0, "export": 0.0, "bench": 1.0, "report": 2.0}
+"""Seconds of a pass beside the work that is counted: reading, writing, statistics, figures."""
+DISK_BYTES_PER_S = 500e6
+
+LIBRARY_BYTES, TASK_BYTES, EXPORTER_BYTES = 450_000_000, 100_000_000, 200_000_000
+"""Resident memory of Python with PyTorch and diffusers; of a task's data and judge; of an exporter's libraries."""
+KEPT_BYTES = 256_000_000
+"""Most of freed memory that the allocator keeps: larger pieces go back to the system."""
+JUDGE_SCENE_BYTES = 65_000
+"""Activations of the judge, a scene."""
+GRAPH_BLOCK_BYTES, REPORT_BYTES = 15_000, 400_000
+
+
+class RunCosts(BaseModel):
+    """Predicted costs of a whole run; `seconds` by pass."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    peak_bytes: int
+    disk_bytes: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """How fast this machine is on two models.
+
+    teacher_s, student_s: a sample of a forward in a batch. single_teacher_s, single_student_s: a forward of batch 1.
+    training: a training step over a forward. crowded: a sample in a judge's batch over one in a smaller batch.
+    products_per_s: multiply-adds of a product of moments, twice. python: time of plain Python over the reference.
+    """
+
+    teacher_s: float
+    student_s: float
+    single_teacher_s: float
+    single_student_s: float
+    training: float
+    crowded: float
+    products_per_s: float
+    python: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the passes have before them."""
+
+    recipe: Recipe
+    source: Source
+    plan: CompressionPlan
+    teacher: Prediction
+    student: Prediction
+    speeds: Speeds
+    lanes: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the teacher."""
+        return self.plan.num_blocks
+
+    @property
+    def judged(self) -> bool:
+        """Whether the model has a task that judges images."""
+        return self.source.task is not None
+
+    @cached_property
+    def draw_s(self) -> float:
+        """Seconds that a sample takes to be drawn, beside the teacher's own forward."""
+        return TRAJECTORY_FORWARDS * self.speeds.teacher_s if self.recipe.calibrate.source == "prompts" else 0.0
+
+    def beside(self, *seconds: float) -> float:
+        """Wall time of things that run beside each other in threads of their own."""
+        return max(max(seconds), sum(seconds) / min(self.lanes, len(seconds))) * (SIDE_BY_SIDE if len(seconds) > 1 else 1)
+
+
+def run_costs(recipe: Recipe, source: Source, plan: CompressionPlan, teacher: Prediction, student: Prediction) -> RunCosts:
+    """Costs of a whole run from nothing, its plan being known; measures this machine for two or three seconds."""
+    speeds = measure_speeds(source.family, source.config, plan, recipe.model.dtype)
+    work = Work(recipe, source, plan, teacher, student, speeds, max(1, cores() // torch.get_num_threads()))
+    seconds = {name: OTHER_S[name] * speeds.python + stage(work) for name, stage in STAGES.items()}
+    return RunCosts(peak_bytes=peak_bytes(work), disk_bytes=disk_bytes(work), seconds=seconds)
+
+
+def calibrate_seconds(work: Work) -> float:
+    """The teacher on every sample, and the products of its states."""
+    settings = work.recipe.calibrate
+    size, width = default_size(work.source.family), width_of(work.source.config)
+    tokens = {"image": size["height"] * size["width"], "text": size["text"], "text_input": size["text"]}
+    products = sum(tokens[name] * pairs for name, (_, pairs) in moments(work.blocks, settings.longest).items() if name in tokens)
+    return settings.samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
+
+
+def moments(blocks: int, longest: int) -> dict[str, tuple[int, int]]:
+    """States and pairs of states whose moments are kept, by name."""
+    states = {"image": blocks + 1, "text": blocks + 1, "text_input": blocks, "temb": 1}
+    return {name: (n, sum(min(longest, n - 1 - i) + 1 for i in range(n))) for name, n in states.items()}
+
+
+def analyze_seconds(work: Work) -> float:
+    """The teacher's forwards that the analysis may spend."""
+    return analyze_forwards(work) * work.speeds.teacher_s + work.recipe.analyze.probes * work.draw_s
+
+
+def analyze_forwards(work: Work) -> float:
+    """Forwards of one sample, in whole teachers: the analysis's budget where it has one, else every candidate once."""
+    budget = getattr(work.recipe.analyze, "budget", None)
+    if isinstance(budget, int | float):
+        return float(budget)
+    settings, blocks, wanted = work.recipe.analyze, work.blocks, work.recipe.plan
+    forwards = 1.0
+    if wanted.intervals == "auto":
+        longest = min(work.recipe.calibrate.longest, blocks)
+        # A span of k blocks leaves blocks - k of them to run.
+        forwards += sum((blocks - k + 1) * (blocks - k) / blocks for k in range(2, longest + 1))
+    if wanted.text_stream == "auto":
+        forwards += min(8, work.recipe.calibrate.longest - 1, blocks - 1)
+    if wanted.modulation_rank == "auto":
+        forwards += max(0, width_of(work.source.config).bit_length() - 3)
+    return settings.probes * forwards
+
+
+def distill_seconds(work: Work) -> float:
+    """Local steps of every interval, then joint steps; the teacher runs a batch ahead in a thread of its own."""
+    settings, speeds = work.recipe.distill, work.speeds
+    block_s = speeds.teacher_s / work.blocks
+    local = sum(work.beside(block_s * (interval.last + 1) + work.draw_s, block_s * speeds.training) for interval in work.plan.intervals)
+    joint = work.beside(speeds.teacher_s + work.draw_s, speeds.student_s * speeds.training)
+    return settings.batch * (settings.steps * local + (0 if work.plan.is_empty else settings.finetune_steps) * joint)
+
+
+def slice_seconds(work: Work) -> float:
+    """The student's files written, read back and hashed."""
+    return 3 * work.student.bytes / DISK_BYTES_PER_S
+
+
+def verify_seconds(work: Work) -> float:
+    """Both models judged, jobs beside each other; without a task, both on a few batches."""
+    both = work.speeds.teacher_s + work.speeds.student_s
+    if not work.judged:
+        return 8 * 16 * both
+    settings = work.recipe.verify
+    forwards = sum(settings.steps * (1 if g == 1 else 2) for g in settings.guidance) + JUDGE_DRAWS
+    jobs = len(settings.seeds) * (len(settings.guidance) + 1)
+    lanes = min(work.lanes, jobs)
+    share = (SIDE_BY_SIDE if lanes > 1 else 1) / lanes
+    return len(settings.seeds) * settings.scenes * forwards * both * work.speeds.crowded * share
+
+
+def export_seconds(work: Work) -> float:
+    """Student and teacher lowered to every target."""
+    blocks = work.student.blocks + work.blocks
+    written = 2 * (work.student.bytes + work.teacher.bytes) / DISK_BYTES_PER_S
+    return len(work.recipe.export) * ((EXPORT_BLOCK_S * blocks + 2 * EXPORT_S) * work.speeds.python + written)
+
+
+def bench_seconds(work: Work) -> float:
+    """Both models, eager and in every back end; a back end is taken to be as fast as eager or faster."""
+    speeds, more = work.speeds, work.recipe.bench.batch - 1
+    both = speeds.single_teacher_s + speeds.single_student_s + more * (speeds.teacher_s + speeds.student_s)
+    return (work.recipe.bench.runs + 3) * both * (1 + 0.5 * len(work.recipe.export))
+
+
+STAGES: dict[str, Callable[[Work], float]] = {
+    "calibrate": calibrate_seconds,
+    "analyze": analyze_seconds,
+    "distill": distill_seconds,
+    "slice": slice_seconds,
+    "verify": verify_seconds,
+    "export": export_seconds,
+    "bench": bench_seconds,
+    "report": lambda work: 0.0,
+}
+"""Seconds of each pass beside `OTHER_S`."""
+
+
+def peak_bytes(work: Work) -> int:
+    """Largest resident memory of the run: the largest of its passes, with what freed memory the allocator keeps."""
+    recipe, family, config, dtype = work.recipe, work.source.family, work.source.config, work.recipe.model.dtype
+    size = default_size(family)
+    weights = _tensor_bytes(work.teacher, dtype)
+    start = LIBRARY_BYTES + (TASK_BYTES if work.judged else 0) + weights
+    calibrate = 2 * _state_bytes(work, min(BATCH, recipe.calibrate.samples)) + 2 * moment_bytes(work)
+    student = _tensor_bytes(work.student, dtype)
+    training = 0 if work.plan.is_empty else _training_bytes(work, recipe.distill.batch)
+    # Weights and two moments; gradients are in `training`.
+    distill = 3 * student + training + min(training, KEPT_BYTES)
+    kept = min(2 * training, 2 * KEPT_BYTES)
+    lanes = work.lanes if work.judged else 1
+    batch = min(JUDGE_BATCH, recipe.verify.scenes) if work.judged else 16
+    judging = lanes * activation_bytes(family, _shallow(family, config), dtype, size | {"batch": batch})
+    judge = lanes * JUDGE_SCENE_BYTES * recipe.verify.scenes if work.judged else 0
+    verify = kept + 2 * student + judging + judge
+    export = kept + 2 * student + EXPORTER_BYTES + 2 * weights if recipe.export else 0
+    return int(start + max(calibrate, distill, verify, export))
+
+
+def _tensor_bytes(model: Prediction, dtype: str) -> int:
+    return model.parameters * DTYPES[dtype].itemsize
+
+
+def _state_bytes(work: Work, batch: int) -> int:
+    """Every block's states of one batch, in all streams."""
+    size = default_size(work.source.family)
+    tokens = size["height"] * size["width"] + size["text"]
+    return batch * tokens * width_of(work.source.config) * (work.blocks + 1) * DTYPES[work.recipe.model.dtype].itemsize
+
+
+def _shallow(family: Family, config: Mapping[str, Any], blocks: int = 2) -> dict[str, Any]:
+    return dict(config) | {g.count_key: blocks for g in family.groups}
+
+
+def _training_bytes(work: Work, batch: int) -> int:
+    """Activations and gradients of a training step of the student."""
+    family, dtype, size = work.source.family, work.recipe.model.dtype, default_size(work.source.family) | {"batch": batch}
+    return _by_depth(family, work.source.config, work.plan, lambda c: activation_bytes(family, c, dtype, size, training=True))
+
+
+def _by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, measured: Callable[[dict[str, Any]], int]) -> int:
+    """What is measured of a student's configuration, where it is linear in depth: shallow students of like blocks tell it."""
+    rank = (plan.modulation_rank or width_of(config)) if plan.has_width_edits else None
+
+    def at(blocks: int, text_stream: tuple[int, ...] = ()) -> int:
+        shallow = _shallow(family, config, blocks)
+        like = CompressionPlan.of(family.name, family.num_blocks(shallow), (), text_stream, rank)
+        return measured(student_config(family, shallow, like))
+
+    two, three, mapped = at(2), at(3), len(plan.text_stream)
+    saved = three - at(3, (2,)) if mapped else 0
+    return max(0, two + (three - two) * (len(plan.kept) - 2) - saved * mapped)
+
+
+def moment_bytes(work: Work) -> int:
+    """Bytes of the calibration's record."""
+    width = width_of(work.source.config)
+    return 8 * sum(n * width + pairs * width**2 for n, pairs in moments(work.blocks, work.recipe.calibrate.longest).values())
+
+
+def disk_bytes(work: Work) -> int:
+    """Bytes of the output folder when all is done: student, exports, records, report."""
+    recipe, student, teacher = work.recipe, work.student.bytes, work.teacher.bytes
+    blocks = student + len(work.plan.intervals) * _block_bytes(work)
+    graphs = GRAPH_BLOCK_BYTES * (work.student.blocks + work.blocks)
+    exports = len(recipe.export) * (student + teacher + graphs)
+    judged = 0
+    if work.judged:
+        # Of each scene and model: right or wrong and features by guidance, loss, one velocity.
+        size = default_size(work.source.family)
+        velocity = size["height"] * size["width"] * int(work.source.config["in_channels"])
+        judged = 2 * len(recipe.verify.seeds) * recipe.verify.scenes * 4 * (129 * len(recipe.verify.guidance) + 1 + velocity)
+    return int(student + blocks + exports + moment_bytes(work) + judged + REPORT_BYTES)
+
+
+def _block_bytes(work: Work) -> int:
+    family, config = work.source.family, work.source.config
+    three, two = (count_parameters(empty_model(family, _shallow(family, config, n))) for n in (3, 2))
+    return (three - two) * DTYPES[work.recipe.model.dtype].itemsize
+
+
+def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionPlan, dtype: str) -> Speeds:
+    """How fast this machine is, from two or three seconds of random weights."""
+    edited = student_config(family, config, plan)
+    width, size = width_of(config), default_size(family)
+    products = _product_rate(width, BATCH * size["height"] * size["width"], dtype)
+    python = python_seconds() / PYTHON_REFERENCE_S
+    if count_parameters(empty_model(family, config)) > SMALL_PARAMETERS:
+        whole = CompressionPlan.of(family.name, plan.num_blocks)
+        counts = [_by_depth(family, config, p, lambda c: forward_operations(family, c)) for p in (whole, plan)]
+        teacher_s, student_s = (count / products for count in counts)
+        return Speeds(teacher_s, student_s, teacher_s, student_s, TRAINING_RATIO, 1.0, products, python)
+    models = [random_model(family, c, dtype) for c in (config, edited)]
+    calls = [_by_batch(model, family, c, size) for model, c in zip(models, (config, edited), strict=True)]
+    single = [_best(call(1), 3) for call in calls]
+    batch = max(1, min(BATCH, int(CALL_S / single[0])))
+    teacher_s, student_s = (_best(call(batch), 3) / batch for call in calls)
+    crowd = max(1, min(JUDGE_BATCH, int(2 * CALL_S / teacher_s)))
+    crowded = max(1.0, _best(calls[0](crowd), 1) / crowd / teacher_s) if crowd > batch else 1.0
+    training = _training_ratio(models[1], family, edited, size | {"batch": batch}, student_s * batch)
+    return Speeds(teacher_s, student_s, single[0], single[1], training, crowded, products, python)
+
+
+def _by_batch(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int]) -> Callable[[int], Call]:
+    return lambda batch: example_call(model, family, config, {**size, "batch": batch})
+
+
+def _best(call: Call, times: int) -> float:
+    """Least seconds of a call, after one that does not count."""
+    call()
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def _training_ratio(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int], forward_s: float) -> float:
+    """Forward and backward of a model over a forward, measured where that is quick."""
+    if TRAINING_RATIO * forward_s > TRAINING_CALL_S:
+        return TRAINING_RATIO
+    inputs = family.example_inputs(config, **size)
+    dtype = next(model.parameters()).dtype
+    given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    model.requires_grad_(True)
+
+    def step() -> None:
+        model(**given, return_dict=False)[0].square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return _best(step, 2) / forward_s
+
+
+def _product_rate(width: int, rows: int, dtype: str) -> float:
+    """Operations a second of a product (width, rows) x (rows, width), as moments and wide layers make them."""
+    rows = max(64, min(rows, int(2e9 / width**2)))
+    x = torch.randn(rows, width).to(DTYPES[dtype])
+    return 2 * rows * width**2 / _best(lambda: x.T @ x, 3)
+
+
+def forward_operations(family: Family, config: Mapping[str, Any]) -> int:
+    """Multiply-adds, twice, of one sample's forward, counted on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = empty_model(family, config)
+    inputs = family.example_inputs(config, **default_size(family))
+    given = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**given, return_dict=False)
+    return int(counter.get_total_flops())
+
+
+def python_seconds() -> float:
+    """Least seconds of a fixed piece of plain Python, one thread."""
+
+    def work() -> None:
+        table = {}
+        for i in range(200_000):
+            table[i & 1023] = (i, str(i))
+            len(table)
+
+    return _best(work, 5)
