@@ -70,9 +70,15 @@ EDITS: tuple[EditCost, ...] = (
         lambda p, w: len(p.text_stream) * _rank_cut(p, w),
         lambda n, w: {"text_stream": range(1, n), "modulation_rank": _low(w)},
     ),
+    EditCost("image_ffn", lambda p, w: _ffns(p, "image"), lambda n, w: {"ffn": [(b, "image") for b in range(n)]}),
+    EditCost("text_ffn", lambda p, w: _ffns(p, "text"), lambda n, w: {"ffn": [(b, "text") for b in range(n)]}),
     EditCost("dead_code", lambda p, w: int(p.dead_code), lambda n, w: {"modulation_rank": w, "dead_code": True}),
 )
-"""Milliseconds are solved for in this order. Linear feed-forward networks join here, one row a stream."""
+"""Milliseconds are solved for in this order."""
+
+
+def _ffns(plan: CompressionPlan, stream: str) -> int:
+    return sum(edit.stream == stream for edit in plan.ffn)
 
 
 def _low(width: int) -> int:

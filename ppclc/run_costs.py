@@ -19,11 +19,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ppclc.block_costs import Call, default_size, example_call, width_of
+from ppclc.edit_costs import TRIED_WHOLE
 from ppclc.families import Family
 from ppclc.models import DTYPES, Source, cores, count_parameters, empty_model, random_model, student_config
+from ppclc.moments import BANDS, CHUNKS
+from ppclc.passes.calibrate import FAR_EVERY, GROUPED_BYTES
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction, activation_bytes
 from ppclc.recipe import Recipe
+from ppclc.trials import ROUNDS
 
 SMALL_PARAMETERS = 200_000_000
 """Models up to this size are built to be timed; of larger ones the operations are counted."""
@@ -126,40 +130,64 @@ def run_costs(recipe: Recipe, source: Source, plan: CompressionPlan, teacher: Pr
 
 def calibrate_seconds(work: Work) -> float:
     """The teacher on every sample, and the products of its states."""
-    settings = work.recipe.calibrate
     size, width = default_size(work.source.family), width_of(work.source.config)
-    tokens = {"image": size["height"] * size["width"], "text": size["text"], "text_input": size["text"]}
-    products = sum(tokens[name] * pairs for name, (_, pairs) in moments(work.blocks, settings.longest).items() if name in tokens)
-    return settings.samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
+    tokens = {"image": size["height"] * size["width"], "text": size["text"]}
+    near, far = near_products(work), far_products(work) * far_share(work)
+    products = sum(count * (near + far) for count in tokens.values()) + tokens["text"] * far
+    samples = work.recipe.calibrate.samples
+    return samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
 
 
-def moments(blocks: int, longest: int) -> dict[str, tuple[int, int]]:
-    """States and pairs of states whose moments are kept, by name."""
-    states = {"image": blocks + 1, "text": blocks + 1, "text_input": blocks, "temb": 1}
-    return {name: (n, sum(min(longest, n - 1 - i) + 1 for i in range(n))) for name, n in states.items()}
+def near_products(work: Work) -> int:
+    """Products of states and steps that every row of a stream enters."""
+    return 2 * work.blocks + 1
+
+
+def far_products(work: Work) -> int:
+    """Products of states up to the longest interval apart."""
+    states, longest = work.blocks + 1, work.recipe.calibrate.longest
+    return sum(min(longest, states - 1 - i) + 1 for i in range(states))
+
+
+def far_share(work: Work) -> float:
+    """Share of the batches that enter far products."""
+    batches = -(-work.recipe.calibrate.samples // BATCH)
+    return 1 / max(1, min(FAR_EVERY, batches // 4))
 
 
 def analyze_seconds(work: Work) -> float:
-    """The teacher's forwards that the analysis may spend."""
-    return analyze_forwards(work) * work.speeds.teacher_s + work.recipe.analyze.probes * work.draw_s
+    """The teacher's forwards that costs take, then the trials of the plans of least cost."""
+    settings, teach = work.recipe.analyze, work.recipe.distill
+    seconds = analyze_forwards(work) * work.speeds.teacher_s + settings.probes * work.draw_s
+    if settings.trials > 1 and settings.strategy == "output_error" and work.recipe.plan.intervals == "auto":
+        left, done, steps = settings.trials, 0, 0
+        for share in ROUNDS:
+            end = max(1, round(share * settings.trial_steps))
+            steps += left * (end - done)
+            left, done = max(1, left // 2), end
+        lessons = settings.trial_steps * teach.batch * (work.speeds.teacher_s + work.draw_s)
+        trained = steps * teach.batch * work.speeds.student_s * work.speeds.training
+        seconds += lessons + work.beside(trained / 2, trained / 2)
+    return seconds
 
 
 def analyze_forwards(work: Work) -> float:
-    """Forwards of one sample, in whole teachers: the analysis's budget where it has one, else every candidate once."""
-    budget = getattr(work.recipe.analyze, "budget", None)
-    if isinstance(budget, int | float):
-        return float(budget)
+    """Forwards of one sample, in whole teachers, that costs of edits take."""
     settings, blocks, wanted = work.recipe.analyze, work.blocks, work.recipe.plan
-    forwards = 1.0
+    forwards, intervals = 1.0, 0.0
     if wanted.intervals == "auto":
-        longest = min(work.recipe.calibrate.longest, blocks)
-        # A span of k blocks leaves blocks - k of them to run.
-        forwards += sum((blocks - k + 1) * (blocks - k) / blocks for k in range(2, longest + 1))
+        for k in range(2, min(work.recipe.calibrate.longest, blocks) + 1):
+            # A span u..v leaves blocks - v of them to run, for each block that is tried as the one that stays.
+            intervals += sum(min(k, TRIED_WHOLE) * (blocks - v) / blocks for v in range(k - 1, blocks))
+        if settings.strategy != "output_error":
+            intervals = 1.5 * blocks
     if wanted.text_stream == "auto":
         forwards += min(8, work.recipe.calibrate.longest - 1, blocks - 1)
-    if wanted.modulation_rank == "auto":
-        forwards += max(0, width_of(work.source.config).bit_length() - 3)
-    return settings.probes * forwards
+    if wanted.modulation_rank != "none":
+        forwards += max(0, (width_of(work.source.config) - 1).bit_length() - 2)
+    if wanted.ffn == "auto":
+        forwards += len(work.source.family.ffn_inputs) * (blocks + 1) / 2
+    return settings.probes * forwards + min(settings.probes * intervals, settings.budget)
 
 
 def distill_seconds(work: Work) -> float:
@@ -275,7 +303,10 @@ def _by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, 
 def moment_bytes(work: Work) -> int:
     """Bytes of the calibration's record."""
     width = width_of(work.source.config)
-    return 8 * sum(n * width + pairs * width**2 for n, pairs in moments(work.blocks, work.recipe.calibrate.longest).values())
+    near, far = 2 * near_products(work) * 8 * width**2, 3 * far_products(work) * 8 * width**2
+    groups = (BANDS + CHUNKS) * near
+    ffns = 2 * len(work.source.family.ffn_inputs) * work.blocks * 8 * width**2
+    return near + far + ffns + (groups if groups <= GROUPED_BYTES else 0)
 
 
 def disk_bytes(work: Work) -> int:
