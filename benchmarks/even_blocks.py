@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from benchmarks.results_file import write_results
 from ppclc.compiler import Run, compress
+from ppclc.detection import even_intervals
 from ppclc.display import Display
-from ppclc.passes.analyze import even_intervals
 from ppclc.recipe import parse_recipe
 
 BLOCKS = 12

@@ -51,7 +51,7 @@ model:
   dtype: float32
 
 calibrate:
-  source: {source}        # images | prompts | noise
+  source: {source}        # images | prompts | cached | noise, with path: where your data lies
   samples: 2048
 
 target:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ppclc.cache import FEW, Cache
+from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
+from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
 from ppclc.models import (
@@ -43,6 +46,7 @@ from ppclc.records import (
     Export,
     Measured,
     Record,
+    Stage,
     Store,
     Student,
     Verdict,
@@ -67,6 +71,7 @@ class Run:
     display: Display
     source: Source
     teacher: Any = None
+    cache: Cache | None = None
     store: Store = field(init=False)
     stats: CalibrationStats | None = None
     analysis: Analysis | None = None
@@ -119,7 +124,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     check_teacher(source)
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
-    open_samples(recipe.calibrate.source, source, None, "choose")
+    wanted = recipe.calibrate
+    found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
     digest = source.digest()
     mark = out / "records" / "teacher"
     check_writable(out)
@@ -127,16 +133,31 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         raise OutputError(
             f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; give another folder with -o"
         )
+    cache, encoding = _cached(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     teacher = load_source(source, recipe.model.dtype)
-    run = Run(recipe, name, out, display, source, teacher)
+    run = Run(recipe, name, out, display, source, teacher, cache)
+    run.store.stages += encoding
     if not mark.is_file():
         write_text(mark, f"{digest} {recipe.model.path}\n")
     write_text(out / "recipe.yaml", recipe.to_yaml())
     return run
 
 
+def _cached(found: Cache | Unencoded | None, records: Path, dtype: str, display: Display) -> tuple[Cache | None, list[Stage]]:
+    """The user's samples, and what encoding them took, which counts as calibration, when they are not there yet."""
+    if not isinstance(found, Unencoded) or found.folder(records, dtype).is_dir():
+        return cached(found, records, dtype, display.say), []
+    with measured("calibrate") as cost:
+        cache = cached(found, records, dtype, display.say)
+    return cache, cost
+
+
 def _samples(run: Run, split: str) -> Samples:
-    samples = open_samples(run.recipe.calibrate.source, run.source, run.teacher, split)
+    samples = open_samples(run.recipe.calibrate.source, run.source, run.teacher, split, run.cache)
+    if samples.cache and samples.cache.shares_rows and split == "choose":
+        run.display.say(
+            f"warning: {samples.cache.rows} samples are too few to be kept apart (wanted {FEW}): calibration, training and judging share all of them"
+        )
     if samples.kind == "noise" and split == "choose":
         run.display.say("warning: calibrating on random embeddings and latents; what is measured on them says little about real prompts")
     return samples
@@ -154,7 +175,7 @@ def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
         CalibrationStats,
         "calibrate",
         calibrate_pass.VERSION,
-        settings.model_dump() | {"source": samples.kind},
+        settings.moments() | {"source": samples.identity},
         (_base(run),),
         lambda _: calibrate_pass.calibrate(run.teacher, run.source.family, samples, settings, progress),
     )
@@ -164,13 +185,16 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates and the plan; a plan.json that a person has edited goes first."""
     recipe, stats = run.recipe, _made(run.stats)
     sections = (recipe.analyze, recipe.target, recipe.plan)
+    lessons = analyze_pass.Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
     run.analysis = run.store.make(
         Analysis,
         "analyze",
         analyze_pass.VERSION,
-        [s.model_dump() for s in sections],
+        [*(s.model_dump() for s in sections), *([asdict(lessons)] if recipe.analyze.trials > 1 else [])],
         (stats,),
-        lambda _: analyze_pass.analyze(run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress),
+        lambda _: analyze_pass.analyze(
+            run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress, lessons
+        ),
     )
     run.plan = _edited_plan(run, run.analysis.plan)
     student_config(run.source.family, run.source.config, run.plan)
@@ -195,7 +219,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     """One record an interval, then the fine-tune of the whole."""
     stats, plan, settings = _made(run.stats), _made(run.plan), run.recipe.distill
     samples, family, ridge = _samples(run, "train"), run.source.family, run.recipe.analyze.ridge
-    bank: dict[str, dict[str, Any]] = dict(analyze_pass.closed_form_bank(stats, ridge, plan, family.text_key))
+    bank: dict[str, dict[str, Any]] = dict(closed_form_bank(stats, ridge, plan, family.text_key))
     total = settings.steps * len(plan.intervals) + settings.finetune_steps
     done = 0
     run.edits = []
@@ -206,13 +230,14 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
 
     for interval in plan.intervals:
         report = part(settings.steps, interval.key)
+        start = _made(run.analysis).starts.get(interval.key, interval.first)
         edit = run.store.make(
             Distilled,
             interval.key,
             distill_pass.VERSION,
-            settings.local() | {"source": samples.kind},
+            settings.local() | {"source": samples.identity, "start": start},
             (_base(run),),
-            partial(distill_pass.distill_interval, run.teacher, family, interval, samples, settings, report),
+            partial(distill_pass.distill_interval, run.teacher, family, interval, start, samples, settings, report),
             stage="distill",
         )
         bank[interval.key] = edit.tensors
@@ -224,7 +249,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
             Distilled,
             "finetune",
             distill_pass.VERSION,
-            [settings.joint() | {"source": samples.kind}, plan.model_dump(), ridge],
+            [settings.joint() | {"source": samples.identity}, plan.model_dump(), ridge],
             (_base(run), stats, *run.edits),
             partial(distill_pass.finetune, run.teacher, plan, bank, samples, settings, report),
             stage="distill",

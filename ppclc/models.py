@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,8 @@ from ppclc.records import disk_errors, file_digest, write_text
 BUILTIN = "builtin:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
+"""Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
 SHARD_SIZE = "5GB"
 NARROW = 256
 """Widths up to which operators run on one thread."""
@@ -122,7 +125,77 @@ def open_configuration(path: str) -> Source:
     return replace(open_source(str(file.parent if file.name == "config.json" and file.is_file() else path)), path=path)
 
 
-def _local_or_hub(path: str, revision: str | None) -> Path:
+def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = None) -> Path:
+    """The folder of the pipeline that a transformer is of, with these parts in it; a hub's are fetched.
+
+    Raises:
+        ModelError: a bare transformer, or a pipeline without such a part.
+    """
+    root = source.folder.parent if source.folder.name == "transformer" else source.folder
+    index = root / "model_index.json"
+    if not index.is_file():
+        raise ModelError(f"{source.path}: is a bare transformer: there is no {index}, wanted a pipeline's folder with {', '.join(parts)}")
+    listed = _json_object(index)
+    for part in parts:
+        if not isinstance(listed.get(part), list) or None in listed[part]:
+            raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
+    if not Path(source.path).expanduser().is_dir() and not source.path.startswith(BUILTIN):
+        root = _local_or_hub(source.path, revision, [f"{p}/*{end}" for p in parts for end in (".json", ".safetensors", ".txt", ".jinja")])
+    for part in parts:
+        if not (root / part).is_dir():
+            raise ModelError(f"{root / part}: no such folder, but {index} lists it; fetch the model again")
+    return root
+
+
+def digest_parts(root: Path, parts: tuple[str, ...]) -> str:
+    """SHA-256 over all files of some parts of a pipeline."""
+    files = [f for part in parts for f in sorted((root / part).rglob("*")) if f.is_file()]
+    return _files_digest(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+def load_part(root: Path, part: str, dtype: str) -> Any:
+    """One part of a pipeline by `model_index.json`: a network in evaluation mode with every tensor its own, or a tokenizer.
+
+    Raises:
+        ModelError: of a library that ppclc loads nothing from, or not whole.
+    """
+    library, name = _json_object(root / "model_index.json")[part][:2]
+    kind = getattr(import_module(library), name, None) if library in PART_LIBRARIES else None
+    if kind is None:
+        raise ModelError(f"{root / 'model_index.json'}: {part} = {[library, name]}: wanted a class of {' or '.join(PART_LIBRARIES)}")
+    quiet_libraries()
+    try:
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(root / part, local_files_only=True)
+        model, info = kind.from_pretrained(
+            root / part,
+            **{PART_LIBRARIES[library]: DTYPES[dtype]},
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except Exception as error:  # two libraries and their parsers raise many kinds; all mean that the part is not whole
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{root / part}: cannot be loaded as {name} ({reason}); fetch it again, safetensors included") from error
+    lacking = sorted({str(k) for key in ("missing_keys", "mismatched_keys") for k in info.get(key, ())})
+    if lacking:
+        raise ModelError(
+            f"{root / part}: {len(lacking)} tensors of {name} are missing or of a wrong shape, {lacking[0]} first; fetch it again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def pipeline_class(root: Path) -> str:
+    """Name of the class that a pipeline's folder is of."""
+    return str(_json_object(root / "model_index.json").get("_class_name"))
+
+
+def part_config(root: Path, part: str) -> dict[str, Any]:
+    """Configuration of a part of a pipeline. Raises ModelError when it cannot be read."""
+    return _json_object(root / part / "config.json")
+
+
+def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:
     root = Path(path).expanduser()
     if root.is_dir():
         return root
@@ -132,7 +205,7 @@ def _local_or_hub(path: str, revision: str | None) -> Path:
 
     wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=[*wanted, *(more or [])]))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -265,8 +338,13 @@ def student_config(family: Family, config: Mapping[str, Any], plan: CompressionP
         raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
     if plan.num_blocks != family.num_blocks(config):
         raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
-    if plan.ffn or plan.adapters:
-        raise PlanError("plan: ffn and adapters cannot be applied by this version; wanted both empty")
+    if plan.adapters:
+        raise PlanError("plan: adapters cannot be applied by this version; wanted none")
+    for edit in plan.ffn:
+        if edit.stream not in family.ffn_inputs:
+            raise PlanError(
+                f"plan.ffn: block {edit.block}, {edit.stream}: {family.name} has no such network to replace; wanted it left out"
+            )
     if config.get("_class_name") == family.student_class_name:
         raise PlanError("plan: the model is a width-edited student already; plans are made for its teacher")
     name = family.student_class_name if plan.has_width_edits else family.class_name
@@ -281,7 +359,7 @@ def predicted_parameters(family: Family, config: Mapping[str, Any], plan: Compre
 def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> Any:
     """The student of a teacher: a new model whose tensors are copies, the teacher untouched.
 
-    `bank` gives distilled blocks, text maps and the modulation basis; an interval that it lacks
+    `bank` gives distilled blocks, text maps, ffn maps and the modulation basis; an interval that it lacks
     starts from its first block. Dtype and device are the teacher's.
 
     Raises:
@@ -343,26 +421,35 @@ def blocks_of(model: Any, family: Family) -> list[nn.Module]:
     return [block for group in family.groups for block in model.get_submodule(group.path)]
 
 
+def block_state(block: nn.Module) -> dict[str, torch.Tensor]:
+    """A block's tensors by name, as the bank holds them."""
+    return {k: v.detach() for k, v in block.state_dict().items()}
+
+
 @dataclass
 class Trace:
     """What one forward of a model passed through.
 
     `states[s][i]` is stream s at the input of block i, `states[s][-1]` at the last block's output, each
     (B, tokens, D); `temb` is the time embedding; `shared` are the keyword arguments all blocks get.
+    `mids[s][i]`, where asked for, is stream s in block i after the attention residual, (B, tokens, D).
     """
 
     velocity: torch.Tensor
     states: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     temb: torch.Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    mids: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
 
 class _EnoughError(Exception):
     """Raised inside a forward that has gone far enough."""
 
 
-def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | None = None) -> Trace:
+def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | None = None, mids: bool = False) -> Trace:
     """Run a stock model once and keep every block's states; with `last`, no further than that block.
+
+    With `mids`, the states between attention and feed-forward networks as well.
 
     Raises:
         ModelError: a family with several groups.
@@ -387,6 +474,9 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
         seen.temb = output.detach()
 
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    for stream, path in family.ffn_inputs.items() if mids else ():
+        seen.mids[stream] = []
+        hooks += [b.get_submodule(path).register_forward_pre_hook(_keeper(seen.mids[stream])) for b in blocks]
     hooks.append(blocks[-1].register_forward_hook(after))
     hooks.append(model.get_submodule(family.time_embedding).register_forward_hook(embedded))
     try:
@@ -398,6 +488,15 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
         for hook in hooks:
             hook.remove()
     return seen
+
+
+def _keeper(kept: list[torch.Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook that adds a module's first argument to a list."""
+
+    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
+        kept.append(args[0].detach())
+
+    return keep
 
 
 def run_block(block: Any, family: Family, states: Mapping[str, torch.Tensor], shared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -432,6 +531,46 @@ def replaced(model: Any, family: Family, stand_ins: Mapping[int, nn.Module | Non
         model.set_submodule(path, original)
 
 
+@contextmanager
+def linear_ffns(model: Any, family: Family, maps: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """The stock model with `h + (W h + b)` in place of feed-forward networks; undone afterwards.
+
+    `maps` gives W (D, D) and b (D,) by block and stream. Nothing is saved: the networks still run, and
+    their result is not used. May stand around `replaced`, whose stand-ins are left alone, not inside it.
+
+    Raises:
+        PlanError: a block or a stream that has no such network.
+    """
+    blocks, hooks = list(model.get_submodule(family.groups[0].path)), []
+    for block, stream in maps:
+        if not 0 <= block < len(blocks) or stream not in family.ffn_inputs:
+            raise PlanError(f"ffn: block {block}, {stream}: wanted a block of 0..{len(blocks) - 1}, a stream of {list(family.ffn_inputs)}")
+    for (block, stream), (weight, bias) in maps.items():
+        mids: list[torch.Tensor] = []
+        after = _linear_output(mids, family.groups[0].outputs.index(stream), weight, bias)
+        hooks.append(blocks[block].get_submodule(family.ffn_inputs[stream]).register_forward_pre_hook(_keeper(mids)))
+        hooks.append(blocks[block].register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _linear_output(
+    mids: list[torch.Tensor], place: int, weight: torch.Tensor, bias: torch.Tensor
+) -> Callable[[nn.Module, tuple[Any, ...], tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    """A hook that puts the linear network's result at one place of a block's output, from the state kept in `mids`."""
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        mid = mids.pop()
+        mids.clear()
+        result = mid + nn.functional.linear(mid, weight.to(mid), bias.to(mid))
+        return (*output[:place], result, *output[place + 1 :])
+
+    return after
+
+
 def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -451,12 +590,16 @@ def set_threads(source: Source | None = None) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own chatter off the screen."""
+    """Keep the libraries' own chatter off the screen, `transformers`' bars too where it is loaded already."""
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
     for name in ("transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
 
 
 def require_library(module: str, extra: str) -> Any:

@@ -7,6 +7,7 @@ Blocks carry the teacher's numbers, counted through all groups in forward order.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,10 @@ class FfnEdit(BaseModel):
     stream: Literal["image", "text"]
 
 
+Edit = Interval | TextStreamEdit | FfnEdit | Literal["modulation_rank"]
+"""One item of a plan, which can be put back alone."""
+
+
 class CompressionPlan(BaseModel):
     """Every edit that turns one teacher into one student.
 
@@ -79,12 +84,13 @@ class CompressionPlan(BaseModel):
         text_stream: list[int] | tuple[int, ...] = (),
         modulation_rank: int | None = None,
         dead_code: bool = False,
+        ffn: Iterable[tuple[int, str]] = (),
     ) -> CompressionPlan:
-        """The plan with these edits; text-stream blocks are teacher numbers, references are found.
+        """The plan with these edits; blocks are teacher numbers, references are found. `ffn`: pairs (block, stream).
 
         Raises:
             PlanError: intervals out of order, overlapping or out of range; a text-stream block that
-                is not kept, or has no full block before it.
+                is not kept, or has no full block before it; a feed-forward network that is not there.
         """
         spans = sorted(intervals)
         kept = kept_blocks(num_blocks, spans)
@@ -101,6 +107,7 @@ class CompressionPlan(BaseModel):
                 num_blocks=num_blocks,
                 intervals=tuple(Interval(first=a, last=b) for a, b in spans),
                 text_stream=tuple(TextStreamEdit(**e) for e in edits),
+                ffn=tuple(sorted({FfnEdit.model_validate({"block": b, "stream": s}) for b, s in ffn}, key=_place)),
                 modulation_rank=modulation_rank,
                 dead_code=dead_code,
                 kept=kept,
@@ -131,10 +138,24 @@ class CompressionPlan(BaseModel):
             if edit.block not in kept or not full or full[-1] != edit.reference:
                 wanted = f"reference {full[-1]}" if full and edit.block in kept else f"a block of {list(kept[1:])}"
                 raise PlanError(f"{where}: text_stream: got block {edit.block} with reference {edit.reference}, wanted {wanted}")
+        self._check_ffn(where, kept, mapped)
         if self.dead_code and not self.has_width_edits:
             raise PlanError(
                 f"{where}: dead_code: got true in a plan without width edits, wanted false: such a student stays the stock class"
             )
+
+    def _check_ffn(self, where: str, kept: tuple[int, ...], mapped: list[int]) -> None:
+        places = [_place(e) for e in self.ffn]
+        if places != sorted(set(places)):
+            raise PlanError(f"{where}: ffn: got {[list(p) for p in places]}, wanted each block and stream once, in order")
+        for block, stream in places:
+            if block not in kept:
+                raise PlanError(f"{where}: ffn: got block {block}, {stream}: wanted a kept block, one of {list(kept)}")
+            if stream == "text" and block in mapped:
+                raise PlanError(
+                    f"{where}: ffn: got block {block}, text: its text stream is mapped and has no feed-forward network left; "
+                    "wanted this edit left out of ffn, or the block left out of text_stream"
+                )
 
     @property
     def has_width_edits(self) -> bool:
@@ -154,17 +175,24 @@ class CompressionPlan(BaseModel):
         """The interval that starts at this kept block, if one does."""
         return next((i for i in self.intervals if i.first == block), None)
 
-    def without(self, edit: Interval | TextStreamEdit | Literal["modulation_rank"]) -> CompressionPlan:
+    def ffn_key(self, block: int, stream: str) -> str:
+        """Name in the bank of a linear feed-forward network: its block, or both ends of the interval that starts there."""
+        span = self.interval_at(block)
+        return f"ffn-{block}-{span.last}-{stream}" if span else f"ffn-{block}-{stream}"
+
+    def without(self, edit: Edit) -> CompressionPlan:
         """The same plan with one edit put back; text-stream references follow."""
         spans = [(i.first, i.last) for i in self.intervals if i != edit]
         mapped = [e.block for e in self.text_stream if e != edit]
         rank = None if edit == "modulation_rank" else self.modulation_rank
-        return CompressionPlan.of(self.family, self.num_blocks, spans, mapped, rank, self.dead_code and bool(mapped or rank is not None))
+        ffn = [(e.block, e.stream) for e in self.ffn if e != edit]
+        dead = self.dead_code and bool(mapped or ffn or rank is not None)
+        return CompressionPlan.of(self.family, self.num_blocks, spans, mapped, rank, dead, ffn)
 
-    def edits(self) -> list[Interval | TextStreamEdit | Literal["modulation_rank"]]:
+    def edits(self) -> list[Edit]:
         """All edits that can be put back one by one."""
         rank: list[Literal["modulation_rank"]] = ["modulation_rank"] if self.modulation_rank is not None else []
-        return [*self.intervals, *self.text_stream, *rank]
+        return [*self.intervals, *self.text_stream, *self.ffn, *rank]
 
     def to_json(self) -> str:
         """`plan.json`, one edit a line."""
@@ -197,6 +225,10 @@ def kept_blocks(num_blocks: int, intervals: list[tuple[int, int]]) -> tuple[int,
     """Teacher blocks that have a student block: all but those after the first of each interval."""
     gone = {b for first, last in intervals for b in range(first + 1, min(last + 1, num_blocks))}
     return tuple(b for b in range(num_blocks) if b not in gone)
+
+
+def _place(edit: FfnEdit) -> tuple[int, str]:
+    return edit.block, edit.stream
 
 
 def _first_fault(error: ValidationError) -> str:

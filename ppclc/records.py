@@ -37,18 +37,22 @@ class Record(BaseModel):
 
 
 class CalibrationStats(Record):
-    """Second moments of a teacher's states, in float64.
+    """Second moments of a teacher's states, in float64, as `ppclc.moments` names them.
 
-    Tensors, for state i = input of block i (i = `num_blocks`: output of the last) and stream s:
-    `s.sum.i` (D,), `s.cross.i.j` (D, D) = sum of `x_i' x_j` for i <= j <= i + longest; the same for
-    `text_input` (the modulated text state that feeds block i's keys and values); `temb.sum`,
-    `temb.cross` of `SiLU(temb)`, one row a forward. Rows are counted in `rows`.
+    State i is the input of block i (i = `num_blocks`: the output of the last). Near moments of streams
+    `image`, `text` and `temb` (of `SiLU(temb)`, one row a forward), far ones of `image`, `text` and
+    `text_input` (the modulated text state that feeds block i's keys and values), and those of the
+    feed-forward networks (`ppclc.ffn_maps`). When `grouped`, near
+    moments also stand under `chunk.<c>.` and `band.<b>.`: of every eighth batch, and of each band of
+    timesteps. Rows are counted in `rows`; `moment_seconds` went into moments, beside the forwards.
     """
 
     num_blocks: int
     longest: int
     rows: dict[str, int]
     samples: int
+    grouped: bool = False
+    moment_seconds: float = 0.0
 
 
 class Candidate(BaseModel):
@@ -62,8 +66,31 @@ class Candidate(BaseModel):
     parameters: int
 
 
+class Agreement(BaseModel):
+    """Jaccard index of chosen intervals with those of repeated runs: mean, lowest, highest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    jaccard: float
+    lowest: float
+    highest: float
+    runs: int
+
+
+class TrialResult(BaseModel):
+    """A plan and its student's velocity error after so many steps of a short training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    plan: CompressionPlan
+    errors: list[tuple[int, float]]
+
+
 class Analysis(Record):
     """Probes, CKA, first differences, candidates, and the plan chosen.
+
+    `stability`: agreement of PPCL's intervals (`ppcl.`) and of the selection's (`selection.`) over
+    resampled samples (`resamples`) and single timestep bands (`bands`). `work`: forwards of one sample
+    through the teacher that the costs were allowed and took, intervals considered and possible. `starts`: by
+    the key of an interval of the plan, the teacher block that its student block starts from. `trials`: the best first.
 
     `probe_error[stream][i]`: share of a block's residual variance that its linear probe leaves.
     Tensor `cka` (streams, L, L): `cka[s, u, k]`, NaN where not computed. Tensors `modulation.basis`
@@ -78,6 +105,10 @@ class Analysis(Record):
     ppcl_intervals: list[tuple[int, int]]
     candidates: list[Candidate]
     modulation_error: dict[int, float]
+    stability: dict[str, Agreement] = {}
+    work: dict[str, float] = {}
+    starts: dict[str, int] = {}
+    trials: list[TrialResult] = []
     plan: CompressionPlan
 
 

@@ -1,8 +1,9 @@
 """Where noisy latents with their conditioning come from: for calibration, and for everything that trains.
 
-`images`: real latents of the model's task, pushed along the flow. `prompts`: points of the teacher's
-own sampling trajectories, which need no images. `noise`: random latents and embeddings, for a bare
-transformer that has neither text encoder nor task.
+`images`: real latents, a task's or a user's, pushed along the flow. `prompts`: points of the teacher's
+own sampling trajectories, which need no images. `cached`: the one or the other from ready-made
+embeddings. `noise`: random latents and embeddings, for a bare transformer that has neither text
+encoder nor task.
 
 Shape suffixes: B batch, S token, C channel.
 """
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ppclc import flow
+from ppclc.cache import LATENTS, TEXT, Cache
 from ppclc.errors import RecipeError
 from ppclc.models import Source
 
@@ -26,12 +28,22 @@ TRAJECTORY_STEPS = 10
 
 @dataclass(frozen=True)
 class Samples:
-    """A source of (x_t (B, S, C), timestep (B,), conditioning), drawn from a generator that is its only state."""
+    """A source of (x_t (B, S, C), timestep (B,), conditioning), drawn from a generator that is its only state.
+
+    `rows` are those of the cache that the split may use.
+    """
 
     kind: str
     source: Source
     teacher: Any
     split: str
+    cache: Cache | None = None
+    rows: tuple[int, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """The kind, and the digest of the data where it is a user's: what a record that is made of it depends on."""
+        return f"{self.kind}-{self.cache.digest}" if self.cache else self.kind
 
     def draw(self, count: int, generator: torch.Generator) -> Sample:
         """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included."""
@@ -40,12 +52,31 @@ class Samples:
             x = example.pop("hidden_states")
             example.pop("timestep")
             return x, self._timesteps(count, generator), example
-        latents, conditioning = self.source.task.batch(count, generator, self.split)  # type: ignore[union-attr]
+        latents, conditioning = self._clean(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
-        if self.kind == "images":
+        if self.kind == "images" or (self.kind == "cached" and self.cache and self.cache.has_latents):
             t = self._timesteps(count, generator)
             return flow.interpolate(latents, noise, t), t, conditioning
         return self._trajectory(noise, conditioning, generator)
+
+    def _clean(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
+        """Clean latents (B, S, C) with their conditioning; where only prompts are there, zeros of the latents' shape."""
+        if self.cache is None:
+            clean: tuple[torch.Tensor, flow.Conditioning] = self.source.task.batch(count, generator, self.split)  # type: ignore[union-attr]
+            return clean
+        order = torch.randperm(len(self.rows), generator=generator)
+        while len(order) < count:
+            order = torch.cat([order, torch.randperm(len(self.rows), generator=generator)])
+        batch = self.cache.read([self.rows[i] for i in order[:count].tolist()])
+        height, width = self.cache.grid
+        latents = batch.pop(LATENTS, None)
+        if latents is None:
+            latents = torch.zeros(count, height * width, self._channels())
+        return latents.float(), batch | self.source.family.grid_inputs(count, height, width, batch[TEXT].shape[1])
+
+    def _channels(self) -> int:
+        example = self.source.family.example_inputs(self.source.config, batch=1, generator=torch.Generator())
+        return int(example["hidden_states"].shape[-1])
 
     def _timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(count, generator=generator)
@@ -64,18 +95,16 @@ class Samples:
         return at, 1 - stop / TRAJECTORY_STEPS, conditioning
 
 
-def open_samples(kind: SourceKind, source: Source, teacher: Any, split: str) -> Samples:
-    """The source of that kind for a model; `auto` is `images` where a task has them, else `noise`.
+def open_samples(kind: SourceKind, source: Source, teacher: Any, split: str, cache: Cache | None = None) -> Samples:
+    """The source of that kind for a model; `auto` is `images` where a task has them, else `noise`. A cache goes first.
 
     Raises:
         RecipeError: the model has no such source.
     """
+    if cache is not None:
+        return Samples(cache.kind, source, teacher, split, cache, tuple(cache.split(split)))
     if kind == "auto":
         kind = "images" if source.task else "noise"
-    if kind == "cached":
-        raise RecipeError("calibrate.source = 'cached': not supported by this version; wanted images, prompts or noise")
-    if kind in ("images", "prompts") and source.task is None:
-        raise RecipeError(
-            f"calibrate.source = {kind!r}: {source.path} brings neither images nor a text encoder that this version reads; wanted noise"
-        )
+    if kind == "cached" or (kind != "noise" and source.task is None):
+        raise RecipeError(f"calibrate.source = {kind!r}: {source.path} brings no such data; wanted calibrate.path, or source: noise")
     return Samples(kind, source, teacher, split)

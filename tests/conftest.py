@@ -84,7 +84,7 @@ def inputs(family: Family, teacher: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def random_bank(family: Family) -> Callable[[Any, CompressionPlan], dict[str, Tensors]]:
-    """A bank with everything a plan may ask for: an orthogonal basis, and random maps for its text edits."""
+    """A bank with everything a plan may ask for: an orthogonal basis, and random maps for its text and ffn edits."""
 
     def make(model: Any, plan: CompressionPlan) -> dict[str, Tensors]:
         g = torch.Generator().manual_seed(5)
@@ -97,6 +97,9 @@ def random_bank(family: Family) -> Callable[[Any, CompressionPlan], dict[str, Te
                 for name in ("text_in", "text_out")
                 for part, shape in (("weight", (width, width)), ("bias", (width,)))
             }
+        for ffn in plan.ffn:
+            weight = torch.randn(width, width, generator=g) / width**0.5
+            bank[plan.ffn_key(ffn.block, ffn.stream)] = {"weight": weight, "bias": torch.randn(width, generator=g) / width**0.5}
         return bank
 
     return make

@@ -6,7 +6,7 @@ A family is one file here with a `PLUGIN`. Blocks are numbered through all group
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ppclc import plugins
@@ -15,7 +15,7 @@ from ppclc.plan import CompressionPlan
 
 Tensors = Mapping[str, Any]
 Bank = Mapping[str, Tensors]
-"""Tensors by edit: `interval-3-4` a block's state, `text-9-8` the maps, `modulation` basis and mean."""
+"""Tensors by edit: `interval-3-4` a block's state, `text-9-9-8-8` and `ffn-2-image` the maps, `modulation` basis and mean."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,30 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class Encoders:
+    """How a family's pipeline turns prompts and images into what its transformer takes.
+
+    pipeline_class: diffusers' class. text_parts, image_parts: the parts of `model_index.json` that
+    each needs; no other is loaded. encode_prompts: pipeline and prompts to conditioning tensors by
+    the names of forward, a row a prompt. encode_images: pipeline and images (B, 3, H, W) in -1..1 to
+    packed latents (B, S, C). pixels_per_token: the VAE's configuration to the side, in pixels, of the
+    square that one token stands for.
+    """
+
+    pipeline_class: str
+    text_parts: tuple[str, ...]
+    image_parts: tuple[str, ...]
+    encode_prompts: Callable[[Any, list[str]], dict[str, Any]]
+    encode_images: Callable[[Any, Any], Any]
+    pixels_per_token: Callable[[Mapping[str, Any]], int]
+
+
+def no_grid_inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Nothing: a forward that takes no positions."""
+    return {}
+
+
+@dataclass(frozen=True)
 class Family:
     """All that ppclc knows of one family.
 
@@ -58,7 +82,11 @@ class Family:
     `temb`. text_input: block, text state and temb to the modulated state that feeds keys and values.
     text_key: name in the bank of a text-stream edit's maps.
     example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length.
-    lowered: a model made ready for torch.export.
+    lowered: a model made ready for torch.export. ffn_inputs: by stream, the module within a block whose
+    input is the state after the attention residual; a stream that is not there takes no ffn edit.
+    text_tensors: the inputs of forward that stand for a prompt, without masks. grid_inputs: what
+    forward takes besides, by batch, image grid in tokens and text length. encoders: the way from
+    prompts and images to tensors, None where there is none yet.
     """
 
     name: str
@@ -73,6 +101,10 @@ class Family:
     example_inputs: Callable[..., dict[str, Any]]
     lowered: Callable[[Any], Lowered]
     tiny_config: Mapping[str, Any]
+    ffn_inputs: Mapping[str, str] = field(default_factory=dict)
+    text_tensors: tuple[str, ...] = ("encoder_hidden_states",)
+    grid_inputs: Callable[[int, int, int, int], dict[str, Any]] = no_grid_inputs
+    encoders: Encoders | None = None
 
     @property
     def student_class_name(self) -> str:

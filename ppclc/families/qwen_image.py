@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from ppclc.errors import PlanError
-from ppclc.families import Bank, Family, Group, Lowered, Tensors
+from ppclc.families import Bank, Encoders, Family, Group, Lowered, Tensors
 from ppclc.plan import CompressionPlan
-from ppclc.students.qwen_image import JointAttention
+from ppclc.students.qwen_image import JointAttention, TextRole, text_roles
 
 BLOCKS = Group(
     name="transformer_blocks",
@@ -26,14 +26,37 @@ BLOCKS = Group(
 )
 
 
+FFN_MAPS = {"img_ffn": "image", "txt_ffn": "text"}
+"""Streams of the modules that stand where a feed-forward network was made linear."""
+MODULATED = {"img_mod": "image", "txt_mod": "text"}
+
+
 def student_config(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
-    """Constructor arguments of the student."""
+    """Constructor arguments of the student.
+
+    Raises:
+        PlanError: a text feed-forward network to be made linear that dead-code removal leaves out.
+    """
     edited = {k: v for k, v in config.items() if not k.startswith("_")} | {"num_layers": len(plan.kept)}
     if plan.has_width_edits:
         edited["modulation_rank"] = plan.modulation_rank
         edited["mapped_text_blocks"] = [plan.student_block(e.block) for e in plan.text_stream]
         edited["dead_code"] = plan.dead_code
+    if plan.ffn:
+        for edit in plan.ffn:
+            if edit.stream == "text" and not _role(plan, edit.block).emits_text:
+                raise PlanError(
+                    f"plan.ffn: block {edit.block}, text: this is the last block that reads text, so dead_code removes its feed-forward "
+                    "network already; wanted this edit left out, or dead_code: false"
+                )
+        for stream in FFN_MAPS.values():
+            edited[f"linear_ffn_{stream}_blocks"] = [plan.student_block(e.block) for e in plan.ffn if e.stream == stream]
     return edited
+
+
+def _role(plan: CompressionPlan, block: int) -> TextRole:
+    mapped = [plan.student_block(e.block) for e in plan.text_stream]
+    return text_roles(len(plan.kept), mapped, plan.dead_code)[plan.student_block(block)]
 
 
 def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Bank) -> torch.Tensor:
@@ -41,6 +64,8 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
 
     Raises:
         PlanError: the bank lacks the maps or the basis that the plan needs.
+
+    A distilled block's tensors of a feed-forward network that is linear in the student are not read.
     """
     if name.startswith("time_text_embed.modulation_basis."):
         basis, mean = _basis(plan, bank)
@@ -51,13 +76,15 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
     block = plan.kept[int(number)]
     if part.startswith(("text_in.", "text_out.")):
         return _from_bank(bank, text_key(plan, block))[part]  # type: ignore[no-any-return]
+    if (module := part.split(".")[0]) in FFN_MAPS:
+        return _from_bank(bank, plan.ffn_key(block, FFN_MAPS[module]))[part.removeprefix(f"{module}.")]  # type: ignore[no-any-return]
     interval = plan.interval_at(block)
     source = bank.get(interval.key) if interval else None
     if source is None:
         prefix = f"{BLOCKS.path}.{block}."
         source = {k[len(prefix) :]: v for k, v in teacher.items() if k.startswith(prefix)}
     if part.startswith(("img_mod.", "txt_mod.")):
-        return _modulation(part, plan, source, bank, int(number))
+        return _modulation(part, plan, source, bank, block)
     return source[part]  # type: ignore[no-any-return]
 
 
@@ -68,16 +95,15 @@ def text_key(plan: CompressionPlan, block: int) -> str:
     return f"text-{block}-{ends[0]}-{reference}-{ends[1]}"
 
 
-def _modulation(part: str, plan: CompressionPlan, source: Tensors, bank: Bank, number: int) -> torch.Tensor:
-    from ppclc.students.qwen_image import text_roles
-
+def _modulation(part: str, plan: CompressionPlan, source: Tensors, bank: Bank, block: int) -> torch.Tensor:
     mod = part.split(".")[0]
     weight, bias = source[f"{mod}.1.weight"], source[f"{mod}.1.bias"]
-    if mod == "txt_mod" and plan.has_width_edits:
-        mapped = [plan.student_block(e.block) for e in plan.text_stream]
-        if not text_roles(len(plan.kept), mapped, plan.dead_code)[number].emits_text:
-            # The first two of six chunks: shift and scale before attention.
-            weight, bias = weight[: len(weight) // 3], bias[: len(bias) // 3]
+    if mod == "txt_mod" and plan.has_width_edits and not _role(plan, block).emits_text:
+        # The first two of six chunks: shift and scale before attention.
+        weight, bias = weight[: len(weight) // 3], bias[: len(bias) // 3]
+    elif any(e.block == block and e.stream == MODULATED[mod] for e in plan.ffn):
+        # The first three: shift and scale before attention, and its gate.
+        weight, bias = weight[: len(weight) // 2], bias[: len(bias) // 2]
     if plan.modulation_rank is None:
         return weight if part.endswith("weight") else bias  # type: ignore[no-any-return]
     basis, mean = _basis(plan, bank)
@@ -112,8 +138,37 @@ def example_inputs(
         "hidden_states": torch.randn(batch, height * width, config["in_channels"], generator=generator),
         "timestep": torch.rand(batch, generator=generator),
         "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=generator),
-        "img_shapes": [[(1, height, width)]] * batch,
+        **grid_inputs(batch, height, width, text),
     }
+
+
+def grid_inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """The grid of every sample: one frame of `height` x `width` tokens."""
+    return {"img_shapes": [[(1, height, width)]] * batch}
+
+
+def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
+    """Text states (B, T, E) of the pipeline's own text encoder, and their mask (B, T) where prompts differ in length."""
+    states, mask = pipeline.encode_prompt(prompts)
+    return {"encoder_hidden_states": states} | ({} if mask is None else {"encoder_hidden_states_mask": mask})
+
+
+def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
+    """Packed latents (B, S, C) of images (B, 3, H, W) in -1..1: the VAE's mode, normalised by its own mean and deviation.
+
+    The sampler undoes just that: it multiplies by `latents_std` and adds `latents_mean` before it decodes.
+    """
+    vae = pipeline.vae
+    latents = vae.encode(images[:, :, None].to(vae.dtype)).latent_dist.mode()
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std))
+    latents = ((latents - mean) / std)[:, :, 0]
+    packed: torch.Tensor = pipeline._pack_latents(latents, *latents.shape)
+    return packed
+
+
+def pixels_per_token(vae_config: Mapping[str, Any]) -> int:
+    """Side of the square of pixels that one token stands for: the VAE halves once a stage, packing once more."""
+    return int(2 ** (len(vae_config.get("temperal_downsample", (False, True, True))) + 1))
 
 
 def position_ids(height: int, width: int, text: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,4 +307,14 @@ PLUGIN = Family(
         "joint_attention_dim": 16,
         "axes_dims_rope": (4, 6, 6),
     },
+    ffn_inputs={"image": "img_norm2", "text": "txt_norm2"},
+    grid_inputs=grid_inputs,
+    encoders=Encoders(
+        pipeline_class="QwenImagePipeline",
+        text_parts=("text_encoder", "tokenizer"),
+        image_parts=("vae",),
+        encode_prompts=encode_prompts,
+        encode_images=encode_images,
+        pixels_per_token=pixels_per_token,
+    ),
 )

@@ -1,11 +1,9 @@
-"""calibrate: second moments of the teacher's states, streamed; no activation is kept.
-
-Shape suffixes: B batch, T token, D width.
-"""
+"""calibrate: second moments of the teacher's states, streamed; no activation is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -13,67 +11,120 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow
 from ppclc.families import Family
-from ppclc.models import blocks_of, trace
+from ppclc.ffn_maps import FfnMoments
+from ppclc.models import Trace, blocks_of, trace
+from ppclc.moments import BANDS, CHUNKS, Moments, rows_of
 from ppclc.records import CalibrationStats
-from ppclc.samples import Samples, SourceKind
+from ppclc.samples import Sample, Samples, SourceKind
 
-VERSION = 1
+VERSION = 2
 BATCH = 64
+FAR_EVERY = 16
+"""One batch in so many enters the far moments, which cost as many products a block as the longest interval has blocks."""
+GROUPED_BYTES = 256 * 2**20
+"""Most memory that moments by group may take; beyond it the analysis goes without its stability."""
 TEXT_INPUT = "text_input"
+Pixels = Annotated[int, Field(ge=1)]
 
 
 class CalibrateSettings(BaseModel):
-    """Section `calibrate` of a recipe. `longest`: most blocks an interval may span in the analysis."""
+    """Section `calibrate` of a recipe. `longest`: most blocks an interval may span in the analysis.
+
+    `path`: the user's data, by `source`: a text file of prompts, a folder or shards of captioned images,
+    or cached samples. `resolution`: height and width in pixels, or one number for both; it tells the
+    size of the images, and for prompts the size at which the teacher samples.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     source: SourceKind = "auto"
+    path: Annotated[str, Field(min_length=1)] | None = None
+    resolution: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] = 256
     samples: Annotated[int, Field(ge=2)] = 2048
     longest: Annotated[int, Field(ge=2)] = 10
     seed: Annotated[int, Field(ge=0)] = 0
+
+    def moments(self) -> dict[str, Any]:
+        """The settings on which the moments depend, but for the data itself."""
+        return self.model_dump(exclude={"source", "path", "resolution"})
 
 
 def calibrate(
     model: Any, family: Family, samples: Samples, settings: CalibrateSettings, progress: Callable[[float, str], None]
 ) -> CalibrationStats:
-    """Moments of every block's input and output by stream, of the modulated text inputs, and of `SiLU(temb)`."""
+    """Near and far moments of every block's states by stream, of the modulated text inputs, and of `SiLU(temb)`."""
     generator = torch.Generator().manual_seed(settings.seed)
-    sums = Moments(settings.longest)
-    blocks = blocks_of(model, family)
-    done = 0
-    while done < settings.samples:
-        count = min(BATCH, settings.samples - done)
-        x, t, conditioning = samples.draw(count, generator)
-        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning))
+    moments, ffns, blocks = Moments(), FfnMoments(), blocks_of(model, family)
+    batches = -(-settings.samples // BATCH)
+    # A few batches at least, spread over the run: far moments must be of full rank.
+    far_every = max(1, min(FAR_EVERY, batches // 4))
+    seconds, done, groups = 0.0, 0, False
+    for n in range(batches):
+        x, t, conditioning = by_timestep(samples.draw(min(BATCH, settings.samples - done), generator))
+        far = n % far_every == 0
+        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), mids=far)
+        start = time.perf_counter()
+        groups = grouped_bytes(seen) <= GROUPED_BYTES
         mask = conditioning.get("encoder_hidden_states_mask")
-        for stream, states in seen.states.items():
-            sums.add(stream, states, mask if stream == "text" else None)
-        if seen.temb is not None:
-            with torch.no_grad():
-                inputs = [family.text_input(b, s, seen.temb) for b, s in zip(blocks, seen.states["text"][:-1], strict=True)]
-            sums.add(TEXT_INPUT, inputs, mask)
-            sums.add("temb", [torch.nn.functional.silu(seen.temb)], None)
-        done += count
+        add_near(moments, seen, t, mask, f"chunk.{n % CHUNKS}." if groups else None)
+        if far:
+            add_far(moments, seen, mask, family, blocks, settings.longest)
+            for stream, mids in seen.mids.items():
+                ffns.add(stream, mids, seen.states[stream][1:], mask if stream == "text" else None)
+        seconds += time.perf_counter() - start
+        done += len(t)
         progress(done / settings.samples, "")
-    return CalibrationStats(num_blocks=len(blocks), longest=settings.longest, rows=sums.rows, samples=done, tensors=sums.tensors)
+    return CalibrationStats(
+        num_blocks=len(blocks),
+        longest=settings.longest,
+        rows=moments.rows | ffns.rows,
+        samples=done,
+        grouped=groups,
+        moment_seconds=seconds,
+        tensors=moments.tensors | ffns.tensors,
+    )
 
 
-class Moments:
-    """Running sums of states: `sum` of rows and `cross` products of states at most `longest` blocks apart, float64."""
+def by_timestep(sample: Sample) -> Sample:
+    """The samples in rising order of their timesteps, so that bands are contiguous rows."""
+    x, t, conditioning = sample
+    order = torch.argsort(t)
 
-    def __init__(self, longest: int) -> None:
-        self.longest = longest
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.rows: dict[str, int] = {}
+    def sorted_(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[order] if value.dim() and len(value) == len(order) else value
+        return [value[i] for i in order.tolist()] if isinstance(value, list) and len(value) == len(order) else value
 
-    def add(self, name: str, states: list[torch.Tensor], mask: torch.Tensor | None) -> None:
-        """Add one batch of states, each (B, T, D) or (B, D); rows where the mask (B, T) is zero do not enter."""
-        flat = [s.reshape(-1, s.shape[-1]) if mask is None else s[mask.bool()] for s in states]
-        self.rows[name] = self.rows.get(name, 0) + len(flat[0])
-        for i, x in enumerate(flat):
-            self._accumulate(f"{name}.sum.{i}", x.double().sum(0))
-            for j in range(i, min(i + self.longest, len(flat) - 1) + 1):
-                # float32 products over one batch, float64 over all of them.
-                self._accumulate(f"{name}.cross.{i}.{j}", (x.float().T @ flat[j].float()).double())
+    return x[order], t[order], {k: sorted_(v) for k, v in conditioning.items()}
 
-    def _accumulate(self, key: str, value: torch.Tensor) -> None:
-        self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
+
+def grouped_bytes(seen: Trace) -> int:
+    """Memory that near moments take once more for every group."""
+    each = sum(2 * len(states) * states[0].shape[-1] ** 2 for states in seen.states.values())
+    return 8 * each * (BANDS + CHUNKS)
+
+
+def add_near(moments: Moments, seen: Trace, timestep: torch.Tensor, mask: torch.Tensor | None, chunk: str | None) -> None:
+    """Near moments of one batch whose timesteps rise; with a chunk also under its name and that of each timestep's band."""
+    whole = ("",) if chunk is None else ("", chunk)
+    bands = (timestep * BANDS).long().clamp(max=BANDS - 1)
+    slices = [(0, len(timestep), whole)]
+    if chunk is not None:
+        ends = [int((bands <= b).sum()) for b in range(BANDS)]
+        slices = [(a, b, (*whole, f"band.{i}.")) for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
+    for first, last, prefixes in slices:
+        for stream, states in seen.states.items():
+            rows = mask[first:last] if mask is not None and stream == "text" else None
+            moments.add_near(stream, [rows_of(s[first:last], rows) for s in states], prefixes)
+    if seen.temb is not None:
+        moments.add_near("temb", [torch.nn.functional.silu(seen.temb)])
+
+
+def add_far(moments: Moments, seen: Trace, mask: torch.Tensor | None, family: Family, blocks: Sequence[Any], longest: int) -> None:
+    """Far moments of one batch: both streams, and the modulated text state that feeds each block's text keys and values."""
+    states = dict(seen.states)
+    if seen.temb is not None:
+        with torch.no_grad():
+            states[TEXT_INPUT] = [family.text_input(b, s, seen.temb) for b, s in zip(blocks, states["text"][:-1], strict=True)]
+    for stream, values in states.items():
+        rows = mask if stream != "image" else None
+        moments.add_far(stream, [rows_of(v, rows) for v in values], longest)

@@ -366,6 +366,7 @@ def stands(plan: CompressionPlan) -> list[Stand]:
         note = f"blocks {first}–{last} became student block {student}" if span else f"kept as student block {student}"
         if first in references:
             note += f"; text stream mapped from block {references[first]}"
+        note += "".join(f"; {e.stream} feed-forward network made linear" for e in plan.ffn if e.block == first)
         cells = tuple(Cell(b, kind, f"Teacher block {b}: {note}") for b in range(first, last + 1))
         found.append(Stand(student, cells, tuple(badges)))
     return found

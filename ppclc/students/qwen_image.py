@@ -1,6 +1,6 @@
 """Qwen-Image's transformer with narrower parts, as ppclc's plans cut it. Needs torch and diffusers only.
 
-Three edits beside a smaller `num_layers`, all told by the configuration:
+Four edits beside a smaller `num_layers`, all told by the configuration:
 
 - `modulation_rank`: the modulation of all blocks reads `p = B'(SiLU(temb) - mean)`, of `modulation_rank`
   numbers, instead of `SiLU(temb)`. `B` is shared; `p` travels behind `temb` in one tensor.
@@ -8,6 +8,9 @@ Three edits beside a smaller `num_layers`, all told by the configuration:
   `text_in(z)`, `z` being the modulated text state of the last full block before the run. A run that is
   followed by a full block ends with `text_out(h)`, `h` being that full block's text output.
   Source: arXiv 2511.16156, width pruning of the text stream.
+- `linear_ffn_image_blocks`, `linear_ffn_text_blocks`: blocks whose feed-forward network of that stream is one
+  linear map of the state after the attention residual, `h + (W h + b)`. Its norm, its half of the modulation
+  and its gate are gone with it. Source: arXiv 2511.16156, width pruning of the feed-forward networks.
 - `dead_code`: parts whose result nothing reads are left out: of the last block that computes text, the
   text query, the text output projection, the text feed-forward network, and all of the text modulation
   but the first shift and scale.
@@ -64,6 +67,16 @@ def text_roles(num_layers: int, mapped_text_blocks: list[int] | None, dead_code:
         else:
             roles.append(TextRole(False, emits_text=read, emits_input=followed))
     return roles
+
+
+def check_linear_ffn(image: list[int] | None, text: list[int] | None, roles: list[TextRole]) -> None:
+    """Raise ValueError for a block that is not there, or whose text feed-forward network is gone already."""
+    for name, blocks in (("image", image or []), ("text", text or [])):
+        if any(not 0 <= b < len(roles) for b in blocks):
+            raise ValueError(f"linear_ffn_{name}_blocks = {blocks}: wanted blocks within 0..{len(roles) - 1}")
+    gone = [b for b in text or [] if roles[b].mapped or not roles[b].emits_text]
+    if gone:
+        raise ValueError(f"linear_ffn_text_blocks = {text}: blocks {gone} compute no text after attention, wanted blocks that do")
 
 
 class LastFeatures(nn.Module):
@@ -169,20 +182,32 @@ class JointAttention:
 
 
 class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
-    """One block with the parts that its role needs. `encoder_hidden_states` carries what roles emit."""
+    """One block with the parts that its role needs. `encoder_hidden_states` carries what roles emit.
 
-    def __init__(self, dim: int, heads: int, head_dim: int, role: TextRole, rank: int | None, zero_cond_t: bool) -> None:
+    linear_ffn: streams whose feed-forward network is a linear map, `img_ffn` or `txt_ffn`.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, role: TextRole, rank: int | None, zero_cond_t: bool, linear_ffn: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(dim, heads, head_dim, zero_cond_t=zero_cond_t)
-        self.role = role
+        self.role, self.linear_ffn = role, linear_ffn
         self.attn.set_processor(JointAttention())
-        self.img_mod = self._modulation(rank, 6)
+        self.img_mod = self._modulation(rank, 3 if "image" in linear_ffn else 6)
+        if "image" in linear_ffn:
+            self.img_ffn = nn.Linear(dim, dim)
+            del self.img_norm2, self.img_mlp
         if role.mapped:
             self.text_in = nn.Linear(dim, dim)
             if role.emits_text:
                 self.text_out = nn.Linear(dim, dim)
             del self.txt_mod, self.txt_norm1  # type: ignore[has-type]
         else:
-            self.txt_mod = self._modulation(rank, 6 if role.emits_text else 2)
+            chunks = 3 if "text" in linear_ffn else 6
+            self.txt_mod = self._modulation(rank, chunks if role.emits_text else 2)
+        if "text" in linear_ffn:
+            self.txt_ffn = nn.Linear(dim, dim)
+            del self.txt_norm2, self.txt_mlp
         if role.mapped or not role.emits_text:
             del self.txt_norm2, self.txt_mlp
             del self.attn.add_q_proj, self.attn.norm_added_q, self.attn.to_add_out
@@ -202,10 +227,10 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mod1, mod2 = self.img_mod(temb).chunk(2, dim=-1)
+        mod = self.img_mod(temb)
         text_temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
         text_input, text_mod = self._text_input(encoder_hidden_states, text_temb)
-        modulated, gate = self._modulate(self.img_norm1(hidden_states), mod1, modulate_index)
+        modulated, gate = self._modulate(self.img_norm1(hidden_states), mod[..., : 3 * self.dim], modulate_index)
         attended, text_attended = self.attn(
             hidden_states=modulated,
             encoder_hidden_states=text_input,
@@ -214,8 +239,11 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
             **(joint_attention_kwargs or {}),
         )
         hidden_states = hidden_states + gate * attended
-        modulated, gate = self._modulate(self.img_norm2(hidden_states), mod2, modulate_index)
-        hidden_states = hidden_states + gate * self.img_mlp(modulated)
+        if "image" in self.linear_ffn:
+            hidden_states = hidden_states + self.img_ffn(hidden_states)
+        else:
+            modulated, gate = self._modulate(self.img_norm2(hidden_states), mod[..., 3 * self.dim :], modulate_index)
+            hidden_states = hidden_states + gate * self.img_mlp(modulated)
         emitted = self._text_output(encoder_hidden_states, text_input, text_attended, text_mod)
         if hidden_states.dtype == torch.float16:
             hidden_states, emitted = hidden_states.clip(-65504, 65504), emitted.clip(-65504, 65504)
@@ -228,7 +256,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         normed = self.txt_norm1(carried)
         if self.role.emits_text:
             mod = self.txt_mod(temb)
-            return self._modulate(normed, mod.chunk(2, dim=-1)[0])[0], mod
+            return self._modulate(normed, mod[..., : 3 * self.dim])[0], mod
         shift, scale = self.txt_mod(temb).chunk(2, dim=-1)
         return normed * (1 + scale[:, None]) + shift[:, None], None
 
@@ -240,10 +268,12 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
             return self.text_out(carried[..., : self.dim]) if self.role.emits_text else carried
         if attended is None or mod is None:
             return text_input
-        mod1, mod2 = mod.chunk(2, dim=-1)
-        text = carried + mod1.chunk(3, dim=-1)[2][:, None] * attended
-        modulated, gate = self._modulate(self.txt_norm2(text), mod2)
-        text = text + gate * self.txt_mlp(modulated)
+        text = carried + mod[:, None, 2 * self.dim : 3 * self.dim] * attended
+        if "text" in self.linear_ffn:
+            text = text + self.txt_ffn(text)
+        else:
+            modulated, gate = self._modulate(self.txt_norm2(text), mod[..., 3 * self.dim :])
+            text = text + gate * self.txt_mlp(modulated)
         return torch.cat([text, text_input], dim=-1) if self.role.emits_input else text
 
 
@@ -271,6 +301,8 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
         modulation_rank: int | None = None,
         mapped_text_blocks: list[int] | None = None,
         dead_code: bool = False,
+        linear_ffn_image_blocks: list[int] | None = None,
+        linear_ffn_text_blocks: list[int] | None = None,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -288,9 +320,14 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
         )
         self.register_to_config(num_layers=num_layers)
         heads, head_dim = num_attention_heads, attention_head_dim
+        roles = text_roles(num_layers, mapped_text_blocks, dead_code)
+        check_linear_ffn(linear_ffn_image_blocks, linear_ffn_text_blocks, roles)
+        linear = {"image": linear_ffn_image_blocks or [], "text": linear_ffn_text_blocks or []}
         self.transformer_blocks = nn.ModuleList(
-            PrunedQwenImageTransformerBlock(self.inner_dim, heads, head_dim, role, modulation_rank, zero_cond_t)
-            for role in text_roles(num_layers, mapped_text_blocks, dead_code)
+            PrunedQwenImageTransformerBlock(
+                self.inner_dim, heads, head_dim, role, modulation_rank, zero_cond_t, tuple(s for s, blocks in linear.items() if i in blocks)
+            )
+            for i, role in enumerate(roles)
         )
         if modulation_rank is not None:
             self.time_text_embed = ProjectedTimeEmbeddings(self.inner_dim, modulation_rank, use_additional_t_cond)

@@ -13,7 +13,17 @@ import torch
 
 from ppclc import plugins
 from ppclc.families import Family
-from ppclc.models import apply_plan, blocks_of, count_parameters, empty_model, load_model, predicted_parameters, save_model, trace
+from ppclc.models import (
+    apply_plan,
+    blocks_of,
+    count_parameters,
+    empty_model,
+    linear_ffns,
+    load_model,
+    predicted_parameters,
+    save_model,
+    trace,
+)
 from ppclc.plan import CompressionPlan
 
 FAMILIES = plugins.names("families")
@@ -58,18 +68,33 @@ def test_width_edits_survive_the_disk_and_are_counted(subject: tuple[Family, Any
     seen = trace(model, family, inputs)
     assert seen.temb is not None
     width = seen.temb.shape[-1]
-    plan = CompressionPlan.of(family.name, len(blocks_of(model, family)), [(0, 1)], [3], 4, True)
+    ffn = [(0, stream) for stream in family.ffn_inputs]
+    plan = CompressionPlan.of(family.name, len(blocks_of(model, family)), [(0, 1)], [3], 4, True, ffn)
     maps = {
         f"{n}.{k}": torch.randn(width, width) if k == "weight" else torch.zeros(width)
         for n in ("text_in", "text_out")
         for k in ("weight", "bias")
     }
     bank = {"modulation": {"basis": torch.eye(width), "mean": torch.zeros(width)}, family.text_key(plan, 3): maps}
+    bank |= {plan.ffn_key(*place): {"weight": torch.randn(width, width) / width, "bias": torch.ones(width)} for place in ffn}
     student = apply_plan(model, plan, bank)
     config = {"_class_name": family.class_name, **model.config}
     assert count_parameters(student) == predicted_parameters(family, config, plan) < count_parameters(model)
     save_model(student, plan, tmp_path)
     assert torch.equal(run(load_model(tmp_path), inputs), run(student, inputs))
+
+
+def test_linear_networks_in_the_teacher_are_the_student_s(subject: tuple[Family, Any, dict[str, Any]]) -> None:
+    """Where the states after attention are read is data of the family; the student says whether it is right."""
+    family, model, inputs = subject
+    length, width = len(blocks_of(model, family)), trace(model, family, inputs).states["image"][0].shape[-1]
+    for place in [(block, stream) for stream in family.ffn_inputs for block in (0, length - 2)]:
+        weight, bias = torch.randn(width, width) / width, torch.randn(width)
+        plan = CompressionPlan.of(family.name, length, ffn=[place])
+        student = apply_plan(model, plan, {plan.ffn_key(*place): {"weight": weight, "bias": bias}})
+        with linear_ffns(model, family, {place: (weight, bias)}):
+            assert (run(model, inputs) - run(student, inputs)).abs().max() <= 1e-5 * run(student, inputs).abs().max()
+        assert not torch.equal(run(model, inputs), run(student, inputs))
 
 
 def test_the_lowered_module_equals_eager(subject: tuple[Family, Any, dict[str, Any]]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ppclc.detection import first_difference_intervals
 from ppclc.models import open_source
-from ppclc.passes.analyze import PlanSettings, TargetSettings, cheapest_chains, even_plan, first_difference_intervals
+from ppclc.passes.analyze import PlanSettings, TargetSettings, even_plan
+from ppclc.selection import cheapest_chains
 
 
 def test_even_plan_of_the_embedded_teacher() -> None:
@@ -21,7 +23,7 @@ def test_first_difference_rule_on_a_fixed_map() -> None:
     rows = {0: [1.0, 0.90, 0.85, 0.60], 3: [1.0, 0.99, 0.97]}
     for u, row in rows.items():
         cka[u, u : u + len(row)] = torch.tensor(row, dtype=torch.float64)
-    assert first_difference_intervals(cka)[0] == [(0, 2), (3, 4)]
+    assert first_difference_intervals(cka.tolist())[0] == [(0, 2), (3, 4)]
 
 
 def test_cheapest_chains_on_fixed_costs() -> None:

@@ -21,8 +21,10 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     gone = {k for a, b in chosen for k in range(a + 1, b + 1)}
     text = [k for k in range(1, length) if k not in gone and draw(st.booleans())]
     rank = draw(st.none() | st.integers(1, 64))
-    dead = bool(text or rank) and draw(st.booleans())
-    return CompressionPlan.of("qwen_image", length, draw(st.permutations(chosen)), draw(st.permutations(text)), rank, dead)
+    places = [(k, s) for k in range(length) if k not in gone for s in ("image", "text") if s == "image" or k not in text]
+    ffn = draw(st.lists(st.sampled_from(places), max_size=4, unique=True))
+    dead = bool(text or rank or ffn) and draw(st.booleans())
+    return CompressionPlan.of("qwen_image", length, draw(st.permutations(chosen)), draw(st.permutations(text)), rank, dead, ffn)
 
 
 @given(plans())
@@ -54,6 +56,7 @@ def test_reference_is_the_nearest_earlier_block_that_has_its_text_stream(plan: C
 def edit_names(plan: CompressionPlan) -> list[Any]:
     names: list[Any] = [("interval", i.first, i.last) for i in plan.intervals]
     names += [("text", e.block) for e in plan.text_stream]
+    names += [("ffn", e.block, e.stream) for e in plan.ffn]
     return names + ([("rank", plan.modulation_rank)] if plan.modulation_rank else [])
 
 

@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
 from ppclc.models import apply_plan, open_source
-from ppclc.passes.analyze import closed_form_bank, probe_set
+from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
-from ppclc.passes.distill import DistillSettings, Training, distill_interval, finetune, state_loss
+from ppclc.passes.distill import DistillSettings, distill_interval, finetune, state_loss
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.quality import velocity_error
 from ppclc.records import Distilled
 from ppclc.samples import Samples, open_samples
+from ppclc.training import Training
 
 NAME = "qwen_image"
 SHORT = DistillSettings(steps=9, finetune_steps=9, batch=4, checkpoint_every=3)
@@ -36,9 +38,9 @@ def samples(teacher_folder: Path, teacher: Any) -> Samples:
 
 
 def local(model: Any, family: Family, interval: Interval, samples: Samples, work: Path, **changes: Any) -> Distilled:
-    progress = changes.pop("progress", quiet)
+    progress, start = changes.pop("progress", quiet), changes.pop("start", interval.first)
     chosen = SHORT.model_copy(update=changes)
-    return distill_interval(model, family, interval, samples, chosen, work=work, progress=progress)
+    return distill_interval(model, family, interval, start, samples, chosen, work=work, progress=progress)
 
 
 def same(a: Distilled, b: Distilled) -> bool:

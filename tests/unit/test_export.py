@@ -23,9 +23,9 @@ from ppclc.records import Export, Parity, file_digest
 
 FAMILY: Family = plugins.load("families", "qwen_image")
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids"]
-# Depth, text stream, modulation rank and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
-SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True)
-LONG_PLAN = CompressionPlan.of(FAMILY.name, 6, [(0, 1)], [2, 4], 8, True)
+# Depth, text stream, modulation rank, linear networks and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
+SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True, [(2, "image")])
+LONG_PLAN = CompressionPlan.of(FAMILY.name, 6, [(0, 1)], [2, 4], 8, True, [(0, "text"), (3, "image"), (3, "text"), (4, "image")])
 
 
 def a_teacher(layers: int) -> Any:
@@ -42,6 +42,7 @@ def a_student(plan: CompressionPlan) -> Any:
     basis = torch.linalg.qr(torch.randn(width, width))[0]
     bank = {"modulation": {"basis": basis, "mean": torch.randn(width) / 10}}
     bank |= dict.fromkeys(("text-2-2-0-1", "text-4-4-3-3"), square | offset)
+    bank |= {plan.ffn_key(e.block, e.stream): {"weight": torch.randn(width, width) / width, "bias": torch.ones(width)} for e in plan.ffn}
     return apply_plan(teacher, plan, bank)
 
 
@@ -314,6 +315,22 @@ def test_the_digest_knows_all_that_it_depends_on() -> None:
     same = export_digest("abc", "onnx", "float32")
     assert export_digest("abc", "onnx", "float32", {"opset": 23}) == same
     assert len({same, export_digest("abd", "onnx", "float32"), export_digest("abc", "onnx", "float32", {"opset": 20})}) == 3
+
+
+def test_linear_networks_of_both_streams_run_elsewhere_as_here(tmp_path: Path) -> None:
+    """Block 0 has both, and its text is read by block 1: the student of `made` cannot have that."""
+    model = a_student(CompressionPlan.of(FAMILY.name, 2, ffn=[(0, "image"), (0, "text"), (1, "image")]))
+    export = export_model(model, FAMILY, "onnx", "float32", tmp_path / "onnx", "abc")
+    assert export.parity is not None
+    assert export.parity.max_abs <= 1e-4
+    lowered = FAMILY.lowered(model)
+    session = plugins.load("backends", "onnxruntime").load(tmp_path / "onnx", lowered.reference)
+    inputs = lowered.inputs(batch=4, height=5, width=7, text=17)
+    with torch.no_grad():
+        assert lowering.parity(lowered.reference(inputs), session.run(inputs)).max_abs <= 1e-4
+        for block in model.transformer_blocks:
+            block.img_ffn.bias += 1
+        assert lowering.parity(lowered.reference(inputs), session.run(inputs)).max_abs > 1e-2
 
 
 def test_parity_in_numbers() -> None:

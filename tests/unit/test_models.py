@@ -45,6 +45,8 @@ PLANS = {
     "dead code": CompressionPlan.of(NAME, 6, modulation_rank=5, dead_code=True),
     "all": CompressionPlan.of(NAME, 6, [(1, 2)], [3, 5], 4, True),
     "text to the end": CompressionPlan.of(NAME, 6, [(0, 1)], [3, 4, 5], None, True),
+    "ffn": CompressionPlan.of(NAME, 6, ffn=[(0, "text"), (2, "image"), (2, "text"), (5, "image")]),
+    "ffn and all": CompressionPlan.of(NAME, 6, [(1, 2)], [3, 5], 4, True, [(0, "text"), (1, "image"), (3, "image"), (5, "image")]),
 }
 
 
@@ -226,7 +228,12 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     kept = CompressionPlan.of(NAME, 6, spans).kept
     text = draw(st.sets(st.sampled_from(kept[1:]))) if len(kept) > 1 else set()
     rank = draw(st.none() | st.integers(1, 32))
-    return CompressionPlan.of(NAME, 6, spans, sorted(text), rank, bool(text or rank) and draw(st.booleans()))
+    full = [k for k in kept if k not in text]
+    places = [(k, "image") for k in kept] + [(k, "text") for k in full[:-1]]
+    # The last full block's text network is there only where something reads text after it, or dead code stays.
+    ffn = draw(st.lists(st.sampled_from(places), max_size=3, unique=True))
+    dead = bool(text or rank or ffn) and draw(st.booleans())
+    return CompressionPlan.of(NAME, 6, spans, sorted(text), rank, dead, ffn)
 
 
 @settings(max_examples=12)
@@ -277,6 +284,22 @@ def test_other_dtypes_survive_the_round_trip(teacher: Any, tmp_path: Path, rando
         assert torch.equal(again[key], tensor), key
 
 
+@settings(max_examples=8)
+@given(plan=plans())
+def test_any_plan_s_student_survives_the_disk(
+    plan: CompressionPlan, teacher: Any, inputs: dict[str, Any], random_bank: Banks, tmp_path: Path
+) -> None:
+    folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    student = apply_plan(teacher, plan, random_bank(teacher, plan))
+    save_model(student, plan, folder)
+    again = load_model(folder)
+    wanted = student.state_dict()
+    assert again.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.state_dict().items())
+    assert torch.equal(run(again, inputs), run(student, inputs))
+    assert CompressionPlan.read(folder / "transformer" / "plan.json") == plan == CompressionPlan.from_json(plan.to_json())
+
+
 FRESH = """
 import json, sys
 sys.modules["ppclc"] = None
@@ -296,7 +319,7 @@ for folder in sys.argv[1:]:
 
 def test_students_load_where_ppclc_is_not_installed(teacher: Any, inputs: dict[str, Any], tmp_path: Path, random_bank: Banks) -> None:
     wanted = {}
-    for name in ("depth", "all", "text to the end"):
+    for name in ("depth", "ffn and all", "text to the end"):
         folder = tmp_path / name.replace(" ", "_")
         student = apply_plan(teacher, PLANS[name], random_bank(teacher, PLANS[name]))
         save_model(student, PLANS[name], folder)
@@ -349,12 +372,9 @@ def test_plans_of_other_models_are_refused(teacher: Any, family: Family) -> None
         apply_plan(teacher, CompressionPlan.of(NAME, 5, [(0, 1)]))
     with pytest.raises(PlanError, match="family = 'flux', but the model is of 'qwen_image'"):
         predicted_parameters(family, config_of(teacher), CompressionPlan.of("flux", 6))
-    with pytest.raises(PlanError, match="ffn and adapters cannot be applied by this version"):
+    with pytest.raises(PlanError, match="adapters cannot be applied by this version"):
         apply_plan(
-            teacher,
-            CompressionPlan.from_json(
-                CompressionPlan.of(NAME, 6).to_json().replace('"ffn": []', '"ffn": [{"block": 1, "stream": "image"}]')
-            ),
+            teacher, CompressionPlan.from_json(PLANS["depth"].to_json().replace('"adapters": []', '"adapters": [{"first": 1, "last": 2}]'))
         )
     with pytest.raises(PlanError, match="the bank holds no 'modulation'"):
         apply_plan(teacher, PLANS["rank"])

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from ppclc.errors import PlanError
-from ppclc.plan import CompressionPlan, Interval, TextStreamEdit, kept_blocks
+from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit, kept_blocks
 
 FULL = CompressionPlan.of("qwen_image", 12, [(10, 11), (3, 5)], [6, 9, 7], 8, True)
+
+
+FFN = CompressionPlan.of("qwen_image", 12, [(3, 5)], [9], ffn=[(7, "text"), (3, "image"), (9, "image"), (7, "image"), (7, "text")])
 
 
 def changed(**changes: Any) -> str:
@@ -92,6 +95,11 @@ def test_edits_that_contradict_themselves_are_refused(intervals: list[tuple[int,
         (changed(modulation_rank=0), ["modulation_rank = 0", "greater than or equal to 1"]),
         (changed(dead_code="yes"), ["dead_code = 'yes'", "boolean"]),
         (changed(ffn=[{"block": 1, "stream": "sound"}]), ["ffn.0.stream = 'sound'", "'image' or 'text'"]),
+        (changed(ffn=[{"block": 4, "stream": "image"}]), ["ffn: got block 4, image", "a kept block, one of [0, 1, 2, 3, 6"]),
+        (changed(ffn=[{"block": 12, "stream": "text"}]), ["ffn: got block 12, text", "a kept block"]),
+        (changed(ffn=[{"block": 2, "stream": "image"}] * 2), ["ffn: got [[2, 'image'], [2, 'image']]", "once, in order"]),
+        (changed(ffn=[{"block": 2, "stream": "text"}, {"block": 2, "stream": "image"}]), ["ffn: got [[2, 'text']", "in order"]),
+        (changed(ffn=[{"block": 9, "stream": "text"}]), ["ffn: got block 9, text", "its text stream is mapped", "left out of ffn"]),
         (changed(intervals=[{"first": 3, "last": 5, "weight": 1}]), ["intervals.0.weight", "not permitted"]),
         (changed(intervals=[{"first": 10, "last": 11}, {"first": 3, "last": 5}]), ["[3, 5]", "in order"]),
         (changed(intervals=[{"first": 3, "last": 3}]), ["[3, 3]", "at least two blocks"]),
@@ -134,6 +142,46 @@ def test_without_puts_one_edit_back_and_references_follow() -> None:
     # The last width edit takes dead-code removal with it: the student becomes the stock class.
     narrow = CompressionPlan.of("qwen_image", 12, [(3, 5)], (), 8, True)
     assert narrow.without("modulation_rank") == CompressionPlan.of("qwen_image", 12, [(3, 5)])
+
+
+def test_ffn_edits_stand_in_order_each_once() -> None:
+    assert [(e.block, e.stream) for e in FFN.ffn] == [(3, "image"), (7, "image"), (7, "text"), (9, "image")]
+    assert FFN.has_width_edits
+    assert '{"block": 7, "stream": "text"}' in [line.strip().rstrip(",") for line in FFN.to_json().splitlines()]
+    assert CompressionPlan.from_json(FFN.to_json()) == FFN
+    # What is trained for an interval is the interval's, so the bank tells it from the block's own.
+    assert FFN.ffn_key(7, "text") == "ffn-7-text"
+    assert FFN.ffn_key(3, "image") == "ffn-3-5-image"
+
+
+@pytest.mark.parametrize(
+    ("ffn", "words"),
+    [
+        ([(4, "image")], ["block 4, image", "wanted a kept block, one of [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]"]),
+        ([(12, "image")], ["block 12, image", "wanted a kept block"]),
+        ([(-1, "image")], ["-1", "greater than or equal to 0"]),
+        ([(9, "text")], ["block 9, text", "its text stream is mapped", "the block left out of text_stream"]),
+        ([(2, "sound")], ["'sound'", "'image' or 'text'"]),
+    ],
+)
+def test_ffn_edits_with_nothing_to_replace_are_refused(ffn: list[tuple[int, str]], words: list[str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        CompressionPlan.of("qwen_image", 12, [(3, 5)], [9], ffn=ffn)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_without_puts_one_ffn_back_and_leaves_the_others() -> None:
+    assert set(FFN.ffn) < set(FFN.edits())
+    back = FFN.without(FfnEdit(block=7, stream="image"))
+    assert [(e.block, e.stream) for e in back.ffn] == [(3, "image"), (7, "text"), (9, "image")]
+    assert (back.intervals, back.text_stream) == (FFN.intervals, FFN.text_stream)
+    # Blocks keep their numbers: what was the interval's is the first block's now.
+    back = FFN.without(Interval(first=3, last=5))
+    assert back.ffn == FFN.ffn
+    assert back.ffn_key(3, "image") == "ffn-3-image"
+    alone = CompressionPlan.of("qwen_image", 12, dead_code=True, ffn=[(2, "text")])
+    assert alone.without(alone.ffn[0]) == CompressionPlan.of("qwen_image", 12)
 
 
 def test_kept_blocks_are_all_but_those_after_the_first_of_an_interval() -> None:

@@ -426,3 +426,15 @@ def test_other_words() -> None:
     assert report.label("velocity_error") == "velocity error"
     assert report.edit_words("text-9-10-8-8") == "text stream of 9–10 from 8"
     assert report.edit_words("modulation") == "modulation"
+
+
+def test_linear_networks_are_told_in_words_and_on_the_strip() -> None:
+    plan = CompressionPlan.of("qwen_image", BLOCKS, [(3, 4)], [], ffn=[(2, "image"), (2, "text"), (3, "image")])
+    words = report.plan_words(plan)
+    assert "The text feed-forward network of block 2 became one linear map." in words
+    assert len(words) == 4
+    strip = {stand.cells[0].block: stand for stand in report.stands(plan)}
+    assert (strip[2].badges, strip[3].badges, strip[5].badges) == (("image ffn", "text ffn"), ("image ffn",), ())
+    made = "image feed-forward network made linear; text feed-forward network made linear"
+    assert strip[2].cells[0].note == f"Teacher block 2: kept as student block 2; {made}"
+    assert [c.note.endswith("became student block 3; image feed-forward network made linear") for c in strip[3].cells] == [True, True]

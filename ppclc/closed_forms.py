@@ -1,0 +1,132 @@
+"""Closed forms from second moments: probes, CKA, stand-ins for intervals, text maps, the modulation basis.
+
+With centred moments `S = X' X` and `R = X' D` of a block's input and step (rows are tokens), the block's
+linear probe is `A = I + (S + ridge)^-1 R`, and for linear CKA `cka(X, X A) = |S A|^2 / (|S| |A' S A|)`,
+Frobenius norms. All arithmetic is in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ppclc.errors import PlanError
+from ppclc.ffn_maps import ffn_map
+from ppclc.moments import Far, Near, symmetric_eigenvectors
+from ppclc.plan import CompressionPlan
+from ppclc.records import CalibrationStats
+
+Bank = dict[str, dict[str, torch.Tensor]]
+
+
+def ridge_solution(second_DD: torch.Tensor, cross_DE: torch.Tensor, ridge: float) -> torch.Tensor:
+    """`(S + penalty)^-1 C` (D, E); the penalty is `ridge` times the mean of `S`'s diagonal."""
+    mean = second_DD.diagonal().mean().clamp(min=1e-30)
+    eye = torch.eye(len(second_DD), dtype=second_DD.dtype)
+    solved: torch.Tensor = torch.linalg.solve(second_DD + ridge * mean * eye, cross_DE)
+    return solved
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The linear probes of one stream. Source: arXiv 2511.16156, equation 1; the ridge is ours."""
+
+    near: Near
+    ridge: float
+
+    @cached_property
+    def steps(self) -> list[torch.Tensor]:
+        """`A - I` (D, D) of every block's probe."""
+        return [ridge_solution(self.near.second(i), self.near.residual(i), self.ridge) for i in range(self.near.num_blocks)]
+
+    def error(self, i: int) -> float:
+        """Share of block i's centred step that its probe leaves; 0 for a block whose step is constant."""
+        whole, w, r = self.near.step(i), self.steps[i], self.near.residual(i)
+        left = whole - 2 * (w * r).sum().item() + (w * (self.near.second(i) @ w)).sum().item()
+        scale = self.near.second(i).trace().item()
+        return max(0.0, left) / whole if whole > 1e-12 * scale else 0.0
+
+    def chain(self, u: int, last: int) -> list[torch.Tensor]:
+        """`A` (D, D) of the probes u+1..k one after the other, for k = u..last; the identity first."""
+        made = [torch.eye(len(self.near.mean(0)), dtype=torch.float64)]
+        for k in range(u + 1, last + 1):
+            made.append(made[-1] + made[-1] @ self.steps[k])
+        return made
+
+
+def cka_map(probes: Probes, longest: int, far: Far | None = None) -> torch.Tensor:
+    """`cka[u, k]` (L, L) for `u <= k < u + longest`, NaN elsewhere.
+
+    Block u's true output, pushed through the probes of blocks u+1..k, is compared with that output itself,
+    or, given the far moments, with block k's true output.
+    Source: arXiv 2511.16156, equation 3, and the caption of its figure 3.
+    """
+    length = probes.near.num_blocks
+    table = torch.full((length, length), float("nan"), dtype=torch.float64)
+    for u in range(length):
+        last = min(u + longest, length) - 1
+        own = far.cross(u + 1, u + 1) if far else probes.near.second(u + 1)
+        for k, a in enumerate(probes.chain(u, last), start=u):
+            through = own @ a
+            if far is None:
+                joint, other = through, own
+            else:
+                joint, other = far.cross(k + 1, u + 1) @ a, far.cross(k + 1, k + 1)
+            norm = other.norm() * (a.T @ through).norm()
+            table[u, k] = joint.square().sum() / norm if norm > 0 else 1.0
+    return table
+
+
+def linear_map(far: Far, i: int, j: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A` (D, D) and `b` (D,) with `X_i A + b ~ X_j`, fitted on the difference so that the ridge pulls towards the identity."""
+    own = far.cross(i, i)
+    a = torch.eye(len(own), dtype=own.dtype) + ridge_solution(own, far.cross(i, j) - own, ridge)
+    return a, far.mean(j) - far.mean(i) @ a
+
+
+def far_of(stats: CalibrationStats, stream: str) -> Far:
+    """The far moments of a stream: `image`, `text`, or `text_input`."""
+    return Far(stats.tensors, stream, stats.rows[f"far.{stream}"])
+
+
+def text_maps(stats: CalibrationStats, ridge: float, block: tuple[int, int], reference: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Closed-form maps of a text-stream edit: `text_in` between modulated inputs, `text_out` between text outputs.
+
+    `block` and `reference` are (first, last) of the student block's teacher blocks. Ridge least squares.
+
+    Raises:
+        PlanError: the two are farther apart than the moments reach.
+    """
+    pairs = {"text_in": ("text_input", reference[0], block[0]), "text_out": ("text", reference[1] + 1, block[1] + 1)}
+    maps = {}
+    for name, (stream, i, j) in pairs.items():
+        far = far_of(stats, stream)
+        if not far.has(i, j):
+            raise PlanError(
+                f"plan.text_stream: block {block[0]} is {j - i} blocks from its reference {reference[0]}; "
+                f"calibrate.longest = {stats.longest}: wanted at least that"
+            )
+        a, b = linear_map(far, i, j, ridge)
+        maps[f"{name}.weight"] = a.T.float().contiguous()
+        maps[f"{name}.bias"] = b.float()
+    return maps
+
+
+def modulation_basis(stats: CalibrationStats) -> dict[str, torch.Tensor]:
+    """`basis` (D, D), principal directions of `SiLU(temb)` by falling variance, and `mean` (D,). Source: ours."""
+    moments = Near(stats.tensors, "temb", stats.rows["temb"], 0)
+    return {"basis": symmetric_eigenvectors(moments.second(0)).float().contiguous(), "mean": moments.mean(0).float()}
+
+
+def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan, key: Callable[[CompressionPlan, int], str]) -> Bank:
+    """Everything in the bank that needs no training: modulation basis, text maps and linear FFNs of a plan."""
+    bank = {"modulation": modulation_basis(stats)}
+    for edit in plan.text_stream:
+        spans = [(b, i.last if (i := plan.interval_at(b)) else b) for b in (edit.block, edit.reference)]
+        bank[key(plan, edit.block)] = text_maps(stats, ridge, spans[0], spans[1])
+    for ffn in plan.ffn:
+        bank[plan.ffn_key(ffn.block, ffn.stream)] = ffn_map(stats.tensors, stats.rows, ffn.block, ffn.stream, ridge)
+    return bank

@@ -1,0 +1,84 @@
+"""Linear maps that stand in for feed-forward networks, in closed form from streamed second moments.
+
+A block turns the state after its attention residual, `mid`, into `mid + added`. The map is ridge least
+squares of `added` on `mid`, with a constant: `added ~ W mid + b`. Source: arXiv 2511.16156, width pruning
+of the feed-forward networks, for the form; the ridge is ours.
+
+For a block that starts an interval, `mid` and `added` are those of the teacher's first block, of which
+the student block is a copy at first: see docs/decisions/006-linear-ffn.md.
+
+Shape suffixes: B batch, T token, D width, N row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+class FfnMoments:
+    """Running float64 moments of `mid` and `added` by stream and block: three (D,) or (D, D) sums and a cross product each.
+
+    `tensors`, for stream s and block i: `ffn.s.sum.i` (D,) = sum of mid, `ffn.s.added.i` (D,) = sum of
+    added, `ffn.s.square.i` (D, D) = sum of `mid' mid`, `ffn.s.cross.i` (D, D) = sum of `mid' added`.
+    `rows["ffn.s"]` counts the rows.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, int] = {}
+
+    def add(self, stream: str, mids: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], mask_BT: torch.Tensor | None = None) -> None:
+        """Add one batch: every block's mid and output, each (B, T, D). Rows where the mask is zero do not enter."""
+        for i, (mid_BTD, output_BTD) in enumerate(zip(mids, outputs, strict=True)):
+            mid_ND, output_ND = _rows(mid_BTD, mask_BT), _rows(output_BTD, mask_BT)
+            added_ND = output_ND.double() - mid_ND.double()
+            for name, value in _moments(mid_ND.double(), added_ND, torch.promote_types(mid_ND.dtype, torch.float32)).items():
+                key = f"ffn.{stream}.{name}.{i}"
+                self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
+        if mids:
+            self.rows[f"ffn.{stream}"] = self.rows.get(f"ffn.{stream}", 0) + len(_rows(mids[0], mask_BT))
+
+
+def _rows(x_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    return x_BTD.reshape(-1, x_BTD.shape[-1]) if mask_BT is None else x_BTD[mask_BT.bool()]
+
+
+def _moments(mid_ND: torch.Tensor, added_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Sums and products of one batch, float64; products of what is left without the batch's mean are taken in `dtype`.
+
+    A state's mean may be far larger than its spread, which float32 products of the raw rows would drown.
+    """
+    count = max(len(mid_ND), 1)
+    sums = {"sum": mid_ND.sum(0), "added": added_ND.sum(0)}
+    centred, added = ((x - s / count).to(dtype) for x, s in zip((mid_ND, added_ND), sums.values(), strict=True))
+    products = {"square": centred.T @ centred, "cross": centred.T @ added}
+    outer = {"square": torch.outer(sums["sum"], sums["sum"]), "cross": torch.outer(sums["sum"], sums["added"])}
+    return sums | {n: p.double() + outer[n] / count for n, p in products.items()}
+
+
+def linear_map(
+    square_DD: torch.Tensor, cross_DD: torch.Tensor, mid_sum_D: torch.Tensor, added_sum_D: torch.Tensor, rows: int, ridge: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` (D, D) and `bias` (D,), float64, with `added ~ mid @ weight.T + bias` by ridge least squares.
+
+    `square_DD` is the sum of `mid' mid`, `cross_DD` of `mid' added`, both not centred. The ridge is relative
+    to the mean of the centred diagonal and pulls the weight towards zero, the bias towards the mean of `added`.
+    """
+    mid_mean, added_mean = mid_sum_D.double() / rows, added_sum_D.double() / rows
+    square = square_DD.double() - rows * torch.outer(mid_mean, mid_mean)
+    cross = cross_DD.double() - rows * torch.outer(mid_mean, added_mean)
+    penalty = ridge * square.diagonal().mean().clamp(min=1e-30)
+    weight = torch.linalg.solve(square + penalty * torch.eye(len(square), dtype=square.dtype, device=square.device), cross).T
+    return weight.contiguous(), added_mean - weight @ mid_mean
+
+
+def ffn_map(tensors: Tensors, rows: Mapping[str, int], block: int, stream: str, ridge: float) -> dict[str, torch.Tensor]:
+    """`weight` and `bias` of one edit as the bank holds them, float32, from what FfnMoments summed up."""
+    names = ("square", "cross", "sum", "added")
+    square, cross, mid_sum, added_sum = (tensors[f"ffn.{stream}.{n}.{block}"] for n in names)
+    weight, bias = linear_map(square, cross, mid_sum, added_sum, rows[f"ffn.{stream}"], ridge)
+    return {"weight": weight.float().contiguous(), "bias": bias.float()}

@@ -1,0 +1,262 @@
+"""From costs to a plan under a budget: dynamic programming over intervals, then the cheapest mix of edits. No torch.
+
+Costs are squared relative velocity errors, added up as if independent. Values (parameters, bytes,
+milliseconds) are nearly additive too: single edits give an estimate that orders the mixes, and the mix that
+is taken is counted exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from ppclc.errors import PlanError, RecipeError
+from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit, kept_blocks
+
+Span = tuple[int, int]
+Chain = tuple[float, list[Span]]
+"""Cost and disjoint intervals."""
+Chains = dict[int, Chain]
+"""By number of removed blocks."""
+NEARLY = 1.02
+"""Mixes whose estimate is at most so many times the limit are counted exactly."""
+COUNTED = 400
+"""Most mixes that are counted exactly."""
+
+
+def cheapest_chains(length: int, costs: Mapping[Span, float]) -> Chains:
+    """For every number of removed blocks, the disjoint intervals of least total cost."""
+    return {removed: chains[0] for removed, chains in best_chains(length, costs, 1).items()}
+
+
+def best_chains(length: int, costs: Mapping[Span, float], count: int) -> dict[int, list[Chain]]:
+    """For every number of removed blocks, the `count` sets of disjoint intervals of least total cost, cheapest first.
+
+    Dynamic programming over blocks.
+    """
+    ending: dict[int, list[tuple[Span, float]]] = {}
+    for (u, v), cost in costs.items():
+        ending.setdefault(v, []).append(((u, v), cost))
+    best: list[dict[int, list[Chain]]] = [{0: [(0.0, [])]}]
+    for end in range(1, length + 1):
+        here = {removed: list(chains) for removed, chains in best[end - 1].items()}
+        for (u, v), cost in ending.get(end - 1, []):
+            for removed, chains in best[u].items():
+                here.setdefault(removed + v - u, []).extend((total + cost, [*chain, (u, v)]) for total, chain in chains)
+        best.append({removed: sorted(chains, key=lambda c: c[0])[:count] for removed, chains in here.items()})
+    return best[length]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the student may be: `value(plan)` at most `limit`. `name` is the recipe's key below `target`."""
+
+    name: str
+    limit: float
+    value: Callable[[CompressionPlan], float]
+
+    def met(self, plan: CompressionPlan) -> bool:
+        """Whether a plan is within the budget."""
+        return self.value(plan) <= self.limit
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be chosen, each with its cost; a single choice of cost 0 is one made by hand.
+
+    chains: by removed blocks, cheapest first. ranks: modulation ranks, None for the whole. text_runs: the last k student
+    blocks, or `text_blocks` fixed by hand. ffns: (stream, block) by rising cost, or `fixed_ffns` by hand.
+    """
+
+    family: str
+    num_blocks: int
+    chains: Mapping[int, Sequence[Chain]]
+    ranks: Sequence[tuple[float, int | None]] = ((0.0, None),)
+    text_runs: Sequence[tuple[float, int]] = ((0.0, 0),)
+    text_blocks: Sequence[int] | None = None
+    ffns: Sequence[tuple[float, str, int]] = ()
+    fixed_ffns: Sequence[tuple[int, str]] | None = None
+    fixed_intervals: bool = False
+    dead_code: bool = True
+    protect: frozenset[int] = frozenset()
+    text_reach: int = 10
+
+    def plan(
+        self, spans: Sequence[Span], text: Sequence[int] = (), rank: int | None = None, ffn: Sequence[tuple[int, str]] = ()
+    ) -> CompressionPlan:
+        """The plan with these edits; dead code goes where the recipe allows and the class changes anyway."""
+        dead = self.dead_code and bool(text or ffn or rank is not None)
+        return CompressionPlan.of(self.family, self.num_blocks, list(spans), list(text), rank, dead, list(ffn))
+
+    def run(self, k: int, spans: Sequence[Span]) -> list[int] | None:
+        """The last k student blocks, as teacher numbers; None when they are protected or out of reach of the moments."""
+        kept = kept_blocks(self.num_blocks, list(spans))
+        if k >= len(kept) or (k and self.num_blocks - kept[len(kept) - k - 1] > self.text_reach):
+            return None
+        blocks = list(kept[len(kept) - k :]) if k else []
+        return None if self.protect & set(blocks) else blocks
+
+
+@dataclass(frozen=True, order=True)
+class Mix:
+    """One choice of each kind, by rising cost: the `chain`-th set of intervals that removes so many blocks, and so on."""
+
+    cost: float
+    removed: int
+    chain: int
+    rank: int | None = field(compare=False)
+    text: int = field(compare=False)
+    ffns: int = field(compare=False)
+
+
+def choose(options: Options, budget: Budget) -> CompressionPlan:
+    """The plan within the budget of least total cost, with no edit that the budget does not need.
+
+    Raises:
+        RecipeError: no mix of the options comes down to the budget.
+        PlanError: edits made by hand that contradict each other.
+    """
+    return contenders(options, budget, 1)[0]
+
+
+def contenders(options: Options, budget: Budget, count: int) -> list[CompressionPlan]:
+    """Up to `count` different plans within the budget, by rising cost, none with an edit that the budget does not need.
+
+    At most half of them remove the same number of blocks, so that depth and width are both among them.
+
+    Raises:
+        RecipeError: no mix of the options comes down to the budget.
+        PlanError: edits made by hand that contradict each other.
+    """
+    found: list[CompressionPlan] = []
+    by_removed: dict[int, int] = {}
+    for mix in itertools.islice(sorted(_mixes(options, budget)), COUNTED):
+        if by_removed.get(mix.removed, 0) >= max(1, -(-count // 2)) or len(found) >= count:
+            continue
+        plan = _plan_of(options, mix)
+        if plan is None or not budget.met(plan):
+            continue
+        plan = put_back(plan, options, budget)
+        if plan not in found:
+            found.append(plan)
+            by_removed[mix.removed] = by_removed.get(mix.removed, 0) + 1
+    if not found:
+        raise RecipeError(
+            f"target.{budget.name}: {budget.limit:,.6g} cannot be reached by the edits that the recipe allows; "
+            "wanted a larger target, or fewer of them forbidden below plan"
+        )
+    return found
+
+
+def only_plan(options: Options) -> CompressionPlan:
+    """The plan when nothing is left to choose: every edit made by hand. Raises PlanError for edits that contradict each other."""
+    (((_, spans),),) = options.chains.values()
+    return options.plan(spans, options.text_blocks or (), options.ranks[0][1], options.fixed_ffns or ())
+
+
+def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
+    """All mixes whose estimated value is nearly within the budget, with as few FFN edits as that takes."""
+    for rank_cost, rank in options.ranks:
+        saving = _Savings(options, budget, rank)
+        for (removed, chains), (text_cost, k) in itertools.product(options.chains.items(), options.text_runs):
+            value = saving.base - removed * saving.block - saving.text(k)
+            for ffns, cost in _ffn_counts(options, saving, value, budget.limit * NEARLY):
+                for n, (chain_cost, _) in enumerate(chains):
+                    yield Mix(round(chain_cost + text_cost + rank_cost + cost, 9), removed, n, rank, k, ffns)
+
+
+def _ffn_counts(options: Options, saving: _Savings, value: float, limit: float) -> Iterator[tuple[int, float]]:
+    """How many of the cheapest FFN edits bring a value to the limit, and one and two more, with their costs."""
+    usable = options.ffns if options.fixed_ffns is None else ()
+    cost, over = 0.0, 0
+    for n in range(len(usable) + 1):
+        if value <= limit:
+            yield n, cost
+            over += 1
+        if over > 2 or n == len(usable):
+            return
+        cost += usable[n][0]
+        value -= saving.ffn(usable[n][1])
+
+
+class _Savings:
+    """What single edits save of the budget's value beside a modulation rank, each counted once."""
+
+    def __init__(self, options: Options, budget: Budget, rank: int | None) -> None:
+        self.options, self.budget, self.rank = options, budget, rank
+        fixed = tuple(options.fixed_ffns or ())
+        self.base = budget.value(self._plan([], options.text_blocks or (), fixed))
+        pair = next((s for s in sorted(_pairs(options)) if self._fits(s)), None)
+        self.block = self.base - budget.value(self._plan([pair], options.text_blocks or (), fixed)) if pair else 0.0
+        self.text = cache(self._text)
+        self.ffn = cache(self._ffn)
+
+    def _plan(self, spans: Sequence[Span], text: Sequence[int], ffn: Sequence[tuple[int, str]]) -> CompressionPlan:
+        return self.options.plan(spans, text, self.rank, ffn)
+
+    def _fits(self, span: Span) -> bool:
+        try:
+            self._plan([span], self.options.text_blocks or (), tuple(self.options.fixed_ffns or ()))
+        except PlanError:
+            return False
+        return True
+
+    def _text(self, k: int) -> float:
+        blocks = self.options.run(k, [])
+        return self.base - self.budget.value(self._plan([], blocks, tuple(self.options.fixed_ffns or ()))) if blocks else 0.0
+
+    def _ffn(self, stream: str) -> float:
+        block = min(b for _, s, b in self.options.ffns if s == stream)
+        return self.base - self.budget.value(self._plan([], self.options.text_blocks or (), [(block, stream)]))
+
+
+def _pairs(options: Options) -> set[Span]:
+    return {(u, u + 1) for u in range(options.num_blocks - 1)}
+
+
+def _plan_of(options: Options, mix: Mix) -> CompressionPlan | None:
+    """The plan of a mix; None when its parts do not go together and were not all made by hand."""
+    spans = options.chains[mix.removed][mix.chain][1]
+    text = options.run(mix.text, spans) if options.text_blocks is None else list(options.text_blocks)
+    if text is None:
+        return None
+    kept = kept_blocks(options.num_blocks, list(spans))
+    if options.fixed_ffns is not None:
+        ffn = list(options.fixed_ffns)
+    else:
+        # The last block that computes text has no text network to replace once dead code is gone.
+        full = [b for b in kept if b not in text][:-1]
+        free = [(b, s) for _, s, b in options.ffns if b in (full if s == "text" else kept)]
+        if len(free) < mix.ffns:
+            return None
+        ffn = sorted(free[: mix.ffns])
+    return options.plan(spans, text, mix.rank, ffn)
+
+
+def put_back(plan: CompressionPlan, options: Options, budget: Budget) -> CompressionPlan:
+    """The plan without any free edit that the budget does not need; intervals are put back first, FFNs next, then text streams."""
+
+    def by_hand(edit: object) -> bool:
+        if isinstance(edit, Interval):
+            return options.fixed_intervals
+        if isinstance(edit, TextStreamEdit):
+            return options.text_blocks is not None
+        if isinstance(edit, FfnEdit):
+            return options.fixed_ffns is not None
+        return len(options.ranks) == 1
+
+    while True:
+        for edit in plan.edits():
+            if by_hand(edit):
+                continue
+            try:
+                larger = plan.without(edit)
+            except PlanError:  # another edit rests on this one
+                continue
+            if budget.met(larger):
+                plan = larger
+                break
+        else:
+            return plan
