@@ -36,7 +36,7 @@ BATCH, JUDGE_BATCH = 64, 256
 JUDGE_DRAWS = 4
 """Forwards a scene for the held-out loss of a task."""
 CALL_S, TRAINING_CALL_S = 0.3, 0.5
-"""Longest single forward, and training step, of the measurement."""
+"""Longest single forward, and training step, of the measurement, as guessed from one sample alone."""
 TRAINING_RATIO = 3.5
 """Forward and backward over a forward, where that is not measured."""
 TRAJECTORY_FORWARDS = 10
@@ -342,57 +342,65 @@ def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionP
         teacher_s, student_s = (count / products for count in counts)
         return Speeds(teacher_s, student_s, teacher_s, student_s, TRAINING_RATIO, 1.0, products, python)
     models = [random_model(family, c, dtype) for c in (config, edited)]
-    calls = [_by_batch(model, family, c, size) for model, c in zip(models, (config, edited), strict=True)]
-    single = [_best(call(1), 3) for call in calls]
-    batch = max(1, min(BATCH, int(CALL_S / single[0])))
-    teacher_s, student_s = (_best(call(batch), 3) / batch for call in calls)
-    crowd = max(1, min(JUDGE_BATCH, int(2 * CALL_S / teacher_s)))
-    crowded = max(1.0, _best(calls[0](crowd), 1) / crowd / teacher_s) if crowd > batch else 1.0
-    training = _training_ratio(models[1], family, edited, size | {"batch": batch}, student_s * batch)
-    return Speeds(teacher_s, student_s, single[0], single[1], training, crowded, products, python)
+
+    def call(which: int, batch: int) -> Call:
+        return example_call(models[which], family, (config, edited)[which], {**size, "batch": batch})
+
+    single = _best(call(0, 1), call(1, 1))
+    batch = max(1, min(BATCH, int(4 * CALL_S / single[0])))
+    steps = [call(0, batch), call(1, batch)]
+    if TRAINING_RATIO * single[1] * batch < 8 * TRAINING_CALL_S:
+        steps.append(_training_call(family, edited, size | {"batch": batch}, dtype))
+    teacher_s, student_s, *trained = _best(*steps)
+    crowd = max(batch, min(JUDGE_BATCH, int(2 * CALL_S * batch / teacher_s)))
+    again_s, crowded_s = _best(steps[0], call(0, crowd), rounds=2)
+    teacher_s = min(teacher_s, again_s)
+    return Speeds(
+        teacher_s=teacher_s / batch,
+        student_s=student_s / batch,
+        single_teacher_s=single[0],
+        single_student_s=single[1],
+        training=trained[0] / student_s if trained else TRAINING_RATIO,
+        crowded=max(1.0, crowded_s / crowd * batch / teacher_s),
+        products_per_s=products,
+        python=python,
+    )
 
 
-def _by_batch(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int]) -> Callable[[int], Call]:
-    return lambda batch: example_call(model, family, config, {**size, "batch": batch})
+def _best(*calls: Call, rounds: int = 3) -> list[float]:
+    """Least seconds of each call, over rounds in which every call is made once.
 
-
-def _best(call: Call, times: int) -> float:
-    """Least seconds of a call, after one that does not count.
-
-    Of one thread the processor's time is taken, which other programs do not lengthen: predicted is a machine that
+    Of one thread the processor's time is taken, which other programs lengthen little: predicted is a machine that
     is otherwise idle. Of several threads it says nothing, since they wait for each other.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    call()
-    found = []
-    for _ in range(times):
-        start = clock()
-        call()
-        found.append(clock() - start)
-    return min(found)
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for times, call in zip(found, calls, strict=True):
+            start = clock()
+            call()
+            times.append(clock() - start)
+    return [min(times) for times in found]
 
 
-def _training_ratio(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int], forward_s: float) -> float:
-    """Forward and backward of a model over a forward, measured where that is quick."""
-    if TRAINING_RATIO * forward_s > TRAINING_CALL_S:
-        return TRAINING_RATIO
+def _training_call(family: Family, config: Mapping[str, Any], size: Mapping[str, int], dtype: str) -> Call:
+    """A forward and a backward of a model with random weights."""
+    model = random_model(family, config, dtype).requires_grad_(True)
     inputs = family.example_inputs(config, **size)
-    dtype = next(model.parameters()).dtype
-    given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    model.requires_grad_(True)
+    given = {k: v.to(DTYPES[dtype]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
     def step() -> None:
         model(**given, return_dict=False)[0].square().mean().backward()
         model.zero_grad(set_to_none=True)
 
-    return _best(step, 2) / forward_s
+    return step
 
 
 def _product_rate(width: int, rows: int, dtype: str) -> float:
     """Operations a second of a product (width, rows) x (rows, width), as moments and wide layers make them."""
     rows = max(64, min(rows, int(2e9 / width**2)))
     x = torch.randn(rows, width).to(DTYPES[dtype])
-    return 2 * rows * width**2 / _best(lambda: x.T @ x, 3)
+    return 2 * rows * width**2 / _best(lambda: x.T @ x)[0]
 
 
 def forward_operations(family: Family, config: Mapping[str, Any]) -> int:
@@ -416,4 +424,4 @@ def python_seconds() -> float:
             table[i & 1023] = (i, str(i))
             len(table)
 
-    return _best(work, 5)
+    return _best(work, rounds=6)[0]
