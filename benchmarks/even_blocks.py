@@ -1,127 +1,104 @@
-"""Which blocks go: those that the selection picks, against evenly spaced ones, at the same cut and training time.
+"""The demo's student against evenly dropped blocks: the same cut, the same training, the same time.
 
-    python -m benchmarks.even_blocks [--removed 3] [--rank 8] [--steps 400] [--scenes 2048] [--out out/even_blocks]
+    python -m benchmarks.even_blocks [--run out/two_digits] [--scenes 2048] [--seeds 10 11]
 
-Both sides have the same number of parameters: the same number of blocks removed, the same modulation
-rank, the dead code removed, the text stream whole. Three students: `ours` (selected intervals, local
-distillation, fine-tune), `even` (evenly spaced intervals, the same training), `even_plain` (the blocks
-dropped without local distillation, the time that saves spent on more fine-tuning). All are judged on
-the same prompts and noise, so that differences are paired.
+The rival keeps evenly spaced blocks, has the demo's modulation rank and no dead code, and as few blocks less
+as leave it at least as many parameters as the demo's student has: it is given the larger model. Its local
+phase and fine-tune have the demo's steps, with fine-tune steps added until it has trained for as long as the
+demo did. Both are judged on the same prompts and noise, on seeds that no choice was made on.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.results_file import write_results
 from ppclc.compiler import Run, compress
 from ppclc.detection import even_intervals
 from ppclc.display import Display
-from ppclc.recipe import parse_recipe
-
-BLOCKS = 12
-
-
-def run(out: Path, plan: dict[str, Any], target: dict[str, Any], distill: dict[str, Any], scenes: int, seeds: list[int]) -> Run:
-    """One student, trained and judged."""
-    recipe = parse_recipe(
-        {
-            "model": {"path": "builtin:two-digits"},
-            "calibrate": {"source": "images"},
-            "plan": plan,
-            "target": target,
-            "distill": distill,
-            "verify": {"scenes": scenes, "seeds": seeds, "guidance": [1]},
-        },
-        str(out),
-    )
-    return compress(recipe, out.name, out, Display(8), until="verify")
+from ppclc.models import load_source, open_source, predicted_parameters, quiet_libraries, set_threads
+from ppclc.passes.verify import VerifySettings
+from ppclc.plan import CompressionPlan
+from ppclc.recipe import Recipe, parse_recipe, read_recipe
 
 
-def training_seconds(made: Run) -> float:
+def training_seconds(report: list[dict[str, Any]]) -> float:
     """Seconds spent in `distill`."""
-    return next(s.seconds for s in made.store.stages if s.name == "distill")
+    return float(next(s["seconds"] for s in report if s["name"] == "distill"))
 
 
-def outcomes(made: Run) -> torch.Tensor:
-    """Whether each scene came out right, (N,) 0 or 1."""
-    newest = max((made.out / "records").glob("measure-student-*/tensors.safetensors"), key=lambda p: p.stat().st_mtime)
-    return load_file(newest)["right_g1"].double()
+def rival_plan(student: CompressionPlan, parameters: int) -> CompressionPlan:
+    """Evenly spaced blocks at the student's rank: the most of them gone that leaves at least so many parameters."""
+    source = open_source("builtin:two-digits")
+    plans = [
+        CompressionPlan.of(student.family, student.num_blocks, even_intervals(student.num_blocks, n), [], student.modulation_rank, True)
+        for n in range(1, student.num_blocks)
+    ]
+    return [p for p in plans if predicted_parameters(source.family, source.config, p) >= parameters][-1]
 
 
-def row(made: Run) -> dict[str, Any]:
-    """What is told of one student."""
-    assert made.plan
-    assert made.verdict
-    assert made.student
-    return {
-        "intervals": [[i.first, i.last] for i in made.plan.intervals],
-        "parameters": made.student.parameters,
-        "training_seconds": training_seconds(made),
-        "scene_accuracy_g1": made.verdict.quality["scene_accuracy_g1"].model_dump(),
-        "frechet_distance_g1": made.verdict.quality["frechet_distance_g1"].model_dump(),
-        "velocity_error": made.verdict.quality["velocity_error"].student,
+def train_rival(recipe: Recipe, plan: CompressionPlan, out: Path, finetune_steps: int) -> Run:
+    """The rival, sliced."""
+    document = recipe.model_dump(mode="json")
+    document["target"] = {}
+    document["plan"] = {
+        "intervals": [[i.first, i.last] for i in plan.intervals],
+        "text_stream": "none",
+        "ffn": "none",
+        "modulation_rank": plan.modulation_rank,
     }
+    document["distill"]["finetune_steps"] = finetune_steps
+    return compress(parse_recipe(document, str(out)), out.name, out, Display(4), until="slice")
 
 
 def difference(ours: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
     """Points of scene accuracy by which ours is better, with the 95 % interval of the paired difference."""
-    delta = 100 * (ours - other)
+    delta = 100 * (ours.double() - other.double())
     half = 1.96 * delta.std().item() / len(delta) ** 0.5
     mean = delta.mean().item()
     return {"points": mean, "ci95": [mean - half, mean + half], "n": len(delta)}
 
 
 def main() -> None:
-    """Run the three, compare, write the results file."""
+    """Train the rival, judge both, write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--removed", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--local-steps", type=int, default=100)
+    parser.add_argument("--run", type=Path, default=Path("out/two_digits"))
     parser.add_argument("--scenes", type=int, default=2048)
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
     parser.add_argument("--out", type=Path, default=Path("out/even_blocks"))
     options = parser.parse_args()
-    same = {"text_stream": "none", "modulation_rank": options.rank}
-    local = {"steps": options.local_steps, "finetune_steps": options.steps}
-    judged = (options.scenes, options.seeds)
-    spread = [list(i) for i in even_intervals(BLOCKS, options.removed)]
-    even = run(options.out / "even", {**same, "intervals": spread}, {}, local, *judged)
-    assert even.student
-    ours = run(options.out / "ours", same, {"parameters": even.student.parameters}, local, *judged)
-    assert ours.student
-    if ours.student.parameters != even.student.parameters:
-        raise SystemExit(f"ours has {ours.student.parameters} parameters, even has {even.student.parameters}: not the same cut")
-    fine = next(e for e in ours.edits if e.edit == "finetune")
-    stages = [s for s in ours.store.stages if s.name == "distill"]
-    share = training_seconds(ours) / (training_seconds(ours) - _local_seconds(ours)) if stages and fine.steps else 1.0
-    plain = run(
-        options.out / "even_plain",
-        {**same, "intervals": spread},
-        {},
-        {"steps": 0, "finetune_steps": round(options.steps * share)},
-        *judged,
-    )
-    students = {"ours": ours, "even": even, "even_plain": plain}
-    results = {name: row(made) for name, made in students.items()}
-    versus = {name: difference(outcomes(ours), outcomes(students[name])) for name in ("even", "even_plain")}
-    print(
-        write_results("even-blocks", {"options": vars(options) | {"out": options.out.name}, "students": results, "ours_better_by": versus})
-    )
-
-
-def _local_seconds(made: Run) -> float:
-    """Seconds of the local phase alone, from the records of the intervals."""
-    import json
-
-    stages = (made.out / "records").glob("interval-*/stage.json")
-    return sum(json.loads(p.read_text("utf-8"))["seconds"] for p in stages)
+    quiet_libraries()
+    report, recipe = json.loads((options.run / "report.json").read_text("utf-8")), read_recipe(options.run / "recipe.yaml")
+    demo = CompressionPlan.model_validate(report["plan"])
+    plan = rival_plan(demo, report["student"]["parameters"])
+    steps, wanted = recipe.distill.finetune_steps, training_seconds(report["stages"])
+    rival = train_rival(recipe, plan, options.out, steps)
+    took = training_seconds([s.model_dump() for s in rival.store.stages])
+    if took < 0.97 * wanted:
+        steps = round(steps * wanted / took)
+        rival = train_rival(recipe, plan, options.out, steps)
+        took = training_seconds([s.model_dump() for s in rival.store.stages])
+    source = open_source("builtin:two-digits")
+    set_threads(source)
+    settings = VerifySettings(scenes=options.scenes, seeds=tuple(options.seeds), guidance=(1.0,))
+    folders = {"ours": options.run / "model", "even": options.out / "model"}
+    models = {"teacher": load_source(source)} | {n: load_source(open_source(str(f))) for n, f in folders.items()}
+    assert source.task is not None
+    judged = {name: source.task.measure(model, settings, lambda done: None)[0] for name, model in models.items()}
+    rows = {}
+    for name, seconds in (("ours", wanted), ("even", took)):
+        quality = source.task.compare(judged["teacher"], judged[name], settings)
+        parameters = sum(p.numel() for p in models[name].parameters())
+        rows[name] = {"parameters": parameters, "training_seconds": seconds, "quality": {k: q.model_dump() for k, q in quality.items()}}
+    rows["ours"]["plan"], rows["even"]["plan"] = report["plan"], plan.model_dump(mode="json")
+    rows["even"]["finetune_steps"], rows["ours"]["finetune_steps"] = steps, recipe.distill.finetune_steps
+    better = difference(judged["ours"]["right_g1"], judged["even"]["right_g1"])
+    print(write_results("even-blocks", {"students": rows, "ours_better_by": better}))
 
 
 if __name__ == "__main__":

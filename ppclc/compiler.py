@@ -124,6 +124,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     check_teacher(source)
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
+    analyze_pass.budget_of(source, recipe.target, recipe.model.dtype)
     wanted = recipe.calibrate
     found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
     digest = source.digest()

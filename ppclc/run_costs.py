@@ -196,7 +196,7 @@ def analyze_forwards(work: Work) -> float:
     if wanted.text_stream == "auto" and free:
         forwards += min(8, longest - 1, blocks - 1)
     if isinstance(wanted.modulation_rank, int) or (wanted.modulation_rank == "auto" and free):
-        forwards += max(0, width_of(work.source.config).bit_length() - 3)
+        forwards += max(0, (width_of(work.source.config) - 1).bit_length() - 2)
     if wanted.ffn == "auto" and free:
         # A network made linear is followed from its own block on.
         forwards += len(work.source.family.ffn_inputs) * (blocks + 1) / 2

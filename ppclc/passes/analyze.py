@@ -17,13 +17,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, trials
+from ppclc.block_costs import require_block_costs
 from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, modulation_basis
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
-from ppclc.models import Source, block_state, predicted_parameters, student_config
+from ppclc.models import Source, block_state, empty_model, predicted_parameters, student_config
 from ppclc.moments import BANDS, CHUNKS, near_of
 from ppclc.plan import CompressionPlan
+from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.records import Agreement, Analysis, CalibrationStats, Candidate, TrialResult, digest_of
 from ppclc.samples import Sample, Samples
 from ppclc.selection import Budget, Chain, Options
@@ -31,11 +33,12 @@ from ppclc.selection import Budget, Chain, Options
 VERSION = 2
 Auto = Literal["auto", "none"]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MAX_TEXT_BLOCKS = 8
 RANK_TOLERANCE = 1e-3
 """Largest squared relative velocity error that an automatic modulation rank may cost."""
 RESAMPLES = 40
+SEVERAL = 8
+"""Chains that are looked at for every one that is tried: many of them drop the same blocks into different neighbours."""
 Strategy = Literal["output_error", "ppcl", "block_influence", "laptop", "even"]
 
 
@@ -69,11 +72,21 @@ class Lessons:
 
 
 class TargetSettings(BaseModel):
-    """Section `target` of a recipe: what remains, one of a share or count of parameters, or bytes of weights."""
+    """Section `target` of a recipe: what remains, one of the four.
+
+    parameters, bytes (of the weight files): a share of the teacher's up to 1, else a number. vram_gb (10^9
+    bytes: weights, and activations at bench's size) and latency_ms (of one forward on this machine): numbers.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     parameters: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
     bytes: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    vram_gb: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+
+
+SHARES = ("parameters", "bytes")
+"""Targets that may be a share of the teacher's."""
 
 
 class FfnChoice(BaseModel):
@@ -159,22 +172,38 @@ def budget_of(source: Source, target: TargetSettings, dtype: str) -> Budget | No
     if not given:
         return None
     ((name, wanted),) = given.items()
-    counts: dict[str, int] = {}
-
-    def parameters(plan: CompressionPlan) -> int:
-        key = digest_of(student_config(source.family, source.config, plan))
-        if key not in counts:
-            counts[key] = predicted_parameters(source.family, source.config, plan)
-        return counts[key]
-
-    def value(plan: CompressionPlan) -> float:
-        return parameters(plan) * (BYTES[dtype] if name == "bytes" else 1)
-
+    value = _cached(source, _valuer(source, name, dtype))
     teacher = value(CompressionPlan.of(source.family.name, source.family.num_blocks(source.config)))
-    limit = wanted * teacher if isinstance(wanted, float) and wanted <= 1 else wanted
+    limit = wanted * teacher if name in SHARES and isinstance(wanted, float) and wanted <= 1 else wanted
     if limit > teacher:
-        raise RecipeError(f"target.{name} = {wanted}: wanted at most the teacher's {teacher:g}")
+        raise RecipeError(f"target.{name} = {wanted}: wanted at most the teacher's {teacher:,.6g}")
     return Budget(name, limit, value)
+
+
+def _valuer(source: Source, name: str, dtype: str) -> Callable[[CompressionPlan], float]:
+    """What a target counts of a plan's student."""
+    family, config = source.family, source.config
+    if name == "parameters":
+        return lambda plan: predicted_parameters(family, config, plan)
+    if name == "bytes":
+        return lambda plan: weight_bytes(empty_model(family, student_config(family, config, plan)), dtype)
+    if name == "vram_gb":
+        return lambda plan: vram_bytes(family, config, plan, dtype) / 1e9
+    costs = require_block_costs(source, dtype)
+    return lambda plan: costs.latency_ms(plan, config)
+
+
+def _cached(source: Source, value: Callable[[CompressionPlan], float]) -> Callable[[CompressionPlan], float]:
+    """The same function, called once for every configuration of a student."""
+    known: dict[str, float] = {}
+
+    def cached(plan: CompressionPlan) -> float:
+        key = digest_of(student_config(source.family, source.config, plan))
+        if key not in known:
+            known[key] = value(plan)
+        return known[key]
+
+    return cached
 
 
 def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtype: str) -> CompressionPlan:
@@ -315,7 +344,7 @@ class Search:
         options = self.options
         if self.budget is None:
             if not isinstance(self.wanted.intervals, list):
-                raise RecipeError("target: got nothing, wanted parameters or bytes, or plan.intervals as a list")
+                raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
             return selection.only_plan(options)
         count = self.settings.trials if samples and self.settings.strategy == "output_error" else 1
         found = selection.contenders(options, self.budget, max(1, count))
@@ -389,8 +418,18 @@ class Search:
             return {0: [(0.0, [])]}
         if self.settings.strategy == "output_error":
             self.measure_intervals()
-            return selection.best_chains(self.length, self.interval_costs, max(1, self.settings.trials))
+            count = max(1, self.settings.trials)
+            found = selection.best_chains(self.length, self.interval_costs, SEVERAL * count)
+            return {removed: self._distinct(chains)[:count] for removed, chains in found.items()}
         return self._rival_chains()
+
+    def _distinct(self, chains: Sequence[Chain]) -> list[Chain]:
+        """Chains that drop different blocks: of those that drop the same, the cheapest."""
+        by_dropped: dict[frozenset[int], Chain] = {}
+        for cost, spans in chains:
+            dropped = frozenset(b for u, v in spans for b in range(u, v + 1) if b != self.kept[u, v])
+            by_dropped.setdefault(dropped, (cost, spans))
+        return list(by_dropped.values())
 
     def _rival_chains(self) -> dict[int, list[Chain]]:
         """What another rule picks for every number of removed blocks, at the velocity error of that cut with nothing in its place."""

@@ -44,6 +44,13 @@ POINTS = 600
 GATE_KEYS = {"drop_percent": "drop", "upper_percent": "upper end of the drop's 95 % interval"}
 """What of a metric a gate can hold, in words."""
 MISSING = "report.html was not written: {names} cannot be imported; pip install 'ppclc[report]', then: ppclc report {out}"
+STABILITY = {
+    "ppcl.resamples": "PPCL's intervals, calibration samples drawn again",
+    "ppcl.bands": "PPCL's intervals, one quarter of the timesteps at a time",
+    "selection.resamples": "our intervals before trials, probe samples drawn again",
+    "selection.bands": "our intervals before trials, one quarter of the timesteps at a time",
+}
+"""What of the analysis was repeated, in words."""
 STALE = "{path} is from an earlier run and does not show this one"
 
 
@@ -197,7 +204,7 @@ def report_html(inputs: ReportInputs) -> str:
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    words = {"number": number, "percent": percent, "size": size, "seconds": seconds, "shape": shape}
+    words = {"stability": STABILITY.get, "number": number, "percent": percent, "size": size, "seconds": seconds, "shape": shape}
     environment.filters |= words | {"label": label, "gate_label": gate_label, "edit": edit_words}
     with _style():
         charts = {
@@ -212,6 +219,7 @@ def report_html(inputs: ReportInputs) -> str:
         tiles=tiles(inputs),
         stands=stands(inputs.plan),
         edits=plan_words(inputs.plan),
+        tried=tried(inputs.analysis),
         pairs=image_pairs(inputs.verdict),
         charts=charts,
         css=(here / "report.css").read_text("utf-8"),
@@ -384,6 +392,21 @@ def plan_words(plan: CompressionPlan) -> list[str]:
     if plan.dead_code:
         lines.append("What nothing reads in the last block's text half was removed, which changes no output.")
     return lines or ["The plan is empty: the student is the teacher."]
+
+
+def tried(analysis: Analysis) -> list[tuple[str, str]]:
+    """The plans that were trained for a moment, the best first: their edits in short, and the velocity error they came to."""
+    found = []
+    for result in analysis.trials:
+        plan, parts = result.plan, []
+        parts += [f"blocks {_spans(_chosen(plan))} merged"] if plan.intervals else []
+        parts += [f"text of {', '.join(str(e.block) for e in plan.text_stream)} mapped"] if plan.text_stream else []
+        for stream in ("image", "text"):
+            linear = [str(e.block) for e in plan.ffn if e.stream == stream]
+            parts += [f"{stream} networks of {', '.join(linear)} linear"] if linear else []
+        step, error = result.errors[-1]
+        found.append(("; ".join(parts) or "no edit", f"{number(error, 3)} after {step} steps"))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -630,7 +653,11 @@ def candidate_chart(analysis: Analysis, plan: CompressionPlan) -> Chart:
     """Every edit that was measured: what it costs against what it saves."""
     text = len(plan.text_stream)
 
+    ffns = {(f"{e.stream}_ffn", e.block) for e in plan.ffn}
+
     def in_plan(c: Candidate) -> bool:
+        if c.kind.endswith("_ffn"):
+            return (c.kind, c.first) in ffns
         return c.last - c.first + 1 == text if c.kind == "text_stream" else (c.first, c.last) in _chosen(plan)
 
     taken = [c for c in analysis.candidates if in_plan(c)]
@@ -650,7 +677,7 @@ def candidate_chart(analysis: Analysis, plan: CompressionPlan) -> Chart:
         axes.margins(x=0.12)
         _log(axes)
         for c in _apart(taken, axes.get_ylim()):
-            words = f"text of last {text}" if c.kind == "text_stream" else f"{c.first}–{c.last}"
+            words = f"text of last {text}" if c.kind == "text_stream" else f"{c.first}" if c.first == c.last else f"{c.first}–{c.last}"
             axes.annotate(words, (c.parameters / divisor, c.cost), (7, -3), textcoords="offset points", fontsize=8.5)
         _legend(axes)
 
