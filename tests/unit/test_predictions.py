@@ -152,7 +152,7 @@ def test_nothing_is_allocated_for_a_large_model(family: Family) -> None:
 
 
 def demo_work(family: Family, **changes: Any) -> Work:
-    """The demo's recipe as it was run, on a machine of known speed, with the plan that it found."""
+    """The demo's recipe as it was run, at fixed speeds, with the plan that it found."""
     given = {"analyze__budget": 6144, "analyze__trials": 6, "analyze__trial_steps": 40, "plan__ffn": "none", "distill__finetune_steps": 600}
     recipe = read_recipe(ROOT / "recipes" / "two_digits.yaml", [f"{k.replace('__', '.')}={v}" for k, v in (given | changes).items()])
     source = open_source("builtin:two-digits")
@@ -172,7 +172,10 @@ def demo_work(family: Family, **changes: Any) -> Work:
 
 
 REAL_S = {"calibrate": 6.4, "analyze": 47.5, "distill": 202.5, "verify": 135.0, "export": 78.3, "bench": 4.1, "report": 1.8}
-"""One whole run of the demo on two cores, whose speeds are those of `demo_work`; 2026-11."""
+"""One whole run of the demo on two cores; 2026-11. The speeds of `demo_work` are of the same machine, measured at another time.
+
+The constants were fitted to this run and two earlier ones: this holds the formulas in place, it does not prove them.
+"""
 REAL_PEAK_BYTES, REAL_DISK_BYTES = 1_380_962_304, 60_570_000
 
 
