@@ -31,7 +31,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of, write_text
 from ppclc.timing import Clock, interleaved
 
-VERSION = 1
+VERSION = 2
 SHALLOW, DEEP, DEEPEST = 2, 4, 8
 """Blocks of the models that are timed: SHALLOW, and from DEEP to DEEPEST as the teacher's depth allows."""
 DEEPER_BYTES = 500e6
@@ -46,12 +46,14 @@ Call = Callable[[], Any]
 class EditCost:
     """One thing that a plan may hold: `count(plan, width)` says how often, `probe(blocks, width)` makes a plan that holds it.
 
-    A probe may hold edits that stand before its own in `EDITS`, and none that stand after it.
+    A probe may hold edits that stand before its own in `EDITS`, and none that stand after it. `ffn`: the stream
+    whose feed-forward networks it is about, which not every family has.
     """
 
     name: str
     count: Callable[[CompressionPlan, int], float]
     probe: Callable[[int, int], dict[str, Any]]
+    ffn: str | None = None
 
 
 def _rank_cut(plan: CompressionPlan, width: int) -> float:
@@ -70,15 +72,26 @@ EDITS: tuple[EditCost, ...] = (
         lambda p, w: len(p.text_stream) * _rank_cut(p, w),
         lambda n, w: {"text_stream": range(1, n), "modulation_rank": _low(w)},
     ),
-    EditCost("image_ffn", lambda p, w: _ffns(p, "image"), lambda n, w: {"ffn": [(b, "image") for b in range(n)]}),
-    EditCost("text_ffn", lambda p, w: _ffns(p, "text"), lambda n, w: {"ffn": [(b, "text") for b in range(n)]}),
     EditCost("dead_code", lambda p, w: int(p.dead_code), lambda n, w: {"modulation_rank": w, "dead_code": True}),
+    EditCost(
+        "image_ffn",
+        lambda p, w: sum(e.stream == "image" for e in p.ffn),
+        lambda n, w: {"ffn": [(b, "image") for b in range(n)]},
+        ffn="image",
+    ),
+    EditCost(
+        "text_ffn",
+        lambda p, w: sum(e.stream == "text" for e in p.ffn),
+        lambda n, w: {"ffn": [(b, "text") for b in range(n)]},
+        ffn="text",
+    ),
 )
 """Milliseconds are solved for in this order."""
 
 
-def _ffns(plan: CompressionPlan, stream: str) -> int:
-    return sum(edit.stream == stream for edit in plan.ffn)
+def edits_of(family: Family) -> list[EditCost]:
+    """The rows of `EDITS` that a family can take."""
+    return [edit for edit in EDITS if edit.ffn is None or edit.ffn in family.ffn_inputs]
 
 
 def _low(width: int) -> int:
@@ -184,7 +197,7 @@ def _probes(family: Family, config: Mapping[str, Any], deep: int) -> list[tuple[
     rows = [(c, CompressionPlan.of(family.name, family.num_blocks(c))) for c in depths]
     wide = depths[1]
     blocks = family.num_blocks(wide)
-    edits = [CompressionPlan.of(family.name, blocks, **edit.probe(blocks, width_of(config))) for edit in EDITS]
+    edits = [CompressionPlan.of(family.name, blocks, **edit.probe(blocks, width_of(config))) for edit in edits_of(family)]
     return rows + [(wide, plan) for plan in edits]
 
 
@@ -197,7 +210,7 @@ def _solve(
     }
     base = ms[0] - sum(block_ms[g.name] * int(low_config[g.count_key]) for g in groups)
     costs = BlockCosts(version=VERSION, family=family.name, key=key, runs=runs, base_ms=base, block_ms=block_ms, edit_ms={})
-    for edit, (config, plan), time_ms in zip(EDITS, probes[1 + len(groups) :], ms[1 + len(groups) :], strict=True):
+    for edit, (config, plan), time_ms in zip(edits_of(family), probes[1 + len(groups) :], ms[1 + len(groups) :], strict=True):
         known = costs.latency_ms(plan, config)
         found = (time_ms - known) / edit.count(plan, width_of(config))
         costs = costs.model_copy(update={"edit_ms": costs.edit_ms | {edit.name: found}})

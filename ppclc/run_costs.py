@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ppclc import trials
 from ppclc.block_costs import Call, default_size, example_call, width_of
-from ppclc.edit_costs import TRIED_WHOLE
+from ppclc.edit_costs import kept_choices
 from ppclc.families import Family
 from ppclc.models import DTYPES, Source, cores, count_parameters, empty_model, random_model, student_config
 from ppclc.moments import BANDS, CHUNKS
-from ppclc.passes.calibrate import FAR_EVERY, GROUPED_BYTES
+from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction, activation_bytes
 from ppclc.recipe import Recipe
-from ppclc.trials import ROUNDS
 
 SMALL_PARAMETERS = 200_000_000
 """Models up to this size are built to be timed; of larger ones the operations are counted."""
-BATCH, JUDGE_BATCH = 64, 256
+BATCH, JUDGE_BATCH = calibrate.BATCH, 256
 """Samples of a forward in calibration and probing, and in the judging of a task."""
 JUDGE_DRAWS = 4
 """Forwards a scene for the held-out loss of a task."""
@@ -41,13 +41,15 @@ TRAINING_RATIO = 3.5
 """Forward and backward over a forward, where that is not measured."""
 TRAJECTORY_FORWARDS = 10
 """Forwards that draw one sample of kind `prompts`."""
+MOMENT_OVERHEAD = 4
+"""Time of a batch's moments over that of their products alone."""
 SIDE_BY_SIDE = 1.1
 """What threads that run beside each other lose."""
 EXPORT_BLOCK_S, EXPORT_S = 3.2, 0.5
 """Capture, conversion, check and comparison of a model in one back end: by block, and beside blocks."""
 PYTHON_REFERENCE_S = 0.035
 """Time of `python_seconds` where the constants were fitted."""
-OTHER_S = {"calibrate": 0.3, "analyze": 2.0, "distill": 0.5, "slice": 0.4, "verify": 3.0, "export": 0.0, "bench": 1.0, "report": 2.0}
+OTHER_S = {"calibrate": 1.0, "analyze": 4.0, "distill": 0.5, "slice": 0.4, "verify": 3.0, "export": 0.0, "bench": 1.5, "report": 2.0}
 """Seconds of a pass beside the work that is counted: reading, writing, statistics, figures."""
 DISK_BYTES_PER_S = 500e6
 
@@ -110,6 +112,11 @@ class Work:
         """Whether the model has a task that judges images."""
         return self.source.task is not None
 
+    @property
+    def targeted(self) -> bool:
+        """Whether the analysis is to reach a target, and so weighs what is left free."""
+        return any(value is not None for value in self.recipe.target.model_dump().values())
+
     @cached_property
     def draw_s(self) -> float:
         """Seconds that a sample takes to be drawn, beside the teacher's own forward."""
@@ -130,64 +137,95 @@ def run_costs(recipe: Recipe, source: Source, plan: CompressionPlan, teacher: Pr
 
 def calibrate_seconds(work: Work) -> float:
     """The teacher on every sample, and the products of its states."""
-    size, width = default_size(work.source.family), width_of(work.source.config)
+    settings = work.recipe.calibrate
+    family, width = work.source.family, width_of(work.source.config)
+    size, made = default_size(family), moments(family, work.blocks, width, settings.longest)
     tokens = {"image": size["height"] * size["width"], "text": size["text"]}
-    near, far = near_products(work), far_products(work) * far_share(work)
-    products = sum(count * (near + far) for count in tokens.values()) + tokens["text"] * far
-    samples = work.recipe.calibrate.samples
-    return samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
+    every = sum(rows * made.near * (2 if made.groups > 1 else 1) for rows in tokens.values())
+    some = (
+        tokens["image"] * made.far["image"] + tokens["text"] * (made.far["text"] + made.far["text_input"]) + sum(tokens.values()) * made.ffn
+    )
+    products = MOMENT_OVERHEAD * (every + some / far_every(settings.samples))
+    return settings.samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
 
 
-def near_products(work: Work) -> int:
-    """Products of states and steps that every row of a stream enters."""
-    return 2 * work.blocks + 1
+def far_every(samples: int) -> int:
+    """One batch in so many enters the far moments."""
+    return max(1, min(calibrate.FAR_EVERY, -(-samples // BATCH) // 4))
 
 
-def far_products(work: Work) -> int:
-    """Products of states up to the longest interval apart."""
-    states, longest = work.blocks + 1, work.recipe.calibrate.longest
-    return sum(min(longest, states - 1 - i) + 1 for i in range(states))
+@dataclass(frozen=True)
+class MomentCounts:
+    """Square matrices of a calibration, and as `far` and `ffn` those of a share of the batches.
+
+    near: of each stream, once; groups: how often these are kept, whole and by band and chunk.
+    """
+
+    near: int
+    groups: int
+    far: Mapping[str, int]
+    ffn: int
 
 
-def far_share(work: Work) -> float:
-    """Share of the batches that enter far products."""
-    batches = -(-work.recipe.calibrate.samples // BATCH)
-    return 1 / max(1, min(FAR_EVERY, batches // 4))
+def moments(family: Family, blocks: int, width: int, longest: int) -> MomentCounts:
+    """What `calibrate` keeps of a teacher of so many blocks."""
+
+    def pairs(states: int) -> int:
+        return sum(min(longest, states - 1 - i) + 1 for i in range(states))
+
+    streams = len(family.groups[0].streams)
+    grouped = 8 * streams * 2 * (blocks + 1) * width**2 * (BANDS + CHUNKS) <= calibrate.GROUPED_BYTES
+    return MomentCounts(
+        near=2 * blocks + 1,
+        groups=1 + (BANDS + CHUNKS if grouped else 0),
+        far={"image": pairs(blocks + 1), "text": pairs(blocks + 1), "text_input": pairs(blocks)},
+        ffn=2 * blocks,
+    )
 
 
 def analyze_seconds(work: Work) -> float:
-    """The teacher's forwards that costs take, then the trials of the plans of least cost."""
-    settings, teach = work.recipe.analyze, work.recipe.distill
-    seconds = analyze_forwards(work) * work.speeds.teacher_s + settings.probes * work.draw_s
-    if settings.trials > 1 and settings.strategy == "output_error" and work.recipe.plan.intervals == "auto":
-        left, done, steps = settings.trials, 0, 0
-        for share in ROUNDS:
-            end = max(1, round(share * settings.trial_steps))
-            steps += left * (end - done)
-            left, done = max(1, left // 2), end
-        lessons = settings.trial_steps * teach.batch * (work.speeds.teacher_s + work.draw_s)
-        trained = steps * teach.batch * work.speeds.student_s * work.speeds.training
-        seconds += lessons + work.beside(trained / 2, trained / 2)
-    return seconds
+    """The teacher's forwards that the analysis spends on costs, then its trials."""
+    return analyze_forwards(work) * work.speeds.teacher_s + work.recipe.analyze.probes * work.draw_s + _trial_seconds(work)
 
 
 def analyze_forwards(work: Work) -> float:
-    """Forwards of one sample, in whole teachers, that costs of edits take."""
-    settings, blocks, wanted = work.recipe.analyze, work.blocks, work.recipe.plan
-    forwards, intervals = 1.0, 0.0
-    if wanted.intervals == "auto":
-        for k in range(2, min(work.recipe.calibrate.longest, blocks) + 1):
-            # A span u..v leaves blocks - v of them to run, for each block that is tried as the one that stays.
-            intervals += sum(min(k, TRIED_WHOLE) * (blocks - v) / blocks for v in range(k - 1, blocks))
-        if settings.strategy != "output_error":
-            intervals = 1.5 * blocks
-    if wanted.text_stream == "auto":
-        forwards += min(8, work.recipe.calibrate.longest - 1, blocks - 1)
-    if wanted.modulation_rank != "none":
+    """Forwards of one sample, in whole teachers: intervals under the budget, every text run, rank and network, the probes themselves."""
+    settings, wanted, blocks, free = work.recipe.analyze, work.recipe.plan, work.blocks, work.targeted
+    longest = min(work.recipe.calibrate.longest, blocks)
+    forwards = 1.0
+    if wanted.text_stream == "auto" and free:
+        forwards += min(8, longest - 1, blocks - 1)
+    if isinstance(wanted.modulation_rank, int) or (wanted.modulation_rank == "auto" and free):
         forwards += max(0, (width_of(work.source.config) - 1).bit_length() - 2)
-    if wanted.ffn == "auto":
+    if wanted.ffn == "auto" and free:
+        # A network made linear is followed from its own block on.
         forwards += len(work.source.family.ffn_inputs) * (blocks + 1) / 2
-    return settings.probes * forwards + min(settings.probes * intervals, settings.budget)
+    spent = settings.probes * forwards
+    if wanted.intervals != "auto":
+        return spent
+    if settings.strategy != "output_error":
+        return spent + settings.probes * blocks * 1.5
+    spans = [(u, v) for u in range(blocks) for v in range(u + 1, min(u + longest, blocks))]
+    return spent + min(settings.budget, sum(settings.probes * len(kept_choices(u, v)) * (blocks - v) / blocks for u, v in spans))
+
+
+def trial_students(work: Work) -> int:
+    """Students that are trained for a while before one plan is taken."""
+    settings = work.recipe.analyze
+    return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 else 0
+
+
+def _trial_seconds(work: Work) -> float:
+    """The teacher's lessons, then students beside each other, the worse half dropping out after every round."""
+    left, steps, speeds = trial_students(work), work.recipe.analyze.trial_steps, work.speeds
+    if not left:
+        return 0.0
+    trained, before = 0.0, 0.0
+    for share in trials.ROUNDS:
+        trained += left * (share - before) * steps
+        before, left = share, max(1, left // 2)
+    student_step = speeds.student_s * speeds.training * (SIDE_BY_SIDE / work.lanes if work.lanes > 1 else 1)
+    return work.recipe.distill.batch * (steps * (speeds.teacher_s + work.draw_s) + trained * student_step)
 
 
 def distill_seconds(work: Work) -> float:
@@ -250,19 +288,23 @@ def peak_bytes(work: Work) -> int:
     size = default_size(family)
     weights = _tensor_bytes(work.teacher, dtype)
     start = LIBRARY_BYTES + (TASK_BYTES if work.judged else 0) + weights
-    calibrate = 2 * _state_bytes(work, min(BATCH, recipe.calibrate.samples)) + 2 * moment_bytes(work)
+    calibration = 2 * _state_bytes(work, min(BATCH, recipe.calibrate.samples)) + 2 * moment_bytes(work)
     student = _tensor_bytes(work.student, dtype)
     training = 0 if work.plan.is_empty else _training_bytes(work, recipe.distill.batch)
     # Weights and two moments; gradients are in `training`.
     distill = 3 * student + training + min(training, KEPT_BYTES)
-    kept = min(2 * training, 2 * KEPT_BYTES)
+    taught = min(trial_students(work), work.lanes)
+    held = trial_students(work) * trials.STATE_BYTES * work.student.parameters
+    held = held if held <= trials.HELD_BYTES else held * taught // trial_students(work)
+    analysis = _state_bytes(work, recipe.analyze.probes) + held + taught * (training + min(training, KEPT_BYTES))
+    kept = max(1, taught) * min(2 * training, 2 * KEPT_BYTES)
     lanes = work.lanes if work.judged else 1
     batch = min(JUDGE_BATCH, recipe.verify.scenes) if work.judged else 16
     judging = lanes * activation_bytes(family, _shallow(family, config), dtype, size | {"batch": batch})
     judge = lanes * JUDGE_SCENE_BYTES * recipe.verify.scenes if work.judged else 0
     verify = kept + 2 * student + judging + judge
     export = kept + 2 * student + EXPORTER_BYTES + 2 * weights if recipe.export else 0
-    return int(start + max(calibrate, distill, verify, export))
+    return int(start + max(calibration, analysis, distill, verify, export))
 
 
 def _tensor_bytes(model: Prediction, dtype: str) -> int:
@@ -290,23 +332,27 @@ def _by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, 
     """What is measured of a student's configuration, where it is linear in depth: shallow students of like blocks tell it."""
     rank = (plan.modulation_rank or width_of(config)) if plan.has_width_edits else None
 
-    def at(blocks: int, text_stream: tuple[int, ...] = ()) -> int:
+    def at(blocks: int, text_stream: tuple[int, ...] = (), ffn: tuple[tuple[int, str], ...] = ()) -> int:
         shallow = _shallow(family, config, blocks)
-        like = CompressionPlan.of(family.name, family.num_blocks(shallow), (), text_stream, rank)
+        like = CompressionPlan.of(family.name, family.num_blocks(shallow), (), text_stream, rank, ffn=ffn)
         return measured(student_config(family, shallow, like))
 
     two, three, mapped = at(2), at(3), len(plan.text_stream)
-    saved = three - at(3, (2,)) if mapped else 0
-    return max(0, two + (three - two) * (len(plan.kept) - 2) - saved * mapped)
+    saved = mapped * (three - at(3, (2,))) if mapped else 0
+    for stream in {e.stream for e in plan.ffn}:
+        saved += sum(e.stream == stream for e in plan.ffn) * (three - at(3, (), ((2, stream),)))
+    return max(0, two + (three - two) * (len(plan.kept) - 2) - saved)
 
 
 def moment_bytes(work: Work) -> int:
     """Bytes of the calibration's record."""
-    width = width_of(work.source.config)
-    near, far = 2 * near_products(work) * 8 * width**2, 3 * far_products(work) * 8 * width**2
-    groups = (BANDS + CHUNKS) * near
-    ffns = 2 * len(work.source.family.ffn_inputs) * work.blocks * 8 * width**2
-    return near + far + ffns + (groups if groups <= GROUPED_BYTES else 0)
+    width, streams = width_of(work.source.config), len(work.source.family.groups[0].streams)
+    made = moments(work.source.family, work.blocks, width, work.recipe.calibrate.longest)
+    matrices = streams * made.near * made.groups + sum(made.far.values()) + streams * made.ffn + 1
+    # Sums: of every state, by group and for the far moments; of both sides of a network; of the time embedding.
+    states = work.blocks + 1
+    vectors = streams * states * (made.groups + 1) + work.blocks + streams * made.ffn + 1
+    return 8 * (matrices * width**2 + vectors * width + streams * work.blocks * made.groups)
 
 
 def disk_bytes(work: Work) -> int:

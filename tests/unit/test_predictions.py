@@ -15,10 +15,12 @@ from ppclc.block_costs import default_size
 from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import DTYPES, apply_plan, count_parameters, open_source, random_model, save_model, student_config
+from ppclc.passes import analyze, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
-from ppclc.recipe import read_recipe
+from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.run_costs import Speeds, Work
+from ppclc.samples import open_samples
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS: dict[str, dict[str, Any]] = {
@@ -150,10 +152,11 @@ def test_nothing_is_allocated_for_a_large_model(family: Family) -> None:
 
 
 def demo_work(family: Family, **changes: Any) -> Work:
-    """The demo's recipe on a machine of known speed, with the plan that it found."""
-    recipe = read_recipe(ROOT / "recipes" / "two_digits.yaml", [f"{k.replace('__', '.')}={v}" for k, v in changes.items()])
+    """The demo's recipe as it was run, at fixed speeds, with the plan that it found."""
+    given = {"analyze__budget": 6144, "analyze__trials": 6, "analyze__trial_steps": 40, "plan__ffn": "none", "distill__finetune_steps": 600}
+    recipe = read_recipe(ROOT / "recipes" / "two_digits.yaml", [f"{k.replace('__', '.')}={v}" for k, v in (given | changes).items()])
     source = open_source("builtin:two-digits")
-    plan = CompressionPlan.of(family.name, 12, [(7, 9)], [3, 4, 5, 6, 7, 10, 11], 4, True)
+    plan = CompressionPlan.of(family.name, 12, [(4, 5), (6, 7)], [3, 4, 6, 8, 9, 10, 11], 4, True)
     teacher, student = (predict(family, source.config, p, "float32") for p in (CompressionPlan.of(family.name, 12), plan))
     speeds = Speeds(
         teacher_s=1.6e-3,
@@ -168,9 +171,12 @@ def demo_work(family: Family, **changes: Any) -> Work:
     return Work(recipe, source, plan, teacher, student, speeds, 2)
 
 
-REAL_S = {"calibrate": 5.4, "distill": 197.0, "verify": 136.0, "export": 73.0, "bench": 3.6, "report": 2.1}
-"""Mean of two whole runs of the demo on two cores, with the speeds of `demo_work` measured beside them; 2026-11."""
-REAL_PEAK_BYTES, REAL_DISK_BYTES = 1_071_000_000, 36_708_314
+REAL_S = {"calibrate": 6.4, "analyze": 47.5, "distill": 202.5, "verify": 135.0, "export": 78.3, "bench": 4.1, "report": 1.8}
+"""One whole run of the demo on two cores; 2026-11. The speeds of `demo_work` are of the same machine, measured at another time.
+
+The constants were fitted to this run and two earlier ones: this holds the formulas in place, it does not prove them.
+"""
+REAL_PEAK_BYTES, REAL_DISK_BYTES = 1_380_962_304, 60_570_000
 
 
 def test_the_demo_s_costs_are_those_of_its_real_runs(family: Family) -> None:
@@ -189,7 +195,7 @@ def test_the_demo_s_costs_are_those_of_its_real_runs(family: Family) -> None:
 )
 def test_work_grows_with_the_recipe(name: str, change: dict[str, Any], family: Family) -> None:
     stage = run_costs.STAGES[name]
-    assert stage(demo_work(family, **change)) == pytest.approx(2 * stage(demo_work(family)))
+    assert stage(demo_work(family, **change)) == pytest.approx(2 * stage(demo_work(family)), rel=0.05)
 
 
 def test_no_export_costs_nothing(family: Family) -> None:
@@ -197,14 +203,37 @@ def test_no_export_costs_nothing(family: Family) -> None:
     assert run_costs.export_seconds(demo_work(family)) > 0
 
 
-def test_moments_take_the_bytes_of_a_calibration(family: Family, teacher: Any) -> None:
-    from ppclc.passes.calibrate import Moments
+@pytest.mark.parametrize("grouped", [True, False])
+def test_moments_take_the_bytes_of_a_calibration(
+    grouped: bool, family: Family, teacher: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibrate, "GROUPED_BYTES", 2**28 if grouped else 0)
+    recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "calibrate": {"samples": 1024, "longest": 4}}, "recipe")
+    source = open_source(str(teacher_folder))
+    samples = open_samples("noise", source, teacher, "choose")
+    stats = calibrate.calibrate(teacher, family, samples, recipe.calibrate, lambda *_: None)
+    plan = CompressionPlan.of(family.name, 6)
+    model = predict(family, source.config, plan, "float32")
+    speeds = Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1)
+    assert run_costs.moment_bytes(Work(recipe, source, plan, model, model, speeds, 1)) == sum(t.nbytes for t in stats.tensors.values())
+    assert run_costs.far_every(1024) == 4
 
-    sums = Moments(4)
-    for name, (states, _) in run_costs.moments(6, 4).items():
-        sums.add(name, [torch.randn(3, 2, 32) for _ in range(states)], None)
-    counted = 8 * sum(n * 32 + pairs * 32**2 for n, pairs in run_costs.moments(6, 4).values())
-    assert counted == sum(t.nbytes for t in sums.tensors.values())
+
+def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teacher: Any, teacher_folder: Path) -> None:
+    """Against the analysis's own count on a tiny teacher, trials left out."""
+    changes = {"calibrate": {"samples": 64, "longest": 4}, "analyze": {"probes": 16, "trials": 0}, "target": {"parameters": 0.6}}
+    recipe = parse_recipe({"model": {"path": str(teacher_folder)}, **changes}, "recipe")
+    source = open_source(str(teacher_folder))
+    samples = open_samples("noise", source, teacher, "choose")
+    stats = calibrate.calibrate(teacher, family, samples, recipe.calibrate, lambda *_: None)
+    found = analyze.analyze(
+        teacher, source, stats, samples, recipe.analyze, recipe.target, recipe.plan, "float32", lambda *_: None, analyze.Lessons()
+    )
+    empty = CompressionPlan.of(family.name, 6)
+    model = predict(family, source.config, empty, "float32")
+    work = Work(recipe, source, empty, model, model, Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1), 1)
+    assert run_costs.analyze_forwards(work) == pytest.approx(found.work["spent"], rel=0.2)
+    assert run_costs.trial_students(work) == 0
 
 
 def test_speeds_are_measured_on_small_models_and_counted_on_large_ones(
