@@ -144,10 +144,15 @@ def contenders(options: Options, budget: Budget, count: int) -> list[Compression
             by_removed[mix.removed] = by_removed.get(mix.removed, 0) + 1
     if not found:
         raise RecipeError(
-            f"target.{budget.name}: {budget.limit:,.6g} cannot be reached by the edits that the recipe allows; "
+            f"target.{budget.name}: {figure(budget.limit)} cannot be reached by the edits that the recipe allows; "
             "wanted a larger target, or fewer of them forbidden below plan"
         )
     return found
+
+
+def figure(value: float) -> str:
+    """A budget's value for people: counts whole, small numbers to four digits."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def only_plan(options: Options) -> CompressionPlan:

@@ -176,7 +176,7 @@ def budget_of(source: Source, target: TargetSettings, dtype: str) -> Budget | No
     teacher = value(CompressionPlan.of(source.family.name, source.family.num_blocks(source.config)))
     limit = wanted * teacher if name in SHARES and isinstance(wanted, float) and wanted <= 1 else wanted
     if limit > teacher:
-        raise RecipeError(f"target.{name} = {wanted}: wanted at most the teacher's {teacher:,.6g}")
+        raise RecipeError(f"target.{name} = {wanted}: wanted at most the teacher's {selection.figure(teacher)}")
     return Budget(name, limit, value)
 
 
@@ -233,7 +233,7 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
             return plan
     assert budget is not None
     raise RecipeError(
-        f"target.{budget.name}: {budget.limit:,.6g} cannot be reached by the edits that the recipe allows without an analysis; "
+        f"target.{budget.name}: {selection.figure(budget.limit)} cannot be reached by the edits that the recipe allows without an analysis; "
         "wanted a larger target, or run: ppclc compress RECIPE --until analyze"
     )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.samples import Samples, open_samples
 from ppclc.selection import cheapest_chains
 
-FAMILIES = [f for f in (plugins.load("families", n) for n in plugins.names("families")) if len(f.groups) == 1]
+LOADED: list[Family] = [plugins.load("families", name) for name in plugins.names("families")]
+# Planted blocks have no feed-forward networks to be traced.
+FAMILIES = [replace(f, ffn_inputs={}) for f in LOADED if len(f.groups) == 1]
 BLOCKS, LONGEST, RIDGE = 6, 3, 1e-8
 FREE, NEAR = 1e-7, 1e-5
 """Squared relative velocity errors: at most FREE is nothing, at least NEAR is something."""

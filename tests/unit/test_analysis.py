@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppclc import flow, trials
+from ppclc.block_costs import BlockCosts
 from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, linear_map, modulation_basis, text_maps
 from ppclc.detection import even_intervals, first_difference_intervals, spans_of_dropped, trimmed
 from ppclc.edit_costs import EditCosts, kept_choices
 from ppclc.errors import PlanError, RecipeError
 from ppclc.families import Family
-from ppclc.models import Source, apply_plan, count_parameters, open_source, predicted_parameters, trace
+from ppclc.models import Source, apply_plan, count_parameters, empty_model, open_source, predicted_parameters, student_config, trace
 from ppclc.moments import BANDS, Moments, near_of
 from ppclc.passes.analyze import (
     RANK_TOLERANCE,
@@ -37,6 +38,7 @@ from ppclc.passes.analyze import (
 )
 from ppclc.passes.calibrate import CalibrateSettings, by_timestep, calibrate
 from ppclc.plan import CompressionPlan
+from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.quality import velocity_error
 from ppclc.records import Analysis, CalibrationStats
 from ppclc.samples import Samples, open_samples
@@ -114,8 +116,8 @@ def test_calibrate_counts_what_the_teacher_passes_on(source: Source, teacher: An
     tokens = seen[0].states["image"][0].shape[1]
     # Two batches: both enter the far moments.
     rows = {k: n for k, n in stats.rows.items() if not k.startswith(("chunk.", "band."))}
-    text = {"text": 350, "far.text": 350, "far.text_input": 350}
-    assert rows == {"image": 70 * tokens, "far.image": 70 * tokens, "temb": 70, **text}
+    text = dict.fromkeys(("text", "far.text", "far.text_input", "ffn.text"), 350)
+    assert rows == {**dict.fromkeys(("image", "far.image", "ffn.image"), 70 * tokens), "temb": 70, **text}
     for stream in ("image", "text"):
         states = [torch.cat([s.states[stream][i].flatten(0, 1) for s in seen]).double() for i in range(7)]
         assert close(stats.tensors[f"far.{stream}.cross.2.5"], states[2].T @ states[5]) < 1e-6
@@ -357,7 +359,10 @@ def test_shares_are_of_the_teacher(source: Source, teacher: Any, target: dict[st
     budget = budget_of(source, TargetSettings(**target), dtype)
     empty = CompressionPlan.of(NAME, 6)
     assert budget
-    assert budget.value(empty) == count_parameters(teacher) * (2 if "bytes" in target else 1)
+    if "bytes" in target:  # with the header of the file
+        assert budget.value(empty) == weight_bytes(teacher, dtype) > 2 * count_parameters(teacher)
+    else:
+        assert budget.value(empty) == count_parameters(teacher)
     assert budget.limit == share * budget.value(empty)
 
 
@@ -374,10 +379,16 @@ def test_targets_that_make_no_sense_are_refused(source: Source, teacher: Any) ->
     whole = count_parameters(teacher)
     with pytest.raises(RecipeError, match="target: got parameters and bytes, wanted one of them"):
         budget_of(source, TargetSettings(parameters=0.5, bytes=100), "float32")
-    with pytest.raises(RecipeError, match=rf"target\.parameters = {whole + 1}: wanted at most the teacher's {whole}"):
+    with pytest.raises(RecipeError, match=rf"target\.parameters = {whole + 1}: wanted at most the teacher's {whole:,}"):
         budget_of(source, TargetSettings(parameters=whole + 1), "float32")
-    with pytest.raises(RecipeError, match=rf"target\.bytes = {4 * whole + 1}: wanted at most the teacher's {4 * whole}"):
-        budget_of(source, TargetSettings(bytes=4 * whole + 1), "float32")
+    with pytest.raises(
+        RecipeError, match=rf"target\.bytes = {8 * whole}: wanted at most the teacher's {weight_bytes(teacher, 'float32'):,}"
+    ):
+        budget_of(source, TargetSettings(bytes=8 * whole), "float32")
+    with pytest.raises(RecipeError, match=r"target\.vram_gb = 40: wanted at most the teacher's 0\.0"):
+        budget_of(source, TargetSettings(vram_gb=40), "float32")
+    with pytest.raises(RecipeError, match=r"target\.latency_ms: needs the cost of a block.*run first: ppclc bench"):
+        budget_of(source, TargetSettings(latency_ms=3), "float32")
 
 
 # -- the search, on a tiny teacher -------------------------------------------------------------------------------------
@@ -462,7 +473,7 @@ def test_planted_redundancy_costs_nothing_and_nothing_else_is_as_cheap(half: Ana
 
 
 def test_the_smallest_depth_cuts_take_the_planted_blocks(planted: Planted, half: Analysis) -> None:
-    only_depth = {"text_stream": "none", "modulation_rank": "none"}
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     for target, removed in ((0.9, 1), (0.8, 2)):
         analysis = planted.analyze({"parameters": target}, only_depth)
         spans = [(i.first, i.last) for i in analysis.plan.intervals]
@@ -476,7 +487,7 @@ def test_the_smallest_depth_cuts_take_the_planted_blocks(planted: Planted, half:
 
 
 def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
-    only_depth = {"text_stream": "none", "modulation_rank": "none"}
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     analysis = planted.analyze({"parameters": 0.65}, only_depth, trials=4, trial_steps=6)
     plans, errors = [t.plan for t in analysis.trials], [dict(t.errors) for t in analysis.trials]
     assert analysis.plan == plans[0]
@@ -539,7 +550,7 @@ def test_costs_are_the_velocity_error_of_the_closed_form_stand_in(planted: Plant
 
 
 def test_a_budget_of_forwards_is_kept_and_takes_short_intervals_first(planted: Planted) -> None:
-    analysis = planted.analyze({"parameters": 0.9}, {"text_stream": "none", "modulation_rank": "none"}, budget=300)
+    analysis = planted.analyze({"parameters": 0.9}, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}, budget=300)
     spans = [(c.first, c.last) for c in analysis.candidates]
     assert 0 < len(spans) == analysis.work["considered"] < analysis.work["possible"]
     assert analysis.work["spent"] <= 300
@@ -580,7 +591,7 @@ def test_targets_are_met_with_no_edit_to_spare(planted: Planted, half: Analysis,
 @pytest.mark.parametrize("target", [0.9, 0.6])
 @pytest.mark.parametrize("strategy", ["ppcl", "block_influence", "laptop", "even"])
 def test_rival_strategies_take_their_own_intervals_only(planted: Planted, target: float, strategy: Any) -> None:
-    only_depth = {"text_stream": "none", "modulation_rank": "none"}
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     search = planted.search(only_depth, strategy)
     plan = search.plan(TargetSettings(parameters=target), "float32")
     found = {(i.first, i.last) for i in plan.intervals}
@@ -643,7 +654,7 @@ def test_agreement_is_the_jaccard_index_of_intervals(planted: Planted, half: Ana
 def test_no_allowed_plan_of_depth_alone_is_cheaper(planted: Planted, half: Analysis) -> None:
     """Against all sets of disjoint intervals that meet the target."""
     costs = {(c.first, c.last): c.cost for c in half.candidates if c.kind == "interval"}
-    chosen = planted.select(0.65, {"text_stream": "none", "modulation_rank": "none"})
+    chosen = planted.select(0.65, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"})
     removed = chosen.num_blocks - len(chosen.kept)
     cheapest = min(
         sum(costs[s] for s in spans)
@@ -655,21 +666,39 @@ def test_no_allowed_plan_of_depth_alone_is_cheaper(planted: Planted, half: Analy
     assert cheapest > 0
 
 
-def test_bytes_are_those_of_the_weights(planted: Planted) -> None:
-    whole = count_parameters(planted.model)
-    plan = even_plan(planted.source, TargetSettings(bytes=int(0.7 * whole * 4)), PlanSettings(), "float32")
-    assert 4 * predicted_parameters(planted.source.family, planted.source.config, plan) <= 0.7 * whole * 4
-    assert plan == even_plan(planted.source, TargetSettings(parameters=int(0.7 * whole)), PlanSettings(), "float32")
-    assert plan == even_plan(planted.source, TargetSettings(bytes=int(0.7 * whole * 2)), PlanSettings(), "bfloat16")
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 0.7), ("bfloat16", 0.5)])
+def test_bytes_are_those_of_the_weight_files(planted: Planted, dtype: str, share: float) -> None:
+    family, config = planted.source.family, planted.source.config
+    limit = int(share * weight_bytes(planted.model, dtype))
+    plan = even_plan(planted.source, TargetSettings(bytes=limit), PlanSettings(), dtype)
+    assert weight_bytes(empty_model(family, student_config(family, config, plan)), dtype) <= limit
+    assert plan == even_plan(planted.source, TargetSettings(bytes=share), PlanSettings(), dtype)
+
+
+def test_memory_and_latency_are_targets_too(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a target counts: the plan is within it, and putting back any edit would not be."""
+    family, config = planted.source.family, planted.source.config
+    names = ("base_ms", "block_ms", "edit_ms")
+    parts: dict[str, Any] = dict(zip(names, (1.0, {"transformer_blocks": 2.0}, {"text_stream": -0.75, "text_ffn": -0.25}), strict=True))
+    costs = BlockCosts(version=1, family=NAME, key={}, runs=1, **parts)
+    monkeypatch.setattr("ppclc.passes.analyze.require_block_costs", lambda *_: costs)
+    gb = vram_bytes(family, config, CompressionPlan.of(NAME, 8), "float32") / 1e9
+    for target in ({"vram_gb": 0.7 * gb}, {"latency_ms": 12.0}):
+        budget = budget_of(planted.source, TargetSettings(**target), "float32")
+        assert budget
+        plan = planted.search().plan(TargetSettings(**target), "float32")
+        assert budget.met(plan)
+        assert not any(budget.met(plan.without(edit)) for edit in plan.edits())
+    assert costs.latency_ms(plan, config) <= 12 < costs.latency_ms(CompressionPlan.of(NAME, 8), config) == 17
 
 
 def test_targets_out_of_reach_are_refused(planted: Planted, half: Analysis) -> None:
     with pytest.raises(RecipeError, match=r"target\.parameters: [\d,]+ cannot be reached by the edits that the recipe allows"):
         planted.select(0.01)
     with pytest.raises(RecipeError, match="cannot be reached"):
-        planted.select(0.9, {"intervals": "none", "text_stream": "none", "modulation_rank": "none"})
+        planted.select(0.9, {"intervals": "none", "text_stream": "none", "ffn": "none", "modulation_rank": "none"})
     with pytest.raises(RecipeError, match=r"target: got nothing, wanted parameters or bytes, or plan\.intervals as a list"):
-        planted.analyze({}, {"text_stream": "none", "modulation_rank": "none"})
+        planted.analyze({}, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"})
     with pytest.raises(RecipeError, match=r"plan\.protect = \[8\]: wanted blocks within 0\.\.7"):
         planted.select(0.9, {"protect": [8]})
     with pytest.raises(RecipeError, match=r"plan\.modulation_rank = 33: wanted at most the width, 32"):
@@ -688,7 +717,7 @@ def test_protected_blocks_stay_as_they_are(planted: Planted, protect: list[int])
 
 def test_protected_blocks_keep_their_text_stream_when_blocks_behind_them_go(planted: Planted) -> None:
     """The last three student blocks reach further back than the last three teacher blocks."""
-    options = planted.search({"protect": [4], "modulation_rank": "none", "text_stream": "none", "intervals": "none"}).options
+    options = planted.search({"protect": [4], "modulation_rank": "none", "text_stream": "none", "ffn": "none", "intervals": "none"}).options
     assert options.run(2, [(5, 6)]) == [5, 7]
     assert options.run(3, [(5, 6)]) is None
 

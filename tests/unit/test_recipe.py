@@ -102,7 +102,7 @@ def test_changes_go_on_top(tmp_path: Path) -> None:
         ("model: {}", ["model.path: missing"]),
         (MODEL + "targets: {}", ["targets = {}", "unknown key", "wanted one of model, calibrate"]),
         (MODEL + "distill: {step: 3}", ["distill.step = 3", "unknown key", "wanted one of steps, finetune_steps"]),
-        (MODEL + "target: {latency_ms: 3}", ["target.latency_ms = 3", "unknown key", "parameters, bytes"]),
+        (MODEL + "target: {latency: 3}", ["target.latency = 3", "unknown key", "parameters, bytes, vram_gb, latency_ms"]),
         (MODEL + "export: [{backend: onnx, dtyp: x}]", ["export.0.dtyp = 'x'", "unknown key", "backend, dtype"]),
         (MODEL + "export: [{dtype: float32}]", ["export.0.backend: missing"]),
         (MODEL + "verify: {gates: {flow_loss: {drop: 1}}}", ["verify.gates.flow_loss.drop = 1", "drop_percent, upper_percent"]),
