@@ -98,6 +98,21 @@ class Options:
         blocks = list(kept[len(kept) - k :]) if k else []
         return None if self.protect & set(blocks) else blocks
 
+    def text(self, k: int, spans: Sequence[Span]) -> list[int] | None:
+        """The mapped blocks: those made by hand, else the last k, None when they cannot be."""
+        return self.run(k, spans) if self.text_blocks is None else list(self.text_blocks)
+
+    def usable_ffns(self, spans: Sequence[Span], text: Sequence[int]) -> list[tuple[float, str, int]]:
+        """Free FFN edits that go with these intervals and mapped blocks.
+
+        The last block that computes text has no text network to replace once dead code is gone.
+        """
+        if self.fixed_ffns is not None:
+            return []
+        kept = kept_blocks(self.num_blocks, list(spans))
+        full = [b for b in kept if b not in text][:-1]
+        return [f for f in self.ffns if f[2] in (full if f[1] == "text" else kept)]
+
 
 @dataclass(frozen=True, order=True)
 class Mix:
@@ -136,7 +151,7 @@ def contenders(options: Options, budget: Budget, count: int) -> list[Compression
         if by_removed.get(mix.removed, 0) >= max(1, -(-count // 2)) or len(found) >= count:
             continue
         plan = _plan_of(options, mix)
-        if plan is None or not budget.met(plan):
+        if not budget.met(plan):
             continue
         plan = put_back(plan, options, budget)
         if plan not in found:
@@ -167,14 +182,16 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
         saving = _Savings(options, budget, rank)
         for (removed, chains), (text_cost, k) in itertools.product(options.chains.items(), options.text_runs):
             value = saving.base - removed * saving.block - saving.text(k)
-            for ffns, cost in _ffn_counts(options, saving, value, budget.limit * NEARLY):
-                for n, (chain_cost, _) in enumerate(chains):
+            for n, (chain_cost, spans) in enumerate(chains):
+                text = options.text(k, spans)
+                if text is None:
+                    continue
+                for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY):
                     yield Mix(round(chain_cost + text_cost + rank_cost + cost, 9), removed, n, rank, k, ffns)
 
 
-def _ffn_counts(options: Options, saving: _Savings, value: float, limit: float) -> Iterator[tuple[int, float]]:
+def _ffn_counts(usable: Sequence[tuple[float, str, int]], saving: _Savings, value: float, limit: float) -> Iterator[tuple[int, float]]:
     """How many of the cheapest FFN edits bring a value to the limit, and one and two more, with their costs."""
-    usable = options.ffns if options.fixed_ffns is None else ()
     cost, over = 0.0, 0
     for n in range(len(usable) + 1):
         if value <= limit:
@@ -221,23 +238,12 @@ def _pairs(options: Options) -> set[Span]:
     return {(u, u + 1) for u in range(options.num_blocks - 1)}
 
 
-def _plan_of(options: Options, mix: Mix) -> CompressionPlan | None:
-    """The plan of a mix; None when its parts do not go together and were not all made by hand."""
+def _plan_of(options: Options, mix: Mix) -> CompressionPlan:
+    """The plan of a mix."""
     spans = options.chains[mix.removed][mix.chain][1]
-    text = options.run(mix.text, spans) if options.text_blocks is None else list(options.text_blocks)
-    if text is None:
-        return None
-    kept = kept_blocks(options.num_blocks, list(spans))
-    if options.fixed_ffns is not None:
-        ffn = list(options.fixed_ffns)
-    else:
-        # The last block that computes text has no text network to replace once dead code is gone.
-        full = [b for b in kept if b not in text][:-1]
-        free = [(b, s) for _, s, b in options.ffns if b in (full if s == "text" else kept)]
-        if len(free) < mix.ffns:
-            return None
-        ffn = sorted(free[: mix.ffns])
-    return options.plan(spans, text, mix.rank, ffn)
+    text = options.text(mix.text, spans) or []
+    free = [(b, s) for _, s, b in options.usable_ffns(spans, text)[: mix.ffns]]
+    return options.plan(spans, text, mix.rank, options.fixed_ffns if options.fixed_ffns is not None else sorted(free))
 
 
 def put_back(plan: CompressionPlan, options: Options, budget: Budget) -> CompressionPlan:
