@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
+TOGETHER = 2**24
+"""States of up to so many numbers are stacked, which saves operators; larger ones are taken a block at a time."""
 BANDS = 4
 """Bands of equal width that timesteps in 0..1 fall into."""
 CHUNKS = 8
@@ -34,6 +36,32 @@ def product(x_ND: torch.Tensor, y_NE: torch.Tensor) -> torch.Tensor:
     return (x_ND.T @ y_NE).double()
 
 
+def _near_together(x_SND: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The near moments of small states in a few operators."""
+    x_SND = x_SND if x_SND.dtype == torch.float64 else x_SND.float()
+    d_SND = x_SND[1:] - x_SND[:-1]
+    turned = x_SND.transpose(1, 2)
+    return {
+        "sum": x_SND.sum(1, dtype=torch.float64),
+        "second": (turned @ x_SND).double(),
+        "residual": (turned[:-1] @ d_SND).double(),
+        "step": d_SND.square().sum((1, 2), dtype=torch.float64),
+    }
+
+
+def _near_in_turn(states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, a block at a time, so that no second copy of the states is made."""
+    found: dict[str, list[torch.Tensor]] = {"sum": [], "second": [], "residual": [], "step": []}
+    for i, x in enumerate(states):
+        found["sum"].append(x.sum(0, dtype=torch.float64))
+        found["second"].append(product(x, x))
+        if i + 1 < len(states):
+            d = states[i + 1] - x
+            found["residual"].append(product(x, d))
+            found["step"].append(d.square().sum(dtype=torch.float64))
+    return {name: torch.stack(values) for name, values in found.items() if values}
+
+
 @dataclass
 class Moments:
     """Running sums by name, float64, and the rows that went into each stream."""
@@ -44,20 +72,14 @@ class Moments:
     def add_near(self, stream: str, states: Sequence[torch.Tensor], prefixes: Iterable[str] = ("",)) -> None:
         """Add rows (N, D) of one stream, by block, to the near moments under every prefix.
 
-        `sum.i` (D,) and `second.i` (D, D) of state i; `residual.i` (D, D) = sum of `x' d`; `step.i` (), the
-        sum of `|d|^2`. The step's own sum is the difference of two sums.
+        `sum` (S, D) and `second` (S, D, D) of all states; `residual` (S - 1, D, D), the sums of `x' d`, and
+        `step` (S - 1,), those of `|d|^2`, of all blocks. A step's own sum is the difference of two sums.
         """
-        keys = list(prefixes)
-        for key in keys:
+        made = _near_together(torch.stack(list(states))) if len(states) * states[0].numel() <= TOGETHER else _near_in_turn(states)
+        for key in prefixes:
             self.rows[key + stream] = self.rows.get(key + stream, 0) + len(states[0])
-        for i, x in enumerate(states):
-            made = {f"sum.{i}": x.sum(0, dtype=torch.float64), f"second.{i}": product(x, x)}
-            if i + 1 < len(states):
-                d = states[i + 1] - x
-                made[f"residual.{i}"] = product(x, d)
-                made[f"step.{i}"] = d.square().sum(dtype=torch.float64)
             for name, value in made.items():
-                for key in keys:
+                if len(value):  # one state alone has no step
                     self.accumulate(f"{key}{stream}.{name}", value)
 
     def add_far(self, stream: str, states: Sequence[torch.Tensor], longest: int) -> None:
@@ -70,6 +92,14 @@ class Moments:
             joined = product(x, torch.cat(list(states[i : last + 1]), dim=1))
             for j, block in zip(range(i, last + 1), joined.split(x.shape[1], dim=1), strict=True):
                 self.accumulate(f"{name}.cross.{i}.{j}", block)
+
+    def add_up(self, prefixes: Sequence[str], streams: Sequence[str]) -> None:
+        """Make the whole of each stream from groups that every row entered once."""
+        for stream in streams:
+            there = [p for p in prefixes if p + stream in self.rows]
+            self.rows[stream] = sum(self.rows[p + stream] for p in there)
+            for name in ("sum", "second", "residual", "step"):
+                self.tensors[f"{stream}.{name}"] = torch.stack([self.tensors[f"{p}{stream}.{name}"] for p in there]).sum(0)
 
     def accumulate(self, key: str, value: torch.Tensor) -> None:
         """Add a value to a running sum."""
@@ -90,19 +120,19 @@ class Near:
 
     def mean(self, i: int) -> torch.Tensor:
         """Mean (D,) of state i."""
-        return self.tensors[f"{self.stream}.sum.{i}"] / self.rows
+        return self.tensors[f"{self.stream}.sum"][i] / self.rows
 
     def second(self, i: int) -> torch.Tensor:
         """Centred `x' x` (D, D) of state i."""
-        return self.tensors[f"{self.stream}.second.{i}"] - self.rows * torch.outer(self.mean(i), self.mean(i))
+        return self.tensors[f"{self.stream}.second"][i] - self.rows * torch.outer(self.mean(i), self.mean(i))
 
     def residual(self, i: int) -> torch.Tensor:
         """Centred `x' d` (D, D) of block i's input and step."""
-        return self.tensors[f"{self.stream}.residual.{i}"] - self.rows * torch.outer(self.mean(i), self.mean(i + 1) - self.mean(i))
+        return self.tensors[f"{self.stream}.residual"][i] - self.rows * torch.outer(self.mean(i), self.mean(i + 1) - self.mean(i))
 
     def step(self, i: int) -> float:
         """Centred energy of block i's step."""
-        energy = self.tensors[f"{self.stream}.step.{i}"] - self.rows * (self.mean(i + 1) - self.mean(i)).square().sum()
+        energy = self.tensors[f"{self.stream}.step"][i] - self.rows * (self.mean(i + 1) - self.mean(i)).square().sum()
         return max(0.0, energy.item())
 
 

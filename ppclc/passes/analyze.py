@@ -322,7 +322,7 @@ class Search:
     @property
     def width(self) -> int:
         """Length of the time embedding, which is that of the model."""
-        return len(self.costs.stats.tensors["temb.sum.0"])
+        return int(self.costs.stats.tensors["temb.sum"].shape[-1])
 
     def _student_cost(self, text: Sequence[int] = (), rank: int | None = None) -> float:
         dead = self.wanted.dead_code and bool(text or rank is not None)

@@ -17,7 +17,7 @@ from ppclc.moments import BANDS, CHUNKS, Moments, rows_of
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample, Samples, SourceKind
 
-VERSION = 2
+VERSION = 3
 BATCH = 64
 FAR_EVERY = 16
 """One batch in so many enters the far moments, which cost as many products a block as the longest interval has blocks."""
@@ -73,6 +73,8 @@ def calibrate(
         seconds += time.perf_counter() - start
         done += len(t)
         progress(done / settings.samples, "")
+    if groups:
+        moments.add_up([f"band.{b}." for b in range(BANDS)], list(seen.states))
     return CalibrationStats(
         num_blocks=len(blocks),
         longest=settings.longest,
@@ -104,13 +106,12 @@ def grouped_bytes(seen: Trace) -> int:
 
 
 def add_near(moments: Moments, seen: Trace, timestep: torch.Tensor, mask: torch.Tensor | None, chunk: str | None) -> None:
-    """Near moments of one batch whose timesteps rise; with a chunk also under its name and that of each timestep's band."""
-    whole = ("",) if chunk is None else ("", chunk)
-    bands = (timestep * BANDS).long().clamp(max=BANDS - 1)
-    slices = [(0, len(timestep), whole)]
+    """Near moments of one batch whose timesteps rise; with a chunk, under its name and that of each timestep's band alone."""
+    slices: list[tuple[int, int, tuple[str, ...]]] = [(0, len(timestep), ("",))]
     if chunk is not None:
+        bands = (timestep * BANDS).long().clamp(max=BANDS - 1)
         ends = [int((bands <= b).sum()) for b in range(BANDS)]
-        slices = [(a, b, (*whole, f"band.{i}.")) for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
+        slices = [(a, b, (chunk, f"band.{i}.")) for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
     for first, last, prefixes in slices:
         for stream, states in seen.states.items():
             rows = mask[first:last] if mask is not None and stream == "text" else None
