@@ -700,7 +700,9 @@ def test_targets_out_of_reach_are_refused(planted: Planted, half: Analysis) -> N
         planted.select(0.01)
     with pytest.raises(RecipeError, match="cannot be reached"):
         planted.select(0.9, {"intervals": "none", "text_stream": "none", "ffn": "none", "modulation_rank": "none"})
-    with pytest.raises(RecipeError, match=r"target: got nothing, wanted parameters or bytes, or plan\.intervals as a list"):
+    with pytest.raises(
+        RecipeError, match=r"target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan\.intervals as a list"
+    ):
         planted.analyze({}, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"})
     with pytest.raises(RecipeError, match=r"plan\.protect = \[8\]: wanted blocks within 0\.\.7"):
         planted.select(0.9, {"protect": [8]})

@@ -538,7 +538,7 @@ def test_a_users_data_goes_through_calibration_and_analysis(
     assert done.stats is not None
     assert done.plan is not None
     assert done.stats.rows["image"] == 64 * 32
-    assert done.plan.intervals or done.plan.text_stream or done.plan.modulation_rank
+    assert done.plan.edits()
     few = [w for w in words if "too few to be kept apart" in w]
     assert len(few) == (1 if kind in ("prompts", "images") else 0)
     assert any("encoding prompts" in w for w in words) == (kind in ("prompts", "images"))
