@@ -38,7 +38,8 @@ test-fast: install ## only the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 teacher: install ## train the embedded teacher and its judge again (hours)
-	$(BIN)/python -m ppclc.scenes.train
+	$(BIN)/python -m ppclc.scenes.train --steps 11000 --stop-after 6000 --out build/teacher
+	$(BIN)/python -m ppclc.scenes.train --keep-judge --start-from build/teacher --steps 2500 --learning-rate 7e-4 --seed 1
 
 clean: ## remove the environment, caches and builds; out/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -57,8 +57,13 @@ def assess(model: Any, split: data.Split, count: int, seed: int) -> dict[str, fl
     return {"flow_loss": loss, "scene_accuracy_g1": right}
 
 
-def train_teacher(steps: int, batch: int, learning_rate: float, seed: int, out: Path, start_from: Path | None = None) -> None:
-    """Train and write the averaged weights to `out/transformer` at every assessment; from weights, or from nothing."""
+def train_teacher(
+    steps: int, batch: int, learning_rate: float, seed: int, out: Path, start_from: Path | None = None, stop_after: int | None = None
+) -> None:
+    """Train and write the averaged weights to `out/transformer` at every assessment; from weights, or from nothing.
+
+    `steps` sets the cosine; with `stop_after` training ends on its way.
+    """
     from diffusers import QwenImageTransformer2DModel
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -75,7 +80,8 @@ def train_teacher(steps: int, batch: int, learning_rate: float, seed: int, out: 
     )
     start, losses = time.perf_counter(), []
     with (out / "training.jsonl").open("w") as log:
-        for step in range(1, steps + 1):
+        last = min(steps, stop_after or steps)
+        for step in range(1, last + 1):
             loss = flow_loss(model, *PLUGIN.batch(batch, generator, "train"), generator)
             optimizer.zero_grad()
             loss.backward()
@@ -84,7 +90,7 @@ def train_teacher(steps: int, batch: int, learning_rate: float, seed: int, out: 
             schedule.step()
             average.update_parameters(model)
             losses.append(loss.item())
-            if step % 500 == 0 or step == steps:
+            if step % 500 == 0 or step == last:
                 averaged: Any = average.module
                 averaged.save_pretrained(out / "transformer")
                 row = {"step": step, "seconds": round(time.perf_counter() - start), "loss": sum(losses) / len(losses)}
@@ -103,6 +109,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=PLUGIN.model_folder)
     parser.add_argument("--start-from", type=Path, help="go on from the weights in this folder, with a schedule of its own")
+    parser.add_argument("--stop-after", type=int, help="end at this step of the schedule")
     parser.add_argument("--keep-judge", action="store_true", help="train the teacher alone, with the judge that is there")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -110,7 +117,7 @@ def main() -> None:
         trained = judge.train_judge()
         judge.save_judge(trained)
         print("judge, held-out digits:", json.dumps(judge.held_out_accuracy(trained)), flush=True)
-    train_teacher(options.steps, options.batch, options.learning_rate, options.seed, options.out, options.start_from)
+    train_teacher(options.steps, options.batch, options.learning_rate, options.seed, options.out, options.start_from, options.stop_after)
 
 
 if __name__ == "__main__":
