@@ -15,19 +15,11 @@ import torch
 
 from ppclc.errors import PlanError
 from ppclc.ffn_maps import ffn_map
-from ppclc.moments import Far, Near, symmetric_eigenvectors
+from ppclc.moments import Far, Near, ridge_solution, symmetric_eigenvectors
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 
 Bank = dict[str, dict[str, torch.Tensor]]
-
-
-def ridge_solution(second_DD: torch.Tensor, cross_DE: torch.Tensor, ridge: float) -> torch.Tensor:
-    """`(S + penalty)^-1 C` (D, E); the penalty is `ridge` times the mean of `S`'s diagonal."""
-    mean = second_DD.diagonal().mean().clamp(min=1e-30)
-    eye = torch.eye(len(second_DD), dtype=second_DD.dtype)
-    solved: torch.Tensor = torch.linalg.solve(second_DD + ridge * mean * eye, cross_DE)
-    return solved
 
 
 @dataclass(frozen=True)

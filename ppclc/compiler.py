@@ -191,7 +191,7 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
         Analysis,
         "analyze",
         analyze_pass.VERSION,
-        [*(s.model_dump() for s in sections), *([asdict(lessons)] if recipe.analyze.trials > 1 else [])],
+        [*(s.model_dump() for s in sections), *([asdict(lessons)] if recipe.analyze.learns else [])],
         (stats,),
         lambda _: analyze_pass.analyze(
             run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress, lessons

@@ -128,11 +128,6 @@ class EditCosts:
         with swap or nullcontext(), torch.no_grad():
             return torch.cat([_energy(flow.predict(model, *p.sample) - self._velocity(p)) for p in self.probes])
 
-    def error_of(self, student: Any) -> float:
-        """Squared relative velocity error of a trained student; no part of the budget."""
-        with torch.no_grad():
-            return self.share(torch.cat([_energy(flow.predict(student, *p.sample) - self._velocity(p)) for p in self.probes]))
-
     def influence(self, block: int) -> float:
         """Mean over image tokens of one minus the cosine of a block's input and output. Source: arXiv 2403.03853, section 3."""
         cosines = [

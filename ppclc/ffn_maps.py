@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from ppclc.moments import ridge_solution, rows_of
+
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -34,17 +36,13 @@ class FfnMoments:
     def add(self, stream: str, mids: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], mask_BT: torch.Tensor | None = None) -> None:
         """Add one batch: every block's mid and output, each (B, T, D). Rows where the mask is zero do not enter."""
         for i, (mid_BTD, output_BTD) in enumerate(zip(mids, outputs, strict=True)):
-            mid_ND, output_ND = _rows(mid_BTD, mask_BT), _rows(output_BTD, mask_BT)
+            mid_ND, output_ND = rows_of(mid_BTD, mask_BT), rows_of(output_BTD, mask_BT)
             added_ND = output_ND.double() - mid_ND.double()
             for name, value in _moments(mid_ND.double(), added_ND, torch.promote_types(mid_ND.dtype, torch.float32)).items():
                 key = f"ffn.{stream}.{name}.{i}"
                 self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
         if mids:
-            self.rows[f"ffn.{stream}"] = self.rows.get(f"ffn.{stream}", 0) + len(_rows(mids[0], mask_BT))
-
-
-def _rows(x_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-    return x_BTD.reshape(-1, x_BTD.shape[-1]) if mask_BT is None else x_BTD[mask_BT.bool()]
+            self.rows[f"ffn.{stream}"] = self.rows.get(f"ffn.{stream}", 0) + len(rows_of(mids[0], mask_BT))
 
 
 def _moments(mid_ND: torch.Tensor, added_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -71,8 +69,7 @@ def linear_map(
     mid_mean, added_mean = mid_sum_D.double() / rows, added_sum_D.double() / rows
     square = square_DD.double() - rows * torch.outer(mid_mean, mid_mean)
     cross = cross_DD.double() - rows * torch.outer(mid_mean, added_mean)
-    penalty = ridge * square.diagonal().mean().clamp(min=1e-30)
-    weight = torch.linalg.solve(square + penalty * torch.eye(len(square), dtype=square.dtype, device=square.device), cross).T
+    weight = ridge_solution(square, cross, ridge).T
     return weight.contiguous(), added_mean - weight @ mid_mean
 
 

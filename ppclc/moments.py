@@ -36,6 +36,14 @@ def product(x_ND: torch.Tensor, y_NE: torch.Tensor) -> torch.Tensor:
     return (x_ND.T @ y_NE).double()
 
 
+def ridge_solution(second_DD: torch.Tensor, cross_DE: torch.Tensor, ridge: float) -> torch.Tensor:
+    """`(S + penalty)^-1 C` (D, E); the penalty is `ridge` times the mean of `S`'s diagonal."""
+    mean = second_DD.diagonal().mean().clamp(min=1e-30)
+    eye = torch.eye(len(second_DD), dtype=second_DD.dtype, device=second_DD.device)
+    solved: torch.Tensor = torch.linalg.solve(second_DD + ridge * mean * eye, cross_DE)
+    return solved
+
+
 def _near_together(x_SND: torch.Tensor) -> dict[str, torch.Tensor]:
     """The near moments of small states in a few operators."""
     x_SND = x_SND if x_SND.dtype == torch.float64 else x_SND.float()

@@ -76,8 +76,16 @@ class Agreement(BaseModel):
     runs: int
 
 
+class SetScore(BaseModel):
+    """Blocks left out together, and how far the supernet then samples from the teacher."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    dropped: tuple[int, ...]
+    distance: float
+
+
 class TrialResult(BaseModel):
-    """A plan and its student's velocity error after so many steps of a short training."""
+    """A plan, and how far its student samples from the teacher after so many steps of a short training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     plan: CompressionPlan
@@ -90,7 +98,8 @@ class Analysis(Record):
     `stability`: agreement of PPCL's intervals (`ppcl.`) and of the selection's (`selection.`) over
     resampled samples (`resamples`) and single timestep bands (`bands`). `work`: forwards of one sample
     through the teacher that the costs were allowed and took, intervals considered and possible. `starts`: by
-    the key of an interval of the plan, the teacher block that its student block starts from. `trials`: the best first.
+    the key of an interval of the plan, the teacher block that its student block starts from. `trials`: the best first; `supernet`: by number of
+    blocks, the best first. Distances are those of `quality.SampledDistance`.
 
     `probe_error[stream][i]`: share of a block's residual variance that its linear probe leaves.
     Tensor `cka` (streams, L, L): `cka[s, u, k]`, NaN where not computed. Tensors `modulation.basis`
@@ -108,6 +117,7 @@ class Analysis(Record):
     stability: dict[str, Agreement] = {}
     work: dict[str, float] = {}
     starts: dict[str, int] = {}
+    supernet: list[SetScore] = []
     trials: list[TrialResult] = []
     plan: CompressionPlan
 

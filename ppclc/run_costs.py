@@ -28,6 +28,7 @@ from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction, activation_bytes
 from ppclc.recipe import Recipe
+from ppclc.samples import TRAJECTORY_STEPS
 
 SMALL_PARAMETERS = 200_000_000
 """Models up to this size are built to be timed; of larger ones the operations are counted."""
@@ -39,8 +40,6 @@ CALL_S, TRAINING_CALL_S = 0.3, 0.5
 """Longest single forward, and training step, of the measurement, as guessed from one sample alone."""
 TRAINING_RATIO = 3.5
 """Forward and backward over a forward, where that is not measured."""
-TRAJECTORY_FORWARDS = 10
-"""Forwards that draw one sample of kind `prompts`."""
 MOMENT_OVERHEAD = 4
 """Time of a batch's moments over that of their products alone."""
 SIDE_BY_SIDE = 1.1
@@ -120,7 +119,7 @@ class Work:
     @cached_property
     def draw_s(self) -> float:
         """Seconds that a sample takes to be drawn, beside the teacher's own forward."""
-        return TRAJECTORY_FORWARDS * self.speeds.teacher_s if self.recipe.calibrate.source == "prompts" else 0.0
+        return TRAJECTORY_STEPS * self.speeds.teacher_s if self.recipe.calibrate.source == "prompts" else 0.0
 
     def beside(self, *seconds: float) -> float:
         """Wall time of things that run beside each other in threads of their own."""
@@ -184,8 +183,13 @@ def moments(family: Family, blocks: int, width: int, longest: int) -> MomentCoun
 
 
 def analyze_seconds(work: Work) -> float:
-    """The teacher's forwards that the analysis spends on costs, then its trials."""
-    return analyze_forwards(work) * work.speeds.teacher_s + work.recipe.analyze.probes * work.draw_s + _trial_seconds(work)
+    """The teacher's forwards that the analysis spends on costs, what its trainings are taught and judged by, the supernet, then trials."""
+    settings = work.recipe.analyze
+    steps = max(settings.supernet_steps if shares_weights(work) else 0, settings.trial_steps if trial_students(work) else 0)
+    judging = settings.probes * TRAJECTORY_STEPS if steps else 0
+    taught = steps * work.recipe.distill.batch * (work.speeds.teacher_s + work.draw_s) + judging * work.speeds.teacher_s
+    costs = analyze_forwards(work) * work.speeds.teacher_s + settings.probes * work.draw_s
+    return costs + taught + _supernet_seconds(work) + _trial_seconds(work)
 
 
 def analyze_forwards(work: Work) -> float:
@@ -205,27 +209,50 @@ def analyze_forwards(work: Work) -> float:
         return spent
     if settings.strategy != "output_error":
         return spent + settings.probes * blocks * 1.5
+    if shares_weights(work):
+        spent += settings.probes * (blocks - 1) / 2  # every block left out on its own
     spans = [(u, v) for u in range(blocks) for v in range(u + 1, min(u + longest, blocks))]
     return spent + min(settings.budget, sum(settings.probes * len(kept_choices(u, v)) * (blocks - v) / blocks for u, v in spans))
 
 
-def trial_students(work: Work) -> int:
-    """Students that are trained for a while before one plan is taken."""
+def shares_weights(work: Work) -> bool:
+    """Whether a supernet says which blocks go."""
     settings = work.recipe.analyze
-    return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 else 0
+    searched = work.targeted and settings.strategy == "output_error" and work.recipe.plan.intervals == "auto"
+    return searched and settings.supernet_steps > 0 and bool(work.plan.intervals)
+
+
+def trial_students(work: Work) -> int:
+    """Students that are trained for a while before one plan is taken: of one depth a supernet leaves one, if no width is free."""
+    settings, wanted = work.recipe.analyze, work.recipe.plan
+    several = "auto" in (wanted.text_stream, wanted.ffn, wanted.modulation_rank) or not shares_weights(work)
+    return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 and several else 0
+
+
+def _beside(work: Work) -> float:
+    """Wall time over work of many students, as many beside each other as there are lanes."""
+    return SIDE_BY_SIDE / work.lanes if work.lanes > 1 else 1
+
+
+def _supernet_seconds(work: Work) -> float:
+    """Its steps one after the other, then sets of blocks judged beside each other."""
+    if not shares_weights(work):
+        return 0.0
+    settings, speeds = work.recipe.analyze, work.speeds
+    sample_s = speeds.teacher_s * len(work.plan.kept) / work.blocks
+    trained = settings.supernet_steps * work.recipe.distill.batch * speeds.training
+    return sample_s * (trained + settings.supernet_sets * settings.probes * TRAJECTORY_STEPS * _beside(work))
 
 
 def _trial_seconds(work: Work) -> float:
-    """The teacher's lessons, then students beside each other, the worse half dropping out after every round."""
-    left, steps, speeds = trial_students(work), work.recipe.analyze.trial_steps, work.speeds
-    if not left:
-        return 0.0
-    trained, before = 0.0, 0.0
-    for share in trials.ROUNDS:
-        trained += left * (share - before) * steps
-        before, left = share, max(1, left // 2)
-    student_step = speeds.student_s * speeds.training * (SIDE_BY_SIDE / work.lanes if work.lanes > 1 else 1)
-    return work.recipe.distill.batch * (steps * (speeds.teacher_s + work.draw_s) + trained * student_step)
+    """Students beside each other, the worse half dropping out after every round, each judged at the start and after its rounds."""
+    left, steps, settings = trial_students(work), work.recipe.analyze.trial_steps, work.recipe.analyze
+    trained, judged, before = 0.0, float(left), 0.0
+    for share in trials.ROUNDS if left else ():
+        trained, judged, before = trained + left * (share - before) * steps, judged + left, share
+        left = max(1, left // 2)
+    learning = work.recipe.distill.batch * trained * work.speeds.training
+    return work.speeds.student_s * (learning + settings.probes * TRAJECTORY_STEPS * judged) * _beside(work)
 
 
 def distill_seconds(work: Work) -> float:
@@ -294,9 +321,11 @@ def peak_bytes(work: Work) -> int:
     # Weights and two moments; gradients are in `training`.
     distill = 3 * student + training + min(training, KEPT_BYTES)
     taught = min(trial_students(work), work.lanes)
+    shared = (trials.STATE_BYTES + (work.lanes - 1) * DTYPES[dtype].itemsize) * work.teacher.parameters if shares_weights(work) else 0
+    shared += training + min(training, KEPT_BYTES) if shared else 0
     held = trial_students(work) * trials.STATE_BYTES * work.student.parameters
     held = held if held <= trials.HELD_BYTES else held * taught // trial_students(work)
-    analysis = _state_bytes(work, recipe.analyze.probes) + held + taught * (training + min(training, KEPT_BYTES))
+    analysis = _state_bytes(work, recipe.analyze.probes) + max(shared, held + taught * (training + min(training, KEPT_BYTES)))
     kept = max(1, taught) * min(2 * training, 2 * KEPT_BYTES)
     lanes = work.lanes if work.judged else 1
     batch = min(JUDGE_BATCH, recipe.verify.scenes) if work.judged else 16

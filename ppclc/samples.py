@@ -48,16 +48,27 @@ class Samples:
     def draw(self, count: int, generator: torch.Generator) -> Sample:
         """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included."""
         if self.kind == "noise":
-            example = self.source.family.example_inputs(self.source.config, batch=count, generator=generator)
-            x = example.pop("hidden_states")
-            example.pop("timestep")
-            return x, self._timesteps(count, generator), example
+            noise, example = self._random(count, generator)
+            return noise, self._timesteps(count, generator), example
         latents, conditioning = self._clean(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
         if self.kind == "images" or (self.kind == "cached" and self.cache and self.cache.has_latents):
             t = self._timesteps(count, generator)
             return flow.interpolate(latents, noise, t), t, conditioning
         return self._trajectory(noise, conditioning, generator)
+
+    def starts(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
+        """Where the sampler starts: noise (B, S, C) and the next `count` conditionings."""
+        if self.kind == "noise":
+            return self._random(count, generator)
+        latents, conditioning = self._clean(count, generator)
+        return torch.randn(latents.shape, generator=generator), conditioning
+
+    def _random(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
+        example = self.source.family.example_inputs(self.source.config, batch=count, generator=generator)
+        noise: torch.Tensor = example.pop("hidden_states")
+        example.pop("timestep")
+        return noise, example
 
     def _clean(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
         """Clean latents (B, S, C) with their conditioning; where only prompts are there, zeros of the latents' shape."""

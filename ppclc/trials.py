@@ -1,7 +1,7 @@
 """Short trainings that decide between plans whose untrained costs are close: what a cut costs shows once blocks have adapted.
 
 Every plan's student learns the teacher's velocity on the same batches; half of them go on after every round.
-Nothing of a trial is kept but its error.
+They are told apart by how far what they sample lies from what the teacher does. Nothing of a trial is kept but that.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from ppclc import flow
 from ppclc.families import Bank
 from ppclc.models import apply_plan, cores, count_parameters
 from ppclc.plan import CompressionPlan
-from ppclc.samples import Sample, Samples
+from ppclc.quality import SampledDistance
+from ppclc.samples import TRAJECTORY_STEPS, Sample, Samples
 
 WARMUP = 10
 ROUNDS = (0.4, 0.7, 1.0)
@@ -42,6 +43,23 @@ def lessons(teacher: Any, samples: Samples, steps: int, batch: int) -> list[Less
         with torch.no_grad():
             made.append((sample, flow.predict(teacher, *sample)))
     return made
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What all that is trained before the plan is taken learns from, and is judged by."""
+
+    taught: Sequence[Lesson]
+    distance: SampledDistance
+    learning_rate: float
+
+    @classmethod
+    def of(cls, teacher: Any, samples: Samples, steps: int, batch: int, learning_rate: float, judged: int) -> Teaching:
+        """`steps` lessons of `batch` samples; `judged` samples to be drawn by teacher and students from the same noise."""
+        generator = torch.Generator().manual_seed(32)
+        starts = [samples.starts(min(64, judged - i), generator) for i in range(0, judged, 64)]
+        taught = lessons(teacher, samples, steps, batch)
+        return cls(taught, SampledDistance.of_teacher(teacher, starts, TRAJECTORY_STEPS), learning_rate)
 
 
 @dataclass
@@ -67,7 +85,9 @@ class Trial:
             self.done = 0
 
     def advance(self, taught: Sequence[Lesson], to: int, judge: Callable[[Any], float]) -> None:
-        """Train up to a step, and measure the error there."""
+        """Train up to a step, and judge there; before the first step too. The error is the least so far: a cut that costs nothing needs no training."""
+        if not self.errors:
+            self.errors.append((0, judge(self.student)))
         for step in range(self.done, to):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1.0, (step + 1) / WARMUP)
@@ -78,8 +98,8 @@ class Trial:
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             self.optimizer.step()
         self.done = to
-        self.error = judge(self.student)
-        self.errors.append((to, self.error))
+        self.errors.append((to, judge(self.student)))
+        self.error = min(error for _, error in self.errors)
 
     def release(self) -> None:
         """Let the student go; another round begins from the start."""

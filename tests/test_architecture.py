@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("block_costs", "predictions"),
     ("cache", "datasets", "encoding", "samples", "ffn_maps"),
     ("closed_forms", "trials"),
-    ("edit_costs",),
+    ("edit_costs", "supernet"),
     ("backends",),
     ("scenes",),
     ("passes",),

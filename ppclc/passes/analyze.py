@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppclc import detection, selection, trials
+from ppclc import detection, selection, supernet, trials
 from ppclc.block_costs import require_block_costs
 from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, modulation_basis
 from ppclc.detection import Span, even_intervals
@@ -26,16 +26,19 @@ from ppclc.models import Source, block_state, empty_model, predicted_parameters,
 from ppclc.moments import BANDS, CHUNKS, near_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import vram_bytes, weight_bytes
-from ppclc.records import Agreement, Analysis, CalibrationStats, Candidate, TrialResult, digest_of
+from ppclc.records import Agreement, Analysis, CalibrationStats, Candidate, SetScore, TrialResult, digest_of
 from ppclc.samples import Sample, Samples
 from ppclc.selection import Budget, Chain, Options
+from ppclc.supernet import Dropped
 
-VERSION = 2
+VERSION = 3
 Auto = Literal["auto", "none"]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
 MAX_TEXT_BLOCKS = 8
 RANK_TOLERANCE = 1e-3
 """Largest squared relative velocity error that an automatic modulation rank may cost."""
+FREE = 1e-3
+"""Largest squared relative velocity error of intervals that are taken without a search: nothing is to be gained."""
 RESAMPLES = 40
 SEVERAL = 8
 """Chains that are looked at for every one that is tried: many of them drop the same blocks into different neighbours."""
@@ -47,10 +50,12 @@ class AnalyzeSettings(BaseModel):
 
     strategy: what chooses the blocks that go. `output_error` is ours; `ppcl` the paper's first differences,
     trimmed to the budget; `block_influence` ShortGPT's; `laptop` LAPTOP-Diff's additive output loss; `even`
-    evenly spaced blocks. probes: samples on which candidates are swapped in. budget: most forwards of one
-    sample through the teacher that costs of intervals may take; short intervals come first. trials: plans
-    of least cost that are trained for `trial_steps`, the better half each time further, to pick one by its
-    error then; below 2 the cheapest plan is taken as it is.
+    evenly spaced blocks. probes: samples on which candidates are swapped in, and that students of trials are
+    judged on. budget: most forwards of one sample through the teacher that costs of intervals may take; short
+    intervals come first. supernet_steps: training of one network for all depths, by which `supernet_sets` sets
+    of blocks are judged before some are tried; 0 leaves it out. trials: plans that are trained for `trial_steps`,
+    the better half each time further, to pick the one that samples nearest to the teacher; below 2 the first is
+    taken as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -59,13 +64,20 @@ class AnalyzeSettings(BaseModel):
     strategy: Strategy = "output_error"
     probes: Annotated[int, Field(ge=16)] = 128
     budget: Annotated[int, Field(ge=1)] = 16384
+    supernet_steps: Annotated[int, Field(ge=0)] = 200
+    supernet_sets: Annotated[int, Field(ge=1)] = 64
     trials: Annotated[int, Field(ge=0)] = 8
     trial_steps: Annotated[int, Field(ge=3)] = 60
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained before the plan is taken."""
+        return self.strategy == "output_error" and (self.supernet_steps > 0 or self.trials > 1)
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """How the trials are taught: the fine-tune's batch and peak learning rate."""
+    """How trials and the supernet are taught: the fine-tune's batch and peak learning rate."""
 
     batch: int = 64
     learning_rate: float = 1e-3
@@ -147,6 +159,7 @@ def analyze(
         modulation_error=search.rank_costs,
         stability={**detection_stability(stats, streams[0], settings, detected[streams[0]][0]), **search.stability(plan)},
         work=search.work(),
+        supernet=search.scores,
         trials=search.trials,
         starts={i.key: search.start(i.first, i.last) for i in plan.intervals},
         plan=plan,
@@ -273,11 +286,13 @@ class Search:
             raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{self.length - 1}")
         self.interval_errors: dict[Span, torch.Tensor] = {}
         self.kept: dict[Span, int] = {}
+        self.starts: dict[Span, int] = {}
         self.text_costs: dict[int, float] = {}
         self.rank_costs: dict[int, float] = {}
         self.ffn_costs: list[tuple[float, str, int]] = []
         self.budget: Budget | None = None
         self.trials: list[TrialResult] = []
+        self.scores: list[SetScore] = []
 
     @property
     def interval_costs(self) -> dict[Span, float]:
@@ -346,20 +361,57 @@ class Search:
             if not isinstance(self.wanted.intervals, list):
                 raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
             return selection.only_plan(options)
-        count = self.settings.trials if samples and self.settings.strategy == "output_error" else 1
-        found = selection.contenders(options, self.budget, max(1, count))
-        return self._tried(found, samples, lessons) if samples and len(found) > 1 else found[0]
+        learns = samples is not None and self.settings.learns
+        count = max(1, self.settings.trials) if learns else 1
+        found = selection.contenders(options, self.budget, count)
+        if samples is None or not learns:
+            return found[0]
+        steps = max(self.settings.supernet_steps, self.settings.trial_steps if self.settings.trials > 1 else 0)
+        teaching = trials.Teaching.of(self.costs.model, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
+        depths = sorted({self.length - len(p.kept) for p in found} - {0})
+        if self.settings.supernet_steps and self.wanted.intervals == "auto" and depths:
+            chains = self._shared({n: options.chains[n] for n in (0, *depths)}, teaching)
+            found = selection.contenders(replace(options, chains=chains), self.budget, count)
+        return self._tried(found, teaching) if len(found) > 1 and self.settings.trials > 1 else found[0]
 
-    def _tried(self, plans: Sequence[CompressionPlan], samples: Samples, lessons: Lessons) -> CompressionPlan:
-        """The plan whose student has the least velocity error after a short training."""
+    def _shared(self, cheapest: Mapping[int, Sequence[Chain]], teaching: trials.Teaching) -> dict[int, list[Chain]]:
+        """Intervals by the number of blocks they remove: the supernet's best, at the cost of the cheapest by output error.
+
+        The cost says what depth is worth against width, the supernet which blocks go. Where the cheapest costs next
+        to nothing as it is, it stays.
+        """
+        spans = set(self.spans)
+        allowed = {v for u, v in spans if v - u == 1}
+        chains = {n: list(c[:1]) for n, c in cheapest.items()}
+        searched = [n for n, c in chains.items() if 0 < n <= len(allowed) and c[0][0] > FREE]
+        if not searched:
+            return chains
+        self.starts |= {s: self.kept[s] for n, c in chains.items() if n not in searched for s in c[0][1]}
+        net = supernet.Supernet(self.costs.model, self.source.family, teaching.learning_rate)
+        net.train(teaching.taught[: self.settings.supernet_steps], supernet.picker(self.drop_errors, allowed, searched), self.progress)
+        with net.judges(teaching.distance) as score:
+            for n in searched:
+                first = [d for d in self._known_sets(n, cheapest[n]) if supernet.fits(d, spans, self.length)]
+                draw = supernet.picker(self.drop_errors, allowed, [n], seed=1)
+                sets = max(1, self.settings.supernet_sets // len(searched))
+                ranked = supernet.search(score, n, first, draw, spans, self.length, sets, self.progress)
+                self.scores += [SetScore(dropped=d, distance=s) for s, d in ranked]
+                made = (detection.spans_of_dropped(d, self.length) or {} for _, d in ranked)
+                best = next((m for m in made if m and all(self.starts.get(s, b) == b for s, b in m.items())), None)
+                if best:
+                    self.starts |= best
+                    chains[n] = [(chains[n][0][0], sorted(best))]
+        return chains
+
+    def _tried(self, plans: Sequence[CompressionPlan], teaching: trials.Teaching) -> CompressionPlan:
+        """The plan whose student samples nearest to the teacher after a short training."""
         model, stats = self.costs.model, self.costs.stats
-        taught = trials.lessons(model, samples, self.settings.trial_steps, lessons.batch)
         entries = []
         for plan in plans:
             bank = closed_form_bank(stats, self.settings.ridge, plan, self.source.family.text_key)
             bank |= {i.key: block_state(self.costs.blocks[self.start(i.first, i.last)]) for i in plan.intervals}
-            entries.append(trials.Trial(plan, bank, lessons.learning_rate))
-        ranked = trials.run_trials(model, entries, taught, self.costs.error_of, self.progress)
+            entries.append(trials.Trial(plan, bank, teaching.learning_rate))
+        ranked = trials.run_trials(model, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
         self.trials = [TrialResult(plan=t.plan, errors=t.errors) for t in ranked]
         return ranked[0].plan
 
@@ -423,28 +475,37 @@ class Search:
             return {removed: self._distinct(chains)[:count] for removed, chains in found.items()}
         return self._rival_chains()
 
+    def _known_sets(self, removed: int, cheapest: Sequence[Chain]) -> list[Dropped]:
+        """Sets of blocks that other rules would drop, the cheapest by output error first."""
+        sets = [supernet.dropped_by({s: self.kept[s] for s in spans}) for _, spans in cheapest]
+        for strategy in ("even", "block_influence", "laptop", "ppcl"):
+            picked = self._picked(strategy, removed)
+            sets += [supernet.dropped_by(picked)] if picked else []
+        return list(dict.fromkeys(sets))
+
     def _distinct(self, chains: Sequence[Chain]) -> list[Chain]:
         """Chains that drop different blocks: of those that drop the same, the cheapest."""
-        by_dropped: dict[frozenset[int], Chain] = {}
+        by_dropped: dict[Dropped, Chain] = {}
         for cost, spans in chains:
-            dropped = frozenset(b for u, v in spans for b in range(u, v + 1) if b != self.kept[u, v])
-            by_dropped.setdefault(dropped, (cost, spans))
+            by_dropped.setdefault(supernet.dropped_by({s: self.kept[s] for s in spans}), (cost, spans))
         return list(by_dropped.values())
 
     def _rival_chains(self) -> dict[int, list[Chain]]:
         """What another rule picks for every number of removed blocks, at the velocity error of that cut with nothing in its place."""
         chains: dict[int, list[Chain]] = {0: [(0.0, [])]}
+        worst = 0.0
         for n in range(1, self.length):
-            picked = self._picked(n)
+            picked = self._picked(self.settings.strategy, n)
             if picked is not None and all(allows(self.wanted, *s) for s in picked):
-                chains[n] = [(self.costs.share(self.costs.together(picked, linear=False)), sorted(picked))]
+                # Not below that of fewer blocks: the rule itself says which blocks go, the budget how many.
+                worst = max(worst, self.costs.share(self.costs.together(picked, linear=False)))
+                chains[n] = [(worst, sorted(picked))]
                 self.kept |= {s: stays for s, stays in picked.items() if s not in self.kept}
             self.progress(n / (self.length - 1), self.settings.strategy)
         return chains
 
-    def _picked(self, removed: int) -> dict[Span, int] | None:
+    def _picked(self, strategy: Strategy, removed: int) -> dict[Span, int] | None:
         """A rule's intervals, each with the block that it would keep: PPCL's first one, or the one that is not dropped."""
-        strategy = self.settings.strategy
         if strategy in ("ppcl", "even"):
             spans = detection.trimmed(self.ppcl, self.cka, removed) if strategy == "ppcl" else even_intervals(self.length, removed)
             return None if spans is None else {s: s[0] for s in spans}
@@ -454,9 +515,9 @@ class Search:
 
     def start(self, u: int, v: int) -> int:
         """The teacher block that the student block of an interval starts from."""
-        if (u, v) not in self.kept:
+        if (u, v) not in self.starts and (u, v) not in self.kept:
             self.kept[u, v] = self.costs.interval(u, v)[1] if v - u < self.longest else u
-        return self.kept[u, v]
+        return self.starts.get((u, v), self.kept.get((u, v), u))
 
     @cached_property
     def drop_errors(self) -> list[float]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+SETS_SHOWN = 4
+"""Sets of blocks of one number that the page lists."""
 PAIRS = 24
 """Most image pairs on the page."""
 IMAGE_WIDTH = 160
@@ -47,8 +49,8 @@ MISSING = "report.html was not written: {names} cannot be imported; pip install 
 STABILITY = {
     "ppcl.resamples": "PPCL's intervals, calibration samples drawn again",
     "ppcl.bands": "PPCL's intervals, one quarter of the timesteps at a time",
-    "selection.resamples": "our intervals before trials, probe samples drawn again",
-    "selection.bands": "our intervals before trials, one quarter of the timesteps at a time",
+    "selection.resamples": "our intervals by cost alone, probe samples drawn again",
+    "selection.bands": "our intervals by cost alone, one quarter of the timesteps at a time",
 }
 """What of the analysis was repeated, in words."""
 STALE = "{path} is from an earlier run and does not show this one"
@@ -219,6 +221,7 @@ def report_html(inputs: ReportInputs) -> str:
         tiles=tiles(inputs),
         stands=stands(inputs.plan),
         edits=plan_words(inputs.plan),
+        scored=scored(inputs.analysis),
         tried=tried(inputs.analysis),
         pairs=image_pairs(inputs.verdict),
         charts=charts,
@@ -394,8 +397,18 @@ def plan_words(plan: CompressionPlan) -> list[str]:
     return lines or ["The plan is empty: the student is the teacher."]
 
 
+def scored(analysis: Analysis) -> list[tuple[str, str, str]]:
+    """The best sets of blocks by the supernet, few for each number of blocks: blocks, distance, and, with the first, how many were judged."""
+    rows = []
+    for count in sorted({len(s.dropped) for s in analysis.supernet}):
+        sets = [s for s in analysis.supernet if len(s.dropped) == count]
+        for n, s in enumerate(sets[:SETS_SHOWN]):
+            rows.append((", ".join(map(str, s.dropped)), number(s.distance, 3), number(len(sets)) if n == 0 else ""))
+    return rows
+
+
 def tried(analysis: Analysis) -> list[tuple[str, str]]:
-    """The plans that were trained for a moment, the best first: their edits in short, and the velocity error they came to."""
+    """The plans that were trained for a moment, the best first: their edits in short, and how far from the teacher's their samples came to lie."""
     found = []
     for result in analysis.trials:
         plan, parts = result.plan, []
@@ -404,7 +417,7 @@ def tried(analysis: Analysis) -> list[tuple[str, str]]:
         for stream in ("image", "text"):
             linear = [str(e.block) for e in plan.ffn if e.stream == stream]
             parts += [f"{stream} networks of {', '.join(linear)} linear"] if linear else []
-        step, error = result.errors[-1]
+        step, error = min(result.errors, key=lambda e: e[1])
         found.append(("; ".join(parts) or "no edit", f"{number(error, 3)} after {step} steps"))
     return found
 

@@ -21,7 +21,7 @@ from ppclc.plan import CompressionPlan
 SMALL = """\
 model: {path: "builtin:two-digits"}
 calibrate: {samples: 64}
-analyze: {probes: 16, trials: 2, trial_steps: 4}
+analyze: {probes: 16, supernet_steps: 4, supernet_sets: 8, trials: 2, trial_steps: 4}
 target: {parameters: 0.6}
 plan: {text_stream: [10, 11], modulation_rank: 8}
 distill: {steps: 4, finetune_steps: 12, batch: 8, checkpoint_every: 2}

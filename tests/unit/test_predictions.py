@@ -153,7 +153,8 @@ def test_nothing_is_allocated_for_a_large_model(family: Family) -> None:
 
 def demo_work(family: Family, **changes: Any) -> Work:
     """The demo's recipe as it was run, at fixed speeds, with the plan that it found."""
-    given = {"analyze__budget": 6144, "analyze__trials": 6, "analyze__trial_steps": 40, "plan__ffn": "none", "distill__finetune_steps": 600}
+    given = {"analyze__budget": 6144, "analyze__trials": 6, "analyze__trial_steps": 40, "analyze__supernet_steps": 0}
+    given |= {"plan__ffn": "none", "distill__finetune_steps": 600}
     recipe = read_recipe(ROOT / "recipes" / "two_digits.yaml", [f"{k.replace('__', '.')}={v}" for k, v in (given | changes).items()])
     source = open_source("builtin:two-digits")
     plan = CompressionPlan.of(family.name, 12, [(4, 5), (6, 7)], [3, 4, 6, 8, 9, 10, 11], 4, True)
@@ -221,7 +222,11 @@ def test_moments_take_the_bytes_of_a_calibration(
 
 def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teacher: Any, teacher_folder: Path) -> None:
     """Against the analysis's own count on a tiny teacher, trials left out."""
-    changes = {"calibrate": {"samples": 64, "longest": 4}, "analyze": {"probes": 16, "trials": 0}, "target": {"parameters": 0.6}}
+    changes = {
+        "calibrate": {"samples": 64, "longest": 4},
+        "analyze": {"probes": 16, "trials": 0, "supernet_steps": 0},
+        "target": {"parameters": 0.6},
+    }
     recipe = parse_recipe({"model": {"path": str(teacher_folder)}, **changes}, "recipe")
     source = open_source(str(teacher_folder))
     samples = open_samples("noise", source, teacher, "choose")

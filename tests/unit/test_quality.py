@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from ppclc import flow
-from ppclc.quality import paired_drop, paired_quality, velocity_error
+from ppclc.quality import SampledDistance, paired_drop, paired_quality, velocity_error
 from ppclc.scenes.judge import frechet_distance
 
 
@@ -80,6 +80,21 @@ def test_velocity_error_is_one_ratio_of_sums_over_all_samples() -> None:
     assert velocity_error(teacher, student, samples) == pytest.approx(wanted.item(), rel=1e-5)
     assert velocity_error(teacher, teacher, samples) == 0
     assert velocity_error(teacher, Field(lambda x, t: 3 * (x + t)), samples) == pytest.approx(4, rel=1e-5)
+
+
+def test_sampled_distance_is_the_median_of_what_euler_steps_come_to() -> None:
+    """Velocities that depend on time alone: a sample is the noise minus their sum, so that distances are known by hand."""
+    g = torch.Generator().manual_seed(0)
+    starts: list[Any] = [(torch.randn(n, 4, 2, generator=g), {"push": 0.1 * torch.rand(n, generator=g)[:, None, None]}) for n in (3, 4)]
+    teacher = Field(lambda x, t, push: t + 0 * x)
+    student = Field(lambda x, t, push: t + push + 0 * x)
+    distance = SampledDistance.of_teacher(teacher, starts, 4)
+    drift = (1 + 0.75 + 0.5 + 0.25) / 4
+    energy = torch.cat([(n - drift).double().square().sum((1, 2)) for n, _ in starts]).mean()
+    gaps = torch.cat([8 * c["push"].flatten().double().square() for _, c in starts])
+    assert distance(teacher) == 0
+    assert distance(student) == pytest.approx((gaps.median() / energy).item(), rel=1e-4)
+    assert distance(Field(lambda x, t, push: x * float("nan"))) == float("inf")
 
 
 @pytest.mark.parametrize("count", [300, 10])

@@ -518,7 +518,7 @@ def run(folder: Path, out: Path, kind: str, path: Path | None, **more: Any) -> t
     recipe = {
         "model": {"path": str(folder)},
         "calibrate": {"source": kind, "path": str(path) if path else None, "resolution": SIZE, "samples": 64, "longest": 3, **more},
-        "analyze": {"probes": 16, "trials": 2, "trial_steps": 4},
+        "analyze": {"probes": 16, "supernet_steps": 4, "supernet_sets": 8, "trials": 2, "trial_steps": 4},
         "target": {"parameters": 0.8},
     }
     display = Spoken()
