@@ -3,11 +3,11 @@
     python -m benchmarks.strategies [--removed 3 4 6] [--training-seeds 0 1] [--steps 200] [--scenes 2048] [--seeds 20 21 22 23]
 
 Depth and modulation rank alone: every student of a row has the same number of blocks, the same rank, no dead
-code, so the same parameters, and the same fine-tune steps, which are the same time. There is no local phase:
-its length would depend on how many intervals a rule makes. Blocks start as each rule says: PPCL's interval
-from its first block, a dropped block's neighbour as it is, ours from the block that stands in best. Students
-are judged on the same prompts and noise, so that differences are paired; seeds of scenes are ones that no
-choice was made on. One results file for each training seed.
+code, so the same parameters, and the same fine-tune steps, which are the same time. What ours trains before it
+chooses comes on top, and is told beside. There is no local phase: its length would depend on how many intervals
+a rule makes. Blocks start as each rule says: PPCL's interval from its first block, a dropped block's neighbour
+as it is. Students are judged on the same prompts and noise, so that differences are paired; seeds of scenes are
+ones that no choice was made on. One results file for each training seed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def row(run: Run) -> dict[str, Any]:
         "intervals": [[i.first, i.last] for i in run.plan.intervals],
         "starts": run.analysis.starts,
         "parameters": run.student.parameters,
-        "training_seconds": sum(s.seconds for s in run.store.stages if s.name == "distill"),
+        "sets_judged": len(run.analysis.supernet),
+        "plans_tried": len(run.analysis.trials),
+        "seconds": {s.name: s.seconds for s in run.store.stages if not s.reused and s.name in ("analyze", "distill")},
         "quality": {name: q.model_dump() for name, q in run.verdict.quality.items()},
     }
 

@@ -86,12 +86,16 @@ class SampledDistance:
         """From batches of noise (B, S, C) with conditioning, in `steps` Euler steps."""
         return cls(starts, [flow.sample(teacher, noise, given, given, 1, steps) for noise, given in starts], steps)
 
-    def __call__(self, student: Any) -> float:
-        """The student's distance."""
+    def each(self, student: Any) -> torch.Tensor:
+        """Every sample's squared distance (n,), float64, as a share of the mean energy."""
         pairs = zip(self.starts, self.wanted, strict=True)
         gaps = [flow.sample(student, noise, given, given, 1, self.steps) - wanted for (noise, given), wanted in pairs]
         energy = torch.cat([w.double().square().sum((1, 2)) for w in self.wanted]).mean()
-        return (torch.cat([g.double().square().sum((1, 2)) for g in gaps]).nan_to_num(nan=float("inf")).median() / energy).item()
+        return torch.cat([g.double().square().sum((1, 2)) for g in gaps]).nan_to_num(nan=float("inf")) / energy
+
+    def __call__(self, student: Any) -> float:
+        """The student's distance."""
+        return self.each(student).median().item()
 
 
 def paired_drop(teacher: torch.Tensor, student: torch.Tensor, better: str = "higher") -> tuple[float, tuple[float, float]]:

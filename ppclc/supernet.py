@@ -28,6 +28,8 @@ from ppclc.trials import WARMUP, Lesson
 
 Dropped = tuple[int, ...]
 """Blocks that are left out, in rising order."""
+Score = Callable[[Iterable[Dropped]], list[torch.Tensor]]
+"""Of every set the distances (n,) of samples; a set is as good as their median is low."""
 FIT_RIDGE = 0.3
 """Penalty of the surrogate's coefficients, which are of the size of a logarithm's change."""
 ROUNDS = 4
@@ -58,17 +60,17 @@ class Supernet:
         self.model.requires_grad_(False).eval()
 
     @contextmanager
-    def judges(self, distance: SampledDistance) -> Iterator[Callable[[Iterable[Dropped]], list[float]]]:
-        """A function that scores sets, side by side where cores are left to other threads."""
+    def judges(self, distance: SampledDistance) -> Iterator[Score]:
+        """A function that scores sets by every sample's distance, side by side where cores are left to other threads."""
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         lanes = max(1, cores() // torch.get_num_threads()) if on_cpu else 1
         models = [self.model, *(copy.deepcopy(self.model) for _ in range(lanes - 1))]
 
-        def one(dropped: Dropped) -> float:
+        def one(dropped: Dropped) -> torch.Tensor:
             model = models.pop()
             try:
                 with replaced(model, self.family, dict.fromkeys(dropped)):
-                    return distance(model)
+                    return distance.each(model)
             finally:
                 models.append(model)
 
@@ -93,7 +95,7 @@ def picker(errors: Sequence[float], allowed: Collection[int], counts: Sequence[i
 
 
 def search(
-    score: Callable[[Iterable[Dropped]], list[float]],
+    score: Score,
     count: int,
     first: Iterable[Dropped],
     draw: Callable[[], Dropped],
@@ -101,13 +103,13 @@ def search(
     length: int,
     evaluations: int,
     progress: Callable[[float, str], None],
-) -> list[tuple[float, Dropped]]:
-    """Sets of `count` blocks, best first, after at most `evaluations` scores.
+) -> list[tuple[Dropped, torch.Tensor]]:
+    """Sets of `count` blocks with their distances, best first, after at most `evaluations` scores.
 
     Half of the scores go to `first` and to sets drawn at random; the rest, in rounds, to those that come out best
     of a surrogate by dynamic programming. `spans` are the intervals that a set may be made of.
     """
-    known: dict[Dropped, float] = {}
+    known: dict[Dropped, torch.Tensor] = {}
 
     def judge(sets: Iterable[Dropped]) -> None:
         new = list(itertools.islice(dict.fromkeys(s for s in sets if s not in known), evaluations - len(known)))
@@ -119,10 +121,12 @@ def search(
     judge(itertools.islice(drawn, max(0, evaluations // 2 - len(known))))
     for left in range(ROUNDS, 0, -1):
         share = -(-(evaluations - len(known)) // left)
-        chains = selection.best_chains(length, surrogate(known, spans, length), len(known) + share).get(count, [])
+        chains = selection.best_chains(
+            length, surrogate({d: e.median().item() for d, e in known.items()}, spans, length), len(known) + share
+        ).get(count, [])
         sets = (dropped_by({s: s[0] for s in chain}) for _, chain in chains)
         judge(itertools.islice((d for d in sets if d not in known), share))
-    return sorted((s, d) for d, s in known.items())
+    return sorted(known.items(), key=lambda k: (k[1].median().item(), k[0]))
 
 
 def surrogate(scores: Mapping[Dropped, float], spans: Collection[Span], length: int) -> dict[Span, float]:

@@ -293,6 +293,7 @@ class Search:
         self.budget: Budget | None = None
         self.trials: list[TrialResult] = []
         self.scores: list[SetScore] = []
+        self.set_errors: dict[int, list[tuple[Dropped, torch.Tensor]]] = {}
 
     @property
     def interval_costs(self) -> dict[Span, float]:
@@ -395,8 +396,9 @@ class Search:
                 draw = supernet.picker(self.drop_errors, allowed, [n], seed=1)
                 sets = max(1, self.settings.supernet_sets // len(searched))
                 ranked = supernet.search(score, n, first, draw, spans, self.length, sets, self.progress)
-                self.scores += [SetScore(dropped=d, distance=s) for s, d in ranked]
-                made = (detection.spans_of_dropped(d, self.length) or {} for _, d in ranked)
+                self.scores += [SetScore(dropped=d, distance=e.median().item()) for d, e in ranked]
+                self.set_errors[n] = ranked
+                made = (detection.spans_of_dropped(d, self.length) or {} for d, _ in ranked)
                 best = next((m for m in made if m and all(self.starts.get(s, b) == b for s, b in m.items())), None)
                 if best:
                     self.starts |= best
@@ -555,7 +557,10 @@ class Search:
         return found | ({"considered": float(len(self.spans)), "possible": float(self.possible)} if self.interval_errors else {})
 
     def stability(self, plan: CompressionPlan) -> dict[str, Agreement]:
-        """How far the intervals chosen for as many removed blocks agree on resampled probe samples and on single timestep bands."""
+        """How far the intervals chosen for as many removed blocks agree on resampled probe samples and on single timestep bands.
+
+        By cost alone, and by the supernet on resampled samples where it was asked.
+        """
         removed = plan.num_blocks - len(plan.kept)
         if not self.interval_errors or not removed or isinstance(self.wanted.intervals, list):
             return {}
@@ -572,7 +577,14 @@ class Search:
         resampled = [pick(torch.bincount(d, minlength=self.costs.count).double()) for d in draws]
         band = (self.costs.timesteps * BANDS).long().clamp(max=BANDS - 1)
         banded = [pick((band == b).double()) for b in range(BANDS) if bool((band == b).any())]
-        return {"selection.resamples": agreement(chosen, resampled), "selection.bands": agreement(chosen, banded)}
+        found = {"selection.resamples": agreement(chosen, resampled), "selection.bands": agreement(chosen, banded)}
+        if removed in self.set_errors:
+            sets = [sorted(detection.spans_of_dropped(d, self.length) or {}) for d, _ in self.set_errors[removed]]
+            errors = torch.stack([e for _, e in self.set_errors[removed]])
+            rows = [torch.randint(errors.shape[1], (errors.shape[1],), generator=generator) for _ in range(RESAMPLES)]
+            best = [sets[int(errors[:, r].median(1).values.argmin())] for r in rows]
+            found["supernet.resamples"] = agreement([(i.first, i.last) for i in plan.intervals], best)
+        return found
 
 
 def detection_stability(stats: CalibrationStats, stream: str, settings: AnalyzeSettings, chosen: Sequence[Span]) -> dict[str, Agreement]:

@@ -50,6 +50,7 @@ STABILITY = {
     "ppcl.resamples": "PPCL's intervals, calibration samples drawn again",
     "ppcl.bands": "PPCL's intervals, one quarter of the timesteps at a time",
     "selection.resamples": "our intervals by cost alone, probe samples drawn again",
+    "supernet.resamples": "our intervals by the supernet, samples drawn again",
     "selection.bands": "our intervals by cost alone, one quarter of the timesteps at a time",
 }
 """What of the analysis was repeated, in words."""

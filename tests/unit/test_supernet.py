@@ -19,7 +19,7 @@ from ppclc.passes.analyze import AnalyzeSettings, PlanSettings, TargetSettings, 
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.samples import open_samples
-from ppclc.supernet import Dropped, Supernet, dropped_by, fits, picker, search, surrogate
+from ppclc.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, search, surrogate
 from ppclc.trials import Teaching
 
 LENGTH = 10
@@ -42,11 +42,11 @@ def landscape(seed: int, bumps: float = 0.0) -> Callable[[Dropped], float]:
     return score
 
 
-def counting(score: Callable[[Dropped], float], calls: list[Dropped]) -> Callable[[Iterable[Dropped]], list[float]]:
-    def every(sets: Iterable[Dropped]) -> list[float]:
+def counting(score: Callable[[Dropped], float], calls: list[Dropped]) -> Score:
+    def every(sets: Iterable[Dropped]) -> list[torch.Tensor]:
         found = list(sets)
         calls.extend(found)
-        return [score(d) for d in found]
+        return [score(d) * torch.tensor([0.5, 1, 9], dtype=torch.float64) for d in found]
 
     return every
 
@@ -75,8 +75,8 @@ def test_the_search_finds_the_best_set_with_few_scores(bumps: float) -> None:
         ranked = search(counting(score, calls), 4, first, draw, SPANS, LENGTH, 48, quiet)
         assert calls[:2] == first
         assert len(calls) == len(set(calls)) == len(ranked) == 48 < len(sets) / 2
-        assert [s for s, _ in ranked] == sorted(score(d) for d in calls)
-        place = sorted(sets, key=score).index(ranked[0][1])
+        assert [e.median().item() for _, e in ranked] == pytest.approx(sorted(score(d) for d in calls))
+        place = sorted(sets, key=score).index(ranked[0][0])
         assert place == 0 if bumps == 0 else place < 3
 
 
@@ -126,13 +126,13 @@ def test_an_untrained_supernet_is_the_teacher_without_those_blocks(tiny: Any, fa
     net = Supernet(model, family, 2e-3)
     student = apply_plan(model, CompressionPlan.of(family.name, 6, [(1, 2), (4, 5)]), {})
     with net.judges(teaching.distance) as score:
-        found = score([(2, 5), (), (2, 5)])
+        found = [e.median().item() for e in score([(2, 5), (), (2, 5)])]
     assert found[0] == pytest.approx(teaching.distance(student), rel=1e-5)
     assert found[1] == 0
     assert found[2] == found[0]
     net.train(teaching.taught, lambda: (2, 5), quiet)
     with net.judges(teaching.distance) as score:
-        assert score([(2, 5)])[0] < 0.9 * found[0]
+        assert score([(2, 5)])[0].median() < 0.9 * found[0]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert len(blocks_of(net.model, family)) == 6
 
@@ -152,6 +152,8 @@ def test_the_plan_takes_the_supernets_best_set(tiny: Any, family: Family) -> Non
     assert [s.distance for s in of_depth] == sorted(s.distance for s in of_depth)
     assert set(range(6)) - set(plan.kept) == set(of_depth[0].dropped)
     assert found[0].starts == {i.key: i.first for i in plan.intervals}
+    assert found[0].stability["supernet.resamples"].runs == 40
+    assert 0 < found[0].stability["supernet.resamples"].jaccard <= 1
     assert len(found[0].trials) in (0, len({len(s.dropped) for s in scores}))  # of a depth one is left to try
 
 
