@@ -21,8 +21,9 @@ from ppclc.detection import Span, first_difference_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.models import load_source, open_source, quiet_libraries, set_threads
 from ppclc.moments import near_of
-from ppclc.passes.analyze import AnalyzeSettings, PlanSettings, Search
+from ppclc.passes.budget import PlanSettings
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
+from ppclc.passes.search import AnalyzeSettings, Search
 from ppclc.samples import Samples, open_samples
 from ppclc.selection import cheapest_chains
 

@@ -34,7 +34,7 @@ from ppclc.models import (
 )
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
-from ppclc.passes.analyze import even_plan
+from ppclc.passes.budget import even_plan
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.recipe import Recipe, find_recipe, read_recipe

@@ -36,6 +36,8 @@ from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
+from ppclc.passes.budget import budget_of
+from ppclc.passes.search import Lessons
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import (
@@ -124,7 +126,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     check_teacher(source)
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
-    analyze_pass.budget_of(source, recipe.target, recipe.model.dtype)
+    budget_of(source, recipe.target, recipe.model.dtype)
     wanted = recipe.calibrate
     found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
     digest = source.digest()
@@ -186,7 +188,7 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates and the plan; a plan.json that a person has edited goes first."""
     recipe, stats = run.recipe, _made(run.stats)
     sections = (recipe.analyze, recipe.target, recipe.plan)
-    lessons = analyze_pass.Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
+    lessons = Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
     run.analysis = run.store.make(
         Analysis,
         "analyze",

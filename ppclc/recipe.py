@@ -12,9 +12,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ppclc.errors import RecipeError
-from ppclc.passes.analyze import AnalyzeSettings, PlanSettings, TargetSettings
+from ppclc.passes.budget import PlanSettings, TargetSettings
 from ppclc.passes.calibrate import CalibrateSettings
 from ppclc.passes.distill import DistillSettings
+from ppclc.passes.search import AnalyzeSettings
 from ppclc.passes.verify import VerifySettings
 
 SHIPPED = Path(__file__).parent / "recipes"

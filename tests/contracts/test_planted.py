@@ -25,8 +25,10 @@ from ppclc.edit_costs import EditCosts
 from ppclc.families import Family
 from ppclc.models import Source, StandIn, blocks_of, model_class, predicted_parameters
 from ppclc.moments import near_of
-from ppclc.passes.analyze import AnalyzeSettings, PlanSettings, Search, TargetSettings, probe_set
+from ppclc.passes.analyze import probe_set
+from ppclc.passes.budget import PlanSettings, TargetSettings
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
+from ppclc.passes.search import AnalyzeSettings, Search
 from ppclc.samples import Samples, open_samples
 from ppclc.selection import cheapest_chains
 

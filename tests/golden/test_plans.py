@@ -6,7 +6,7 @@ import torch
 
 from ppclc.detection import first_difference_intervals
 from ppclc.models import open_source
-from ppclc.passes.analyze import PlanSettings, TargetSettings, even_plan
+from ppclc.passes.budget import PlanSettings, TargetSettings, even_plan
 from ppclc.selection import cheapest_chains
 
 

@@ -16,6 +16,7 @@ from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import DTYPES, apply_plan, count_parameters, open_source, random_model, save_model, student_config
 from ppclc.passes import analyze, calibrate
+from ppclc.passes.search import Lessons
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
 from ppclc.recipe import parse_recipe, read_recipe
@@ -232,7 +233,7 @@ def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teache
     samples = open_samples("noise", source, teacher, "choose")
     stats = calibrate.calibrate(teacher, family, samples, recipe.calibrate, lambda *_: None)
     found = analyze.analyze(
-        teacher, source, stats, samples, recipe.analyze, recipe.target, recipe.plan, "float32", lambda *_: None, analyze.Lessons()
+        teacher, source, stats, samples, recipe.analyze, recipe.target, recipe.plan, "float32", lambda *_: None, Lessons()
     )
     empty = CompressionPlan.of(family.name, 6)
     model = predict(family, source.config, empty, "float32")

@@ -15,8 +15,10 @@ from scipy.stats import spearmanr
 from ppclc.detection import spans_of_dropped
 from ppclc.families import Family
 from ppclc.models import apply_plan, blocks_of, open_source
-from ppclc.passes.analyze import AnalyzeSettings, PlanSettings, TargetSettings, analyze
+from ppclc.passes.analyze import analyze
+from ppclc.passes.budget import PlanSettings, TargetSettings
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
+from ppclc.passes.search import AnalyzeSettings
 from ppclc.plan import CompressionPlan
 from ppclc.samples import open_samples
 from ppclc.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, search, surrogate

@@ -1,0 +1,152 @@
+"""What a recipe's `target` and `plan` ask for: the budget that a student must meet, the edits that are allowed, a plan without weights."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ppclc import selection
+from ppclc.block_costs import require_block_costs
+from ppclc.detection import even_intervals
+from ppclc.errors import RecipeError
+from ppclc.models import Source, empty_model, predicted_parameters, student_config
+from ppclc.plan import CompressionPlan
+from ppclc.predictions import vram_bytes, weight_bytes
+from ppclc.records import digest_of
+from ppclc.selection import Budget
+
+Auto = Literal["auto", "none"]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+class TargetSettings(BaseModel):
+    """Section `target` of a recipe: what remains, one of the four.
+
+    parameters, bytes (of the weight files): a share of the teacher's up to 1, else a number. vram_gb (10^9
+    bytes: weights, and activations at bench's size) and latency_ms (of one forward on this machine): numbers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    parameters: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    bytes: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    vram_gb: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+
+
+SHARES = ("parameters", "bytes")
+"""Targets that may be a share of the teacher's."""
+
+
+class FfnChoice(BaseModel):
+    """One entry of `plan.ffn`: a block whose feed-forward network of one stream becomes a linear map."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    block: Annotated[int, Field(ge=0)]
+    stream: Literal["image", "text"]
+
+
+class PlanSettings(BaseModel):
+    """Section `plan` of a recipe: what is fixed by hand; `auto` leaves it to the selection, `none` forbids it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    intervals: Auto | list[Pair] = "auto"
+    text_stream: Auto | list[int] = "auto"
+    ffn: Auto | list[FfnChoice] = "auto"
+    modulation_rank: Auto | Annotated[int, Field(ge=1)] = "auto"
+    dead_code: bool = True
+    protect: list[int] = []
+
+
+def budget_of(source: Source, target: TargetSettings, dtype: str) -> Budget | None:
+    """What the target allows, None when the recipe names none.
+
+    Raises:
+        RecipeError: two targets, or one that is not below the teacher.
+    """
+    given = {k: v for k, v in target.model_dump().items() if v is not None}
+    if len(given) > 1:
+        raise RecipeError(f"target: got {' and '.join(given)}, wanted one of them")
+    if not given:
+        return None
+    ((name, wanted),) = given.items()
+    value = _cached(source, _valuer(source, name, dtype))
+    teacher = value(CompressionPlan.of(source.family.name, source.family.num_blocks(source.config)))
+    limit = wanted * teacher if name in SHARES and isinstance(wanted, float) and wanted <= 1 else wanted
+    if limit > teacher:
+        raise RecipeError(f"target.{name} = {wanted}: wanted at most the teacher's {selection.figure(teacher)}")
+    return Budget(name, limit, value)
+
+
+def _valuer(source: Source, name: str, dtype: str) -> Callable[[CompressionPlan], float]:
+    """What a target counts of a plan's student."""
+    family, config = source.family, source.config
+    if name == "parameters":
+        return lambda plan: predicted_parameters(family, config, plan)
+    if name == "bytes":
+        return lambda plan: weight_bytes(empty_model(family, student_config(family, config, plan)), dtype)
+    if name == "vram_gb":
+        return lambda plan: vram_bytes(family, config, plan, dtype) / 1e9
+    costs = require_block_costs(source, dtype)
+    return lambda plan: costs.latency_ms(plan, config)
+
+
+def _cached(source: Source, value: Callable[[CompressionPlan], float]) -> Callable[[CompressionPlan], float]:
+    """The same function, called once for every configuration of a student."""
+    known: dict[str, float] = {}
+
+    def cached(plan: CompressionPlan) -> float:
+        key = digest_of(student_config(source.family, source.config, plan))
+        if key not in known:
+            known[key] = value(plan)
+        return known[key]
+
+    return cached
+
+
+def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtype: str) -> CompressionPlan:
+    """A plan that needs no weights: hand-made edits as they are, free intervals spaced evenly until the target is met.
+
+    A free modulation rank is an eighth of the width; a free text stream and free feed-forward networks stay whole.
+
+    Raises:
+        RecipeError: the target cannot be met so.
+    """
+    family, length = source.family, source.family.num_blocks(source.config)
+    width = int(source.config["attention_head_dim"]) * int(source.config["num_attention_heads"])
+    text = wanted.text_stream if isinstance(wanted.text_stream, list) else []
+    ffn = by_hand(wanted) or []
+    budget = budget_of(source, target, dtype)
+    fixed = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else None
+    ranks: list[int | None] = [wanted.modulation_rank] if isinstance(wanted.modulation_rank, int) else [None]
+    if wanted.modulation_rank == "auto" and budget is not None:
+        ranks.append(max(1, width // 8))
+    choices = [fixed] if fixed is not None else [even_intervals(length, n) for n in range(length if wanted.intervals == "auto" else 1)]
+    if fixed is None:
+        choices = [[span for span in spans if allows(wanted, *span)] for spans in choices]
+    for rank, spans in itertools.product(reversed(ranks), choices):
+        dead = wanted.dead_code and bool(text or ffn or rank is not None)
+        plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, ffn)
+        if budget is None or budget.met(plan):
+            return plan
+    assert budget is not None
+    raise RecipeError(
+        f"target.{budget.name}: {selection.figure(budget.limit)} cannot be reached by the edits that the recipe allows without an analysis; "
+        "wanted a larger target, or run: ppclc compress RECIPE --until analyze"
+    )
+
+
+def allows(wanted: PlanSettings, first: int, last: int) -> bool:
+    """Whether a free interval touches no protected block and removes none that another edit by hand needs."""
+    needed = set(wanted.text_stream) if isinstance(wanted.text_stream, list) else set()
+    needed |= {block for block, _ in by_hand(wanted) or []}
+    return not any(first <= b <= last for b in wanted.protect) and not any(first < b <= last for b in needed)
+
+
+def by_hand(wanted: PlanSettings) -> list[tuple[int, str]] | None:
+    """FFN edits made by hand, none at all where they are forbidden, None where they are free."""
+    if wanted.ffn == "auto":
+        return None
+    return [] if wanted.ffn == "none" else sorted((f.block, f.stream) for f in wanted.ffn)

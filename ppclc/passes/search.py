@@ -1,0 +1,405 @@
+"""The search for a plan: costs of candidate edits, measured as they are needed, a supernet for depth, and trials between close plans."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ppclc import detection, selection, supernet, trials
+from ppclc.closed_forms import closed_form_bank
+from ppclc.detection import Span, even_intervals
+from ppclc.edit_costs import EditCosts
+from ppclc.errors import RecipeError
+from ppclc.models import Source, block_state, predicted_parameters
+from ppclc.moments import BANDS
+from ppclc.passes.budget import PlanSettings, TargetSettings, allows, budget_of, by_hand
+from ppclc.plan import CompressionPlan
+from ppclc.records import Agreement, Candidate, SetScore, TrialResult
+from ppclc.samples import Samples
+from ppclc.selection import Budget, Chain, Options
+from ppclc.supernet import Dropped
+
+MAX_TEXT_BLOCKS = 8
+RANK_TOLERANCE = 1e-3
+"""Largest squared relative velocity error that an automatic modulation rank may cost."""
+FREE = 1e-3
+"""Largest squared relative velocity error of intervals that are taken without a search: nothing is to be gained."""
+RESAMPLES = 40
+SEVERAL = 8
+"""Chains that are looked at for every one that is tried: many of them drop the same blocks into different neighbours."""
+Strategy = Literal["output_error", "ppcl", "block_influence", "laptop", "even"]
+
+
+class AnalyzeSettings(BaseModel):
+    """Section `analyze` of a recipe.
+
+    strategy: what chooses the blocks that go. `output_error` is ours; `ppcl` the paper's first differences,
+    trimmed to the budget; `block_influence` ShortGPT's; `laptop` LAPTOP-Diff's additive output loss; `even`
+    evenly spaced blocks. probes: samples on which candidates are swapped in, and that students of trials are
+    judged on. budget: most forwards of one sample through the teacher that costs of intervals may take; short
+    intervals come first. supernet_steps: training of one network for all depths, by which `supernet_sets` sets
+    of blocks are judged before some are tried; 0 leaves it out. trials: plans that are trained for `trial_steps`,
+    the better half each time further, to pick the one that samples nearest to the teacher; below 2 the first is
+    taken as it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    reading: Literal["equation", "caption"] = "equation"
+    ridge: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    strategy: Strategy = "output_error"
+    probes: Annotated[int, Field(ge=16)] = 128
+    budget: Annotated[int, Field(ge=1)] = 16384
+    supernet_steps: Annotated[int, Field(ge=0)] = 200
+    supernet_sets: Annotated[int, Field(ge=1)] = 64
+    trials: Annotated[int, Field(ge=0)] = 8
+    trial_steps: Annotated[int, Field(ge=3)] = 60
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained before the plan is taken."""
+        return self.strategy == "output_error" and (self.supernet_steps > 0 or self.trials > 1)
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """How trials and the supernet are taught: the fine-tune's batch and peak learning rate."""
+
+    batch: int = 64
+    learning_rate: float = 1e-3
+
+
+class Search:
+    """Costs of candidate edits, measured as they are needed, and the options that they make for the selection."""
+
+    def __init__(
+        self,
+        source: Source,
+        costs: EditCosts,
+        settings: AnalyzeSettings,
+        wanted: PlanSettings,
+        cka: Sequence[Sequence[float]],
+        ppcl: Sequence[Span],
+        progress: Callable[[float, str], None],
+    ) -> None:
+        self.source, self.costs, self.settings, self.wanted = source, costs, settings, wanted
+        self.cka, self.ppcl, self.progress = cka, ppcl, progress
+        self.length, self.longest = costs.length, costs.stats.longest
+        bad = [b for b in wanted.protect if not 0 <= b < self.length]
+        if bad:
+            raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{self.length - 1}")
+        self.interval_errors: dict[Span, torch.Tensor] = {}
+        self.kept: dict[Span, int] = {}
+        self.starts: dict[Span, int] = {}
+        self.text_costs: dict[int, float] = {}
+        self.rank_costs: dict[int, float] = {}
+        self.ffn_costs: list[tuple[float, str, int]] = []
+        self.budget: Budget | None = None
+        self.trials: list[TrialResult] = []
+        self.scores: list[SetScore] = []
+        self.set_errors: dict[int, list[tuple[Dropped, torch.Tensor]]] = {}
+
+    @property
+    def interval_costs(self) -> dict[Span, float]:
+        """Cost of every interval that was measured."""
+        return {span: self.costs.share(errors) for span, errors in self.interval_errors.items()}
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Intervals that may be chosen, short ones first, as many as the budget of forwards allows."""
+        every = [(u, v) for u, v in itertools.combinations(range(self.length), 2) if v - u < self.longest and allows(self.wanted, u, v)]
+        taken = []
+        left = float(self.settings.budget - self.costs.count)
+        for u, v in sorted(every, key=lambda s: (s[1] - s[0], s)):
+            left -= self.costs.interval_price(u, v)
+            if left < 0:
+                break
+            taken.append((u, v))
+        self.possible = len(every)
+        return taken
+
+    def measure_intervals(self) -> None:
+        """Velocity error with each candidate interval replaced by its best stand-in."""
+        for n, (u, v) in enumerate(self.spans):
+            self.interval_errors[u, v], self.kept[u, v] = self.costs.interval(u, v)
+            self.progress((n + 1) / len(self.spans), "intervals")
+
+    def measure_text(self) -> None:
+        """Velocity error with the text stream of the last k blocks mapped, for each k."""
+        for k in range(1, min(MAX_TEXT_BLOCKS, self.longest - 1, self.length - 1) + 1):
+            blocks = list(range(self.length - k, self.length))
+            if not any(b in self.wanted.protect for b in blocks):
+                self.text_costs[k] = self._student_cost(text=blocks)
+            self.progress(k / MAX_TEXT_BLOCKS, "text stream")
+
+    def measure_ranks(self) -> None:
+        """Velocity error by modulation rank: 4, 8, 16, ... below the width."""
+        ranks = [r for r in (2**i for i in range(2, 16)) if r < self.width]
+        for n, rank in enumerate(ranks):
+            self.rank_costs[rank] = self._student_cost(rank=rank)
+            self.progress((n + 1) / len(ranks), "modulation rank")
+
+    @property
+    def width(self) -> int:
+        """Length of the time embedding, which is that of the model."""
+        return int(self.costs.stats.tensors["temb.sum"].shape[-1])
+
+    def _student_cost(self, text: Sequence[int] = (), rank: int | None = None) -> float:
+        dead = self.wanted.dead_code and bool(text or rank is not None)
+        plan = CompressionPlan.of(self.source.family.name, self.length, [], list(text), rank, dead)
+        return self.costs.share(self.costs.student(plan))
+
+    def plan(
+        self,
+        target: TargetSettings,
+        dtype: str,
+        samples: Samples | None = None,
+        lessons: Lessons = Lessons(),
+    ) -> CompressionPlan:
+        """The plan that meets the target at the least cost, hand-made edits kept as they are.
+
+        Given samples to learn from, the plans of least cost are tried and the one that learns best is taken.
+        """
+        self.budget = budget_of(self.source, target, dtype)
+        options = self.options
+        if self.budget is None:
+            if not isinstance(self.wanted.intervals, list):
+                raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
+            return selection.only_plan(options)
+        learns = samples is not None and self.settings.learns
+        count = max(1, self.settings.trials) if learns else 1
+        found = selection.contenders(options, self.budget, count)
+        if samples is None or not learns:
+            return found[0]
+        steps = max(self.settings.supernet_steps, self.settings.trial_steps if self.settings.trials > 1 else 0)
+        teaching = trials.Teaching.of(self.costs.model, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
+        depths = sorted({self.length - len(p.kept) for p in found} - {0})
+        if self.settings.supernet_steps and self.wanted.intervals == "auto" and depths:
+            chains = self._shared({n: options.chains[n] for n in (0, *depths)}, teaching)
+            found = selection.contenders(replace(options, chains=chains), self.budget, count)
+        return self._tried(found, teaching) if len(found) > 1 and self.settings.trials > 1 else found[0]
+
+    def _shared(self, cheapest: Mapping[int, Sequence[Chain]], teaching: trials.Teaching) -> dict[int, list[Chain]]:
+        """Intervals by the number of blocks they remove: the supernet's best, at the cost of the cheapest by output error.
+
+        The cost says what depth is worth against width, the supernet which blocks go. Where the cheapest costs next
+        to nothing as it is, it stays.
+        """
+        spans = set(self.spans)
+        allowed = {v for u, v in spans if v - u == 1}
+        chains = {n: list(c[:1]) for n, c in cheapest.items()}
+        searched = [n for n, c in chains.items() if 0 < n <= len(allowed) and c[0][0] > FREE]
+        if not searched:
+            return chains
+        self.starts |= {s: self.kept[s] for n, c in chains.items() if n not in searched for s in c[0][1]}
+        net = supernet.Supernet(self.costs.model, self.source.family, teaching.learning_rate)
+        net.train(teaching.taught[: self.settings.supernet_steps], supernet.picker(self.drop_errors, allowed, searched), self.progress)
+        with net.judges(teaching.distance) as score:
+            for n in searched:
+                first = [d for d in self._known_sets(n, cheapest[n]) if supernet.fits(d, spans, self.length)]
+                draw = supernet.picker(self.drop_errors, allowed, [n], seed=1)
+                sets = max(1, self.settings.supernet_sets // len(searched))
+                ranked = supernet.search(score, n, first, draw, spans, self.length, sets, self.progress)
+                self.scores += [SetScore(dropped=d, distance=e.median().item()) for d, e in ranked]
+                self.set_errors[n] = ranked
+                made = (detection.spans_of_dropped(d, self.length) or {} for d, _ in ranked)
+                best = next((m for m in made if m and all(self.starts.get(s, b) == b for s, b in m.items())), None)
+                if best:
+                    self.starts |= best
+                    chains[n] = [(chains[n][0][0], sorted(best))]
+        return chains
+
+    def _tried(self, plans: Sequence[CompressionPlan], teaching: trials.Teaching) -> CompressionPlan:
+        """The plan whose student samples nearest to the teacher after a short training."""
+        model, stats = self.costs.model, self.costs.stats
+        entries = []
+        for plan in plans:
+            bank = closed_form_bank(stats, self.settings.ridge, plan, self.source.family.text_key)
+            bank |= {i.key: block_state(self.costs.blocks[self.start(i.first, i.last)]) for i in plan.intervals}
+            entries.append(trials.Trial(plan, bank, teaching.learning_rate))
+        ranked = trials.run_trials(model, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
+        self.trials = [TrialResult(plan=t.plan, errors=t.errors) for t in ranked]
+        return ranked[0].plan
+
+    @cached_property
+    def options(self) -> Options:
+        """All that the recipe leaves free, with its costs."""
+        wanted = self.wanted
+        free_text = wanted.text_stream == "auto" and self.budget is not None
+        return Options(
+            family=self.source.family.name,
+            num_blocks=self.length,
+            ranks=self._rank_choices(),
+            text_runs=self._text_choices() if free_text else [(0.0, 0)],
+            text_blocks=None if free_text else (wanted.text_stream if isinstance(wanted.text_stream, list) else []),
+            chains=self._chains(),
+            fixed_intervals=wanted.intervals != "auto",
+            ffns=self._ffn_choices(),
+            fixed_ffns=[] if self.budget is None and wanted.ffn == "auto" else by_hand(wanted),
+            dead_code=wanted.dead_code,
+            protect=frozenset(wanted.protect),
+            text_reach=self.longest,
+        )
+
+    def _rank_choices(self) -> list[tuple[float, int | None]]:
+        wanted = self.wanted.modulation_rank
+        if wanted == "none" or (wanted == "auto" and self.budget is None):
+            return [(0.0, None)]
+        self.measure_ranks()
+        if isinstance(wanted, int):
+            if wanted > self.width:
+                raise RecipeError(f"plan.modulation_rank = {wanted}: wanted at most the width, {self.width}")
+            return [(0.0, wanted)]
+        fit = [r for r, c in self.rank_costs.items() if c <= RANK_TOLERANCE]
+        return [(0.0, None), *([(self.rank_costs[min(fit)], min(fit))] if fit else [])]
+
+    def _text_choices(self) -> list[tuple[float, int]]:
+        self.measure_text()
+        return [(0.0, 0), *((c, k) for k, c in self.text_costs.items())]
+
+    def _ffn_choices(self) -> list[tuple[float, str, int]]:
+        if self.wanted.ffn != "auto" or self.budget is None:
+            return []
+        for stream in self.source.family.ffn_inputs:
+            for block in range(self.length):
+                if block not in self.wanted.protect:
+                    self.ffn_costs.append((self.costs.share(self.costs.ffn(block, stream)), stream, block))
+                self.progress((block + 1) / self.length, f"{stream} FFN")
+        return sorted(self.ffn_costs)
+
+    def _chains(self) -> dict[int, list[Chain]]:
+        """Intervals by the number of blocks they remove, as the strategy picks them."""
+        wanted = self.wanted.intervals
+        if isinstance(wanted, list):
+            return {0: [(0.0, [(a, b) for a, b in wanted])]}
+        if wanted == "none":
+            return {0: [(0.0, [])]}
+        if self.settings.strategy == "output_error":
+            self.measure_intervals()
+            count = max(1, self.settings.trials)
+            found = selection.best_chains(self.length, self.interval_costs, SEVERAL * count)
+            return {removed: self._distinct(chains)[:count] for removed, chains in found.items()}
+        return self._rival_chains()
+
+    def _known_sets(self, removed: int, cheapest: Sequence[Chain]) -> list[Dropped]:
+        """Sets of blocks that other rules would drop, the cheapest by output error first."""
+        sets = [supernet.dropped_by({s: self.kept[s] for s in spans}) for _, spans in cheapest]
+        for strategy in ("even", "block_influence", "laptop", "ppcl"):
+            picked = self._picked(strategy, removed)
+            sets += [supernet.dropped_by(picked)] if picked else []
+        return list(dict.fromkeys(sets))
+
+    def _distinct(self, chains: Sequence[Chain]) -> list[Chain]:
+        """Chains that drop different blocks: of those that drop the same, the cheapest."""
+        by_dropped: dict[Dropped, Chain] = {}
+        for cost, spans in chains:
+            by_dropped.setdefault(supernet.dropped_by({s: self.kept[s] for s in spans}), (cost, spans))
+        return list(by_dropped.values())
+
+    def _rival_chains(self) -> dict[int, list[Chain]]:
+        """What another rule picks for every number of removed blocks, at the velocity error of that cut with nothing in its place."""
+        chains: dict[int, list[Chain]] = {0: [(0.0, [])]}
+        worst = 0.0
+        for n in range(1, self.length):
+            picked = self._picked(self.settings.strategy, n)
+            if picked is not None and all(allows(self.wanted, *s) for s in picked):
+                # Not below that of fewer blocks: the rule itself says which blocks go, the budget how many.
+                worst = max(worst, self.costs.share(self.costs.together(picked, linear=False)))
+                chains[n] = [(worst, sorted(picked))]
+                self.kept |= {s: stays for s, stays in picked.items() if s not in self.kept}
+            self.progress(n / (self.length - 1), self.settings.strategy)
+        return chains
+
+    def _picked(self, strategy: Strategy, removed: int) -> dict[Span, int] | None:
+        """A rule's intervals, each with the block that it would keep: PPCL's first one, or the one that is not dropped."""
+        if strategy in ("ppcl", "even"):
+            spans = detection.trimmed(self.ppcl, self.cka, removed) if strategy == "ppcl" else even_intervals(self.length, removed)
+            return None if spans is None else {s: s[0] for s in spans}
+        scores = self.influences if strategy == "block_influence" else self.drop_errors
+        dropped = detection.lowest(scores, removed, [b not in self.wanted.protect for b in range(self.length)])
+        return detection.spans_of_dropped(dropped, self.length) if dropped else None
+
+    def start(self, u: int, v: int) -> int:
+        """The teacher block that the student block of an interval starts from."""
+        if (u, v) not in self.starts and (u, v) not in self.kept:
+            self.kept[u, v] = self.costs.interval(u, v)[1] if v - u < self.longest else u
+        return self.starts.get((u, v), self.kept.get((u, v), u))
+
+    @cached_property
+    def drop_errors(self) -> list[float]:
+        """Velocity error with each block left out on its own. Source: arXiv 2404.11098, section 3.2."""
+        return [self.costs.share(self.costs.dropped(b)) for b in range(self.length)]
+
+    @cached_property
+    def influences(self) -> list[float]:
+        """Block influence of every block."""
+        return [self.costs.influence(b) for b in range(self.length)]
+
+    def candidates(self) -> list[Candidate]:
+        """Everything that was measured, with the parameters that each edit saves on its own."""
+        family, config = self.source.family, self.source.config
+        whole = predicted_parameters(family, config, self.options.plan([]))
+        by_length: dict[int, int] = {}
+        rows = []
+        for (u, v), cost in self.interval_costs.items():
+            if v - u not in by_length:
+                by_length[v - u] = whole - predicted_parameters(family, config, self.options.plan([(u, v)]))
+            rows.append(Candidate(kind="interval", first=u, last=v, cost=cost, parameters=by_length[v - u]))
+        for k, cost in self.text_costs.items():
+            blocks = list(range(self.length - k, self.length))
+            saved = whole - predicted_parameters(family, config, self.options.plan([], blocks))
+            rows.append(Candidate(kind="text_stream", first=blocks[0], last=blocks[-1], cost=cost, parameters=saved))
+        for cost, stream, block in sorted(self.ffn_costs, key=lambda f: (f[1], f[2])):
+            if stream == "image" or block < self.length - 1:  # the last block's text network is dead code
+                saved = whole - predicted_parameters(family, config, self.options.plan([], ffn=[(block, stream)]))
+                rows.append(Candidate(kind=f"{stream}_ffn", first=block, last=block, cost=cost, parameters=saved))
+        return rows
+
+    def work(self) -> dict[str, float]:
+        """Forwards of one sample through the teacher: allowed and spent; intervals considered, of those possible."""
+        found = {"budget": float(self.settings.budget), "spent": self.costs.spent}
+        return found | ({"considered": float(len(self.spans)), "possible": float(self.possible)} if self.interval_errors else {})
+
+    def stability(self, plan: CompressionPlan) -> dict[str, Agreement]:
+        """How far the intervals chosen for as many removed blocks agree on resampled probe samples and on single timestep bands.
+
+        By cost alone, and by the supernet on resampled samples where it was asked.
+        """
+        removed = plan.num_blocks - len(plan.kept)
+        if not self.interval_errors or not removed or isinstance(self.wanted.intervals, list):
+            return {}
+        spans = list(self.interval_errors)
+        errors = torch.stack([self.interval_errors[s] for s in spans])
+        chosen = selection.cheapest_chains(self.length, self.interval_costs)[removed][1]
+
+        def pick(weights: torch.Tensor) -> list[Span]:
+            costs = (errors @ weights / (self.costs.energy @ weights)).tolist()
+            return selection.cheapest_chains(self.length, dict(zip(spans, costs, strict=True)))[removed][1]
+
+        generator = torch.Generator().manual_seed(0)
+        draws = [torch.randint(self.costs.count, (self.costs.count,), generator=generator) for _ in range(RESAMPLES)]
+        resampled = [pick(torch.bincount(d, minlength=self.costs.count).double()) for d in draws]
+        band = (self.costs.timesteps * BANDS).long().clamp(max=BANDS - 1)
+        banded = [pick((band == b).double()) for b in range(BANDS) if bool((band == b).any())]
+        found = {"selection.resamples": agreement(chosen, resampled), "selection.bands": agreement(chosen, banded)}
+        if removed in self.set_errors:
+            sets = [sorted(detection.spans_of_dropped(d, self.length) or {}) for d, _ in self.set_errors[removed]]
+            errors = torch.stack([e for _, e in self.set_errors[removed]])
+            rows = [torch.randint(errors.shape[1], (errors.shape[1],), generator=generator) for _ in range(RESAMPLES)]
+            best = [sets[int(errors[:, r].median(1).values.argmin())] for r in rows]
+            found["supernet.resamples"] = agreement([(i.first, i.last) for i in plan.intervals], best)
+        return found
+
+
+def agreement(chosen: Sequence[Span], others: Sequence[Sequence[Span]]) -> Agreement:
+    """Jaccard index of the chosen intervals with those of every other run: mean, lowest and highest."""
+    values = []
+    for other in others:
+        both, either = set(chosen) & set(other), set(chosen) | set(other)
+        values.append(len(both) / len(either) if either else 1.0)
+    return Agreement(jaccard=sum(values) / len(values), lowest=min(values), highest=max(values), runs=len(values))
