@@ -18,16 +18,16 @@ import torch
 
 from benchmarks.results_file import write_results
 from ppclc import flow
+from ppclc.budget import PlanSettings
 from ppclc.closed_forms import Probes, cka_map
 from ppclc.edit_costs import EditCosts
 from ppclc.models import load_source, open_source, quiet_libraries, set_threads, trace
 from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
-from ppclc.passes.budget import PlanSettings
 from ppclc.passes.calibrate import BATCH, CalibrateSettings, calibrate
-from ppclc.passes.search import AnalyzeSettings, Search
 from ppclc.records import CalibrationStats, measured
 from ppclc.samples import Samples, open_samples
+from ppclc.search import AnalyzeSettings, Search
 
 
 def nothing(*_: Any) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppclc import block_costs, compiler
+from ppclc.budget import even_plan
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.errors import ModelError, OutputError, RecipeError, UnavailableError
@@ -34,7 +35,6 @@ from ppclc.models import (
 )
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
-from ppclc.passes.budget import even_plan
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.recipe import Recipe, find_recipe, read_recipe

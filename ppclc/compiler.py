@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ppclc.budget import budget_of
 from ppclc.cache import FEW, Cache
 from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
@@ -36,8 +37,6 @@ from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
-from ppclc.passes.budget import budget_of
-from ppclc.passes.search import Lessons
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import (
@@ -58,6 +57,7 @@ from ppclc.records import (
     write_text,
 )
 from ppclc.samples import Samples, open_samples
+from ppclc.search import Lessons
 
 PASSES = ("calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report")
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")

@@ -11,12 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.errors import RecipeError
-from ppclc.passes.budget import PlanSettings, TargetSettings
 from ppclc.passes.calibrate import CalibrateSettings
 from ppclc.passes.distill import DistillSettings
-from ppclc.passes.search import AnalyzeSettings
 from ppclc.passes.verify import VerifySettings
+from ppclc.search import AnalyzeSettings
 
 SHIPPED = Path(__file__).parent / "recipes"
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 from ppclc import detection
+from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.closed_forms import Probes, cka_map, far_of, modulation_basis
 from ppclc.detection import Span
 from ppclc.edit_costs import EditCosts
 from ppclc.models import Source
 from ppclc.moments import BANDS, CHUNKS, near_of
-from ppclc.passes.budget import PlanSettings, TargetSettings
-from ppclc.passes.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
 from ppclc.records import Agreement, Analysis, CalibrationStats
 from ppclc.samples import Sample, Samples
+from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
 
 VERSION = 3
 

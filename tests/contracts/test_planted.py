@@ -20,16 +20,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppclc import plugins
+from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.closed_forms import Probes, cka_map
 from ppclc.edit_costs import EditCosts
 from ppclc.families import Family
 from ppclc.models import Source, StandIn, blocks_of, model_class, predicted_parameters
 from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
-from ppclc.passes.budget import PlanSettings, TargetSettings
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
-from ppclc.passes.search import AnalyzeSettings, Search
 from ppclc.samples import Samples, open_samples
+from ppclc.search import AnalyzeSettings, Search
 from ppclc.selection import cheapest_chains
 
 LOADED: list[Family] = [plugins.load("families", name) for name in plugins.names("families")]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ppclc.budget import PlanSettings, TargetSettings, even_plan
 from ppclc.detection import first_difference_intervals
 from ppclc.models import open_source
-from ppclc.passes.budget import PlanSettings, TargetSettings, even_plan
 from ppclc.selection import cheapest_chains
 
 

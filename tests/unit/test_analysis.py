@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from ppclc import flow, trials
 from ppclc.block_costs import BlockCosts
+from ppclc.budget import PlanSettings, TargetSettings, budget_of, even_plan
 from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, linear_map, modulation_basis, text_maps
 from ppclc.detection import even_intervals, first_difference_intervals, spans_of_dropped, trimmed
 from ppclc.edit_costs import EditCosts, kept_choices
@@ -25,14 +26,13 @@ from ppclc.families import Family
 from ppclc.models import Source, apply_plan, count_parameters, empty_model, open_source, predicted_parameters, student_config, trace
 from ppclc.moments import BANDS, Moments, near_of
 from ppclc.passes.analyze import analyze, probe_set
-from ppclc.passes.budget import PlanSettings, TargetSettings, budget_of, even_plan
 from ppclc.passes.calibrate import CalibrateSettings, by_timestep, calibrate
-from ppclc.passes.search import RANK_TOLERANCE, AnalyzeSettings, Search, agreement
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.quality import velocity_error
 from ppclc.records import Analysis, CalibrationStats
 from ppclc.samples import Samples, open_samples
+from ppclc.search import RANK_TOLERANCE, AnalyzeSettings, Search, agreement
 from ppclc.selection import cheapest_chains
 
 NAME = "qwen_image"
@@ -676,7 +676,7 @@ def test_memory_and_latency_are_targets_too(planted: Planted, monkeypatch: pytes
     names = ("base_ms", "block_ms", "edit_ms")
     parts: dict[str, Any] = dict(zip(names, (1.0, {"transformer_blocks": 2.0}, {"text_stream": -0.75, "text_ffn": -0.25}), strict=True))
     costs = BlockCosts(version=1, family=NAME, key={}, runs=1, **parts)
-    monkeypatch.setattr("ppclc.passes.budget.require_block_costs", lambda *_: costs)
+    monkeypatch.setattr("ppclc.budget.require_block_costs", lambda *_: costs)
     gb = vram_bytes(family, config, CompressionPlan.of(NAME, 8), "float32") / 1e9
     for target in ({"vram_gb": 0.7 * gb}, {"latency_ms": 12.0}):
         budget = budget_of(planted.source, TargetSettings(**target), "float32")

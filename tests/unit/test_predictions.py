@@ -16,12 +16,12 @@ from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import DTYPES, apply_plan, count_parameters, open_source, random_model, save_model, student_config
 from ppclc.passes import analyze, calibrate
-from ppclc.passes.search import Lessons
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
 from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.run_costs import Speeds, Work
 from ppclc.samples import open_samples
+from ppclc.search import Lessons
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS: dict[str, dict[str, Any]] = {

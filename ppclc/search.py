@@ -12,13 +12,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, supernet, trials
+from ppclc.budget import PlanSettings, TargetSettings, allows, budget_of, by_hand
 from ppclc.closed_forms import closed_form_bank
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
 from ppclc.models import Source, block_state, predicted_parameters
 from ppclc.moments import BANDS
-from ppclc.passes.budget import PlanSettings, TargetSettings, allows, budget_of, by_hand
 from ppclc.plan import CompressionPlan
 from ppclc.records import Agreement, Candidate, SetScore, TrialResult
 from ppclc.samples import Samples
