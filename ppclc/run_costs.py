@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -321,11 +321,7 @@ def peak_bytes(work: Work) -> int:
     # Weights and two moments; gradients are in `training`.
     distill = 3 * student + training + min(training, KEPT_BYTES)
     taught = min(trial_students(work), work.lanes)
-    shared = (trials.STATE_BYTES + (work.lanes - 1) * DTYPES[dtype].itemsize) * work.teacher.parameters if shares_weights(work) else 0
-    shared += training + min(training, KEPT_BYTES) if shared else 0
-    held = trial_students(work) * trials.STATE_BYTES * work.student.parameters
-    held = held if held <= trials.HELD_BYTES else held * taught // trial_students(work)
-    analysis = _state_bytes(work, recipe.analyze.probes) + max(shared, held + taught * (training + min(training, KEPT_BYTES)))
+    analysis = _state_bytes(work, recipe.analyze.probes) + _searching_bytes(work, training)
     kept = max(1, taught) * min(2 * training, 2 * KEPT_BYTES)
     lanes = work.lanes if work.judged else 1
     batch = min(JUDGE_BATCH, recipe.verify.scenes) if work.judged else 16
@@ -334,6 +330,23 @@ def peak_bytes(work: Work) -> int:
     verify = kept + 2 * student + judging + judge
     export = kept + 2 * student + EXPORTER_BYTES + 2 * weights if recipe.export else 0
     return int(start + max(calibration, analysis, distill, verify, export))
+
+
+def _searching_bytes(work: Work, training: int) -> int:
+    """What is trained before the plan is taken: the supernet, then students of trials beside each other.
+
+    Both are as deep as the plan's student or deeper: activations half way between it and the teacher are taken.
+    """
+    whole = CompressionPlan.of(work.source.family.name, work.blocks)
+    step = (training + _training_bytes(replace(work, plan=whole), work.recipe.distill.batch)) // 2
+    freed = min(step, KEPT_BYTES)
+    shared = trials.STATE_BYTES * work.teacher.parameters + step + freed if shares_weights(work) else 0
+    students = trial_students(work)
+    taught = min(students, work.lanes)
+    held = students * trials.STATE_BYTES * work.student.parameters
+    held = held if held <= trials.HELD_BYTES else held * taught // students
+    left = freed if shared else 0  # of the supernet, by the thread that trained it
+    return max(shared, held + taught * (step + freed) + left)
 
 
 def _tensor_bytes(model: Prediction, dtype: str) -> int:
