@@ -25,6 +25,7 @@ from ppclc.compiler import Run, compress
 from ppclc.detection import even_intervals
 from ppclc.display import Display
 from ppclc.models import open_source, predicted_parameters
+from ppclc.passes import verify
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 
@@ -50,8 +51,11 @@ def student(out: Path, strategy: str, removed: int, training_seed: int, options:
 
 def outcomes(run: Run) -> torch.Tensor:
     """Whether each scene came out right, (N,) 0 or 1."""
-    newest = max((run.out / "records").glob("measure-student-*/tensors.safetensors"), key=lambda p: p.stat().st_mtime)
-    return load_file(newest)["right_g1"]
+    assert run.student
+    digest = run.store.digest("measure-student", verify.VERSION, run.recipe.verify.measure_key(), run.student)
+    right = load_file(run.store.folder("measure-student", digest) / "tensors.safetensors")["right_g1"]
+    assert run.verdict and abs(100 * right.mean().item() - run.verdict.quality["scene_accuracy_g1"].student) < 1e-4  # noqa: PT018
+    return right
 
 
 def row(run: Run) -> dict[str, Any]:
@@ -63,7 +67,7 @@ def row(run: Run) -> dict[str, Any]:
         "parameters": run.student.parameters,
         "sets_judged": len(run.analysis.supernet),
         "plans_tried": len(run.analysis.trials),
-        "seconds": {s.name: s.seconds for s in run.store.stages if not s.reused and s.name in ("analyze", "distill")},
+        "seconds": {s.name: s.seconds for s in run.store.stages if s.name in ("analyze", "distill")},
         "quality": {name: q.model_dump() for name, q in run.verdict.quality.items()},
     }
 

@@ -97,7 +97,7 @@ class Analysis(Record):
 
     `stability`: agreement of PPCL's intervals (`ppcl.`) and of the selection's (`selection.`) over
     resampled samples (`resamples`) and single timestep bands (`bands`). `work`: forwards of one sample
-    through the teacher that the costs were allowed and took, intervals considered and possible. `starts`: by
+    through the teacher that the costs of intervals were allowed and took, and all costs together; intervals considered and possible. `starts`: by
     the key of an interval of the plan, the teacher block that its student block starts from. `trials`: the best first; `supernet`: by number of
     blocks, the best first. Distances are those of `quality.SampledDistance`.
 

@@ -361,8 +361,9 @@ class Search:
         return rows
 
     def work(self) -> dict[str, float]:
-        """Forwards of one sample through the teacher: allowed and spent; intervals considered, of those possible."""
-        found = {"budget": float(self.settings.budget), "spent": self.costs.spent}
+        """Forwards of one sample through the teacher: allowed for intervals, spent on them, spent in all; intervals considered, of those possible."""
+        intervals = self.costs.count + sum(self.costs.interval_price(*s) for s in self.interval_errors) if self.interval_errors else 0.0
+        found = {"budget": float(self.settings.budget), "intervals": intervals, "spent": self.costs.spent}
         return found | ({"considered": float(len(self.spans)), "possible": float(self.possible)} if self.interval_errors else {})
 
     def stability(self, plan: CompressionPlan) -> dict[str, Agreement]:

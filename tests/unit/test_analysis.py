@@ -548,7 +548,8 @@ def test_a_budget_of_forwards_is_kept_and_takes_short_intervals_first(planted: P
     analysis = planted.analyze({"parameters": 0.9}, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}, budget=300)
     spans = [(c.first, c.last) for c in analysis.candidates]
     assert 0 < len(spans) == analysis.work["considered"] < analysis.work["possible"]
-    assert analysis.work["spent"] <= 300
+    assert analysis.work["intervals"] <= 300
+    assert analysis.work["intervals"] == pytest.approx(analysis.work["spent"])
     longest = max(v - u for u, v in spans)
     assert {s for s in itertools.combinations(range(8), 2) if s[1] - s[0] < longest} <= set(spans)
 
