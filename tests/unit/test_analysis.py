@@ -480,6 +480,15 @@ def test_the_smallest_depth_cuts_take_the_planted_blocks(planted: Planted, half:
     assert torch.equal(analysis.tensors["cka"].nan_to_num(), half.tensors["cka"].nan_to_num())
 
 
+def test_cuts_that_cost_nothing_are_taken_without_a_supernet(planted: Planted) -> None:
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
+    for target, searched in ((0.8, False), (0.65, True)):
+        analysis = planted.analyze({"parameters": target}, only_depth, supernet_steps=4, supernet_sets=8)
+        assert bool(analysis.supernet) == searched
+        if not searched:
+            assert analysis.plan == planted.analyze({"parameters": target}, only_depth).plan
+
+
 def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     analysis = planted.analyze({"parameters": 0.65}, only_depth, trials=4, trial_steps=6)
