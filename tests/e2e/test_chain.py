@@ -158,9 +158,9 @@ def test_killed_runs_resume_to_the_same_weights(finished: Path) -> None:
     weights = "model/transformer/diffusion_pytorch_model.safetensors"
     wanted = load_file(finished / "out" / "small" / weights)
     kills = 0
-    for attempt in range(12):
+    for attempt in range(8):
         process = subprocess.Popen([*COMMAND, "compress", "small.yaml", "-o", "killed", "--until", "slice"], cwd=finished, env=ENVIRONMENT)
-        deadline = time.monotonic() + 5 + 1.5 * attempt
+        deadline = time.monotonic() + 5 + 2 * attempt
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is None:
