@@ -163,7 +163,11 @@ class Search:
     ) -> CompressionPlan:
         """The plan that meets the target at the least cost, hand-made edits kept as they are.
 
-        Given samples to learn from, the plans of least cost are tried and the one that learns best is taken.
+        Given samples to learn from, a supernet says which blocks go, the plans of least cost are tried, and the one
+        that comes to sample nearest to the teacher is taken.
+
+        Raises:
+            RecipeError: no target and no intervals by hand, or a target that no allowed mix of edits reaches.
         """
         self.budget = budget_of(self.source, target, dtype)
         options = self.options
@@ -201,7 +205,7 @@ class Search:
         net.train(teaching.taught[: self.settings.supernet_steps], supernet.picker(self.drop_errors, allowed, searched), self.progress)
         with net.judges(teaching.distance) as score:
             for n in searched:
-                first = [d for d in self._known_sets(n, cheapest[n]) if supernet.fits(d, spans, self.length)]
+                first = self._known_sets(n, cheapest[n])
                 draw = supernet.picker(self.drop_errors, allowed, [n], seed=1)
                 sets = max(1, self.settings.supernet_sets // len(searched))
                 ranked = supernet.search(score, n, first, draw, spans, self.length, sets, self.progress)
@@ -287,12 +291,16 @@ class Search:
         return self._rival_chains()
 
     def _known_sets(self, removed: int, cheapest: Sequence[Chain]) -> list[Dropped]:
-        """Sets of blocks that other rules would drop, the cheapest by output error first."""
+        """Sets of blocks that other rules would drop and the supernet can leave out, the cheapest by output error first.
+
+        Where there are none, the cheapest with its intervals' first blocks kept, which is always one.
+        """
         sets = [supernet.dropped_by({s: self.kept[s] for s in spans}) for _, spans in cheapest]
         for strategy in ("even", "block_influence", "laptop", "ppcl"):
             picked = self._picked(strategy, removed)
             sets += [supernet.dropped_by(picked)] if picked else []
-        return list(dict.fromkeys(sets))
+        fitting = [d for d in dict.fromkeys(sets) if supernet.fits(d, self.spans, self.length)]
+        return fitting or [supernet.dropped_by({s: s[0] for s in cheapest[0][1]})]
 
     def _distinct(self, chains: Sequence[Chain]) -> list[Chain]:
         """Chains that drop different blocks: of those that drop the same, the cheapest."""
