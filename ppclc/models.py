@@ -290,15 +290,10 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
         ModelError: weights truncated or corrupt; a tensor missing, extra, of a wrong shape, or not finite.
     """
     empty = empty_model(source.family, source.config, str(source.folder / "config.json"))
-    expected = {k: tuple(v.shape) for k, v in empty.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for file in source.weight_files():
-        try:
-            with safe_open(file, "pt") as handle:
-                found |= {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
-    _compare_tensors(source.folder, expected, found)
+        found |= stored_shapes(file)
+    compare_tensors(source.folder, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, found)
     model, info = model_class(source.family, source.config).from_pretrained(
         source.folder, torch_dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, local_files_only=True
     )
@@ -311,7 +306,17 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _compare_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of a safetensors file, from its header. Raises ModelError when the file is not whole."""
+    try:
+        with safe_open(file, "pt") as handle:
+            return {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
+
+
+def compare_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Nothing when names and shapes are those that the class wants. Raises ModelError naming the first that is not."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
         raise ModelError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that config.json calls for")

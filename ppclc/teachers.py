@@ -1,0 +1,306 @@
+"""Teachers that are run block by block: with all blocks in memory, or with one at a time read from its files.
+
+Both kinds take one path through the model, so that what they give is the same to the bit:
+
+1. The *skeleton*, the model with one stand-in for all of its blocks, makes the states that enter block 0.
+2. Blocks are run in order. All batches pass a block before the next is read.
+3. The skeleton, its stand-in now giving the last block's states, makes the velocity.
+
+Shape suffixes: B batch, S image token, T text token, D width, C channel.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppclc import flow
+from ppclc.errors import ModelError
+from ppclc.families import Family
+from ppclc.models import DTYPES, Source, block_state, blocks_of, empty_model, run_block
+from ppclc.samples import Sample
+from ppclc.weight_files import WeightFiles
+
+TEXT_INPUT = "text_input"
+ALIGNMENT = 64
+"""Bytes between the starts of tensors that share one allocation; PyTorch aligns its own alike."""
+
+States = dict[str, torch.Tensor]
+"""States (B, tokens, D) by stream; under `text_input` the modulated text state (B, T, D) where it was asked for."""
+
+
+@dataclass
+class Sweep:
+    """A chunk of batches on its way through the teacher.
+
+    `shared`: by batch, what all blocks get besides the streams. `states`: by state number, then by batch;
+    number i is the input of block i, `num_blocks` the output of the last. Entries may be deleted when they
+    are no longer needed.
+    """
+
+    shared: list[dict[str, Any]]
+    states: dict[int, list[States]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What enters block 0: states by stream, what all blocks share, and the time embedding (B, D)."""
+
+    states: States
+    shared: dict[str, Any]
+    temb: torch.Tensor
+
+
+class _EmbeddedError(Exception):
+    """Raised inside a skeleton's forward that has embedded its inputs."""
+
+
+class _Slot(nn.Module):
+    """The stand-in for all blocks of a skeleton: calls the function that it holds with what a block is given."""
+
+    function: Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]
+
+    def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        return self.function(kwargs)
+
+
+class Skeleton:
+    """A model without its blocks, sharing all other tensors with it.
+
+    Raises:
+        ModelError: a family with several groups of blocks.
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        if len(family.groups) != 1:
+            raise ModelError(f"{family.name}: models with several block groups cannot be run block by block yet")
+        self.group, self.time_embedding, self.slot = family.groups[0], family.time_embedding, _Slot()
+        # The model itself stays as it is: others may be running it.
+        memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        memo[id(model.get_submodule(self.group.path))] = nn.ModuleList([self.slot])
+        self.model = copy.deepcopy(model, memo)
+
+    @torch.no_grad()
+    def embed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Embedded:
+        """What enters block 0 in a forward with these arguments."""
+        seen: dict[str, Any] = {}
+
+        def record(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+            seen.update(given)
+            raise _EmbeddedError
+
+        temb: list[torch.Tensor] = []
+        hook = self.model.get_submodule(self.time_embedding).register_forward_hook(lambda *call: temb.append(call[2]))
+        self.slot.function = record
+        try:
+            self.model(*args, **kwargs)
+        except _EmbeddedError:
+            pass
+        finally:
+            hook.remove()
+        states = {stream: seen.pop(name) for stream, name in self.group.streams.items()}
+        return Embedded(states, seen, temb[0])
+
+    @torch.no_grad()
+    def finish(self, states: States, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The model's own output, from the last block's states and the arguments of the forward."""
+        self.slot.function = lambda _: tuple(states[stream] for stream in self.group.outputs)
+        return self.model(*args, **kwargs)
+
+
+class Teacher:
+    """A teacher that is run block by block, one thread at a time; what is common to both kinds.
+
+    It can be called like the model itself, with the model's arguments and result, wherever a model is
+    called and nothing else.
+    """
+
+    def __init__(self, family: Family, config: Mapping[str, Any], skeleton: Skeleton, dtype: torch.dtype) -> None:
+        self.family, self.config, self.dtype = family, config, dtype
+        self.num_blocks = family.num_blocks(config)
+        self._skeleton = skeleton
+
+    def sweep(self, samples: Sequence[Sample], stops: Collection[int], text_inputs: Collection[int] = ()) -> Iterator[tuple[int, Sweep]]:
+        """Each state number of `stops`, in rising order, with the sweep whose `states` hold it by then.
+
+        No block after the last stop is run. For stops that are in `text_inputs`, `text_input` is among the
+        states. A streamed teacher holds no block while it waits for its caller.
+
+        Raises:
+            ValueError: a state number that is not there, or a text input that is no stop.
+        """
+        last = self.num_blocks
+        if not set(stops) <= set(range(last + 1)) or not set(text_inputs) <= set(stops) - {last}:
+            raise ValueError(f"stops {sorted(stops)}, text_inputs {sorted(text_inputs)}: wanted stops in 0..{last}, text inputs among them")
+        embedded = [self._skeleton.embed((), self._inputs(sample)) for sample in samples]
+        sweep, tembs = Sweep(shared=[e.shared for e in embedded]), [e.temb for e in embedded]
+        current = [e.states for e in embedded]
+        del embedded  # else the first states would stay to the end
+        for number in range(max(stops, default=-1) + 1):
+            if number in stops:
+                kept = [dict(states) for states in current]
+                if number in text_inputs:
+                    self._add_text_inputs(number, kept, tembs)
+                sweep.states[number] = kept
+                del kept
+                self._release()
+                yield number, sweep
+            if number < max(stops):
+                self._run(number, current, sweep.shared)
+
+    def velocities(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        """The velocity (B, S, C) of every batch, as `flow.predict` gives it."""
+        if not samples:
+            return []
+        (_, sweep), *_ = self.sweep(samples, {self.num_blocks})
+        outputs = []
+        for sample, states in zip(samples, sweep.states.pop(self.num_blocks), strict=True):
+            velocity = self._skeleton.finish(states, (), self._inputs(sample))[0]
+            outputs.append(velocity[:, : sample[0].shape[1]].to(sample[0]))
+        return outputs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward gives, without gradients; a streamed teacher reads all of its blocks for it."""
+        embedded = self._skeleton.embed(args, kwargs)
+        current = [embedded.states]
+        for block in range(self.num_blocks):
+            self._run(block, current, [embedded.shared])
+        self._release()
+        return self._skeleton.finish(current[0], args, kwargs)
+
+    def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
+        """A block's tensors by name, copies that the caller may keep and change."""
+        raise NotImplementedError
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Every tensor of the teacher by its full name."""
+        raise NotImplementedError
+
+    def _block(self, block: int) -> nn.Module:
+        """A block, ready to run."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Give back the memory of the block that was run last, where it is held for that alone."""
+
+    def _inputs(self, sample: Sample) -> dict[str, Any]:
+        """Keyword arguments of forward for a sample."""
+        return flow.inputs_for(self, *sample) | {"return_dict": False}
+
+    @torch.no_grad()
+    def _run(self, block: int, current: list[States], shared: Sequence[Mapping[str, Any]]) -> None:
+        """Put every batch's states through a block, each in the place of its input."""
+        module = self._block(block)
+        for n in range(len(current)):
+            current[n] = run_block(module, self.family, current[n], shared[n])
+
+    @torch.no_grad()
+    def _add_text_inputs(self, block: int, states: list[States], tembs: Sequence[torch.Tensor]) -> None:
+        module = self._block(block)
+        for batch, temb in zip(states, tembs, strict=True):
+            batch[TEXT_INPUT] = self.family.text_input(module, batch["text"], temb)
+
+
+class ResidentTeacher(Teacher):
+    """A teacher with all of its blocks in memory: a model, whose tensors it shares."""
+
+    def __init__(self, model: Any, family: Family) -> None:
+        super().__init__(family, {"_class_name": type(model).__name__, **model.config}, Skeleton(model, family), model.dtype)
+        self.model, self._blocks = model, blocks_of(model, family)
+
+    def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
+        """As `Teacher.block_tensors`."""
+        return {name: tensor.clone() for name, tensor in block_state(self._blocks[block]).items()}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The model's own tensors by full name, no copies."""
+        state: dict[str, torch.Tensor] = self.model.state_dict()
+        return state
+
+    def _block(self, block: int) -> nn.Module:
+        return self._blocks[block]
+
+
+class StreamedTeacher(Teacher):
+    """A teacher that is never in memory as a whole: one block at a time is read from its files.
+
+    It takes the memory of one block and of one tensor more, and of all that is not in blocks.
+    `read_seconds` is the time that reading blocks has taken so far.
+
+    Raises:
+        ModelError: as `load_source`, by headers alone; blocks that are not of one shape; a family with several
+        groups of blocks. Values that are not finite are met when their block is read.
+    """
+
+    def __init__(self, source: Source, dtype: str, device: torch.device | str = "cpu") -> None:
+        self.device, self.read_seconds = torch.device(device), 0.0
+        self._files = WeightFiles(source, DTYPES[dtype], self.device)
+        model = empty_model(source.family, source.config, str(source.folder / "config.json")).eval().requires_grad_(False)
+        self._files.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+        super().__init__(source.family, source.config, Skeleton(model, source.family), DTYPES[dtype])
+        outside = self._skeleton.model
+        outside.load_state_dict({name: self._files[name] for name in outside.state_dict()}, strict=True, assign=True)
+        # One block stands for all in turn; the others, without memory, were wanted for their shapes alone.
+        self._module, *others = blocks_of(model, source.family)
+        self._empty = self._module.state_dict()
+        for number, other in enumerate(others, start=1):
+            if _shapes(other) != _shapes(self._module):
+                raise ModelError(f"{source.folder}: block {number} has other tensors than block 0: such models cannot be streamed")
+        for module in (outside, self._module):  # buffers that no file holds
+            module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
+        self._held: int | None = None
+        self._memory: dict[str, torch.Tensor] = {}
+
+    def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
+        """As `Teacher.block_tensors`, read anew."""
+        prefix = self._prefix(block)
+        return {name: self._files[prefix + name] for name in self._empty}
+
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Every tensor by its full name, read on each access: `items` and `values` read them all in turn."""
+        return self._files
+
+    def _prefix(self, block: int) -> str:
+        return f"{self.family.groups[0].path}.{block}."
+
+    def _block(self, block: int) -> nn.Module:
+        """The block, read into the memory of the one before."""
+        if self._held != block:
+            start = time.perf_counter()
+            if not self._memory:
+                self._memory = _one_allocation(self._empty, self.dtype, self.device)
+                self._module.load_state_dict(self._memory, strict=True, assign=True)
+            self._held = None  # a refusal midway leaves no block that could be taken for whole
+            for name, tensor in self._memory.items():
+                self._files.read(self._prefix(block) + name, tensor)
+            self._held = block
+            self.read_seconds += time.perf_counter() - start
+        return self._module
+
+    def _release(self) -> None:
+        self._held, self._memory = None, {}
+        self._module.load_state_dict(self._empty, strict=True, assign=True)
+
+    def _inputs(self, sample: Sample) -> dict[str, Any]:
+        return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in super()._inputs(sample).items()}
+
+
+def _shapes(block: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in block.state_dict().items()}
+
+
+def _one_allocation(like: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of these names and shapes in one piece of memory, which goes back to the system whole when they go."""
+    sizes = {name: math.ceil(tensor.numel() * dtype.itemsize / ALIGNMENT) * ALIGNMENT for name, tensor in like.items()}
+    pieces = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device).split(list(sizes.values()))
+    return {
+        name: piece[: tensor.numel() * dtype.itemsize].view(dtype).view(tensor.shape)
+        for (name, tensor), piece in zip(like.items(), pieces, strict=True)
+    }

@@ -1,0 +1,116 @@
+"""Weights where they lie: the tensors of a model's safetensors files, each read when it is asked for.
+
+Files are read, not mapped. Pages of a mapped file count as the process's own memory for as long as the
+mapping lives, so that a model larger than memory would seem, and under a limit be, as large as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ppclc.errors import ModelError
+from ppclc.models import Source, compare_tensors, stored_shapes
+
+STORED = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""Dtypes of the safetensors format that weights may have."""
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: its file, the byte at which it starts, and what it is."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightFiles(Mapping[str, torch.Tensor]):
+    """Every tensor of a model by its full name, in one dtype, on one device; each access reads a new copy.
+
+    Raises:
+        ModelError: a file is not whole, or holds another dtype than weights have. On access: values that
+        are not finite in the wanted dtype, or a file that became shorter.
+    """
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.folder, self.dtype, self.device = source.folder, dtype, device
+        self.places: dict[str, Place] = {}
+        for file in source.weight_files():
+            self.places |= _places(file)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name, torch.empty(self.places[name].shape, dtype=self.dtype, device=self.device))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
+        """Nothing when the headers hold just these names and shapes. Raises ModelError naming the first that is not so."""
+        compare_tensors(self.folder, expected, {name: place.shape for name, place in self.places.items()})
+
+    def read(self, name: str, out: torch.Tensor) -> torch.Tensor:
+        """`out`, contiguous and of the tensor's shape, with its values.
+
+        No other memory is taken where dtype and device are those of the file, else that of this one tensor.
+        """
+        place = self.places[name]
+        direct = out.dtype == place.dtype and out.device.type == "cpu"
+        stored = out if direct else torch.empty(place.shape, dtype=place.dtype)
+        _fill(stored, place)
+        if not direct:
+            out.copy_(stored)
+        # The extremes tell NaN and infinity alike, and take no memory of the tensor's size.
+        if out.numel() and not all(bool(torch.isfinite(v)) for v in torch.aminmax(out)):
+            raise ModelError(f"{place.file}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
+        return out
+
+
+def _fill(tensor: torch.Tensor, place: Place) -> None:
+    """Read a tensor's bytes into its memory."""
+    left: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    try:
+        with place.file.open("rb", buffering=0) as file:
+            file.seek(place.start)
+            while left:
+                count = file.readinto(left)  # the system reads 2 GiB at most in one go
+                if not count:
+                    raise ModelError(f"{place.file}: ends too early; fetch it again")
+                left = left[count:]
+    except OSError as error:
+        raise ModelError(f"{place.file}: cannot be read ({error}); fetch it again") from None
+
+
+def _places(file: Path) -> dict[str, Place]:
+    """Place of every tensor of a file.
+
+    Source: the format of safetensors, https://github.com/huggingface/safetensors#format: eight bytes that tell
+    the header's length, the header, and the data, in which offsets count from its own start.
+    """
+    shapes = stored_shapes(file)  # the library's own checks: a sound header, and offsets that fill the file
+    with file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(length))
+    places = {}
+    for name, shape in shapes.items():
+        kind, (first, last) = header[name]["dtype"], header[name]["data_offsets"]
+        if kind not in STORED:
+            raise ModelError(f"{file}: tensor {name} is stored as {kind}, wanted one of {', '.join(STORED)}")
+        assert last - first == math.prod(shape) * STORED[kind].itemsize
+        places[name] = Place(file, 8 + length + first, STORED[kind], shape)
+    return places
