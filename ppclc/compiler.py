@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
-from ppclc.families import Family
+from ppclc.families import Bank, Family
+from ppclc.ffn_refits import refitted_ffns
+from ppclc.local_edits import LocalEdit, Teaching, interval_edit, width_edits
 from ppclc.models import (
     Source,
+    build_student,
     check_teacher,
     count_parameters,
     load_model,
@@ -45,6 +48,7 @@ from ppclc.records import (
     CalibrationStats,
     Distilled,
     Export,
+    Job,
     Measured,
     Record,
     Stage,
@@ -58,6 +62,7 @@ from ppclc.records import (
 )
 from ppclc.samples import Samples, open_samples
 from ppclc.search import Lessons
+from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 
 PASSES = ("calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report")
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
@@ -72,7 +77,6 @@ class Run:
     out: Path
     display: Display
     source: Source
-    teacher: Any = None
     cache: Cache | None = None
     store: Store = field(init=False)
     stats: CalibrationStats | None = None
@@ -88,6 +92,23 @@ class Run:
 
     def __post_init__(self) -> None:
         self.store = Store(self.out)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The whole model, loaded once it is first needed."""
+        return load_source(self.source, self.recipe.model.dtype)
+
+    @cached_property
+    def by_blocks(self) -> Teacher:
+        """The teacher as distillation runs it; a streamed one is never in memory as a whole."""
+        if self.recipe.distill.teacher == "streamed":
+            return StreamedTeacher(self.source, self.recipe.model.dtype)
+        return ResidentTeacher(self.teacher, self.source.family)
+
+    @property
+    def called(self) -> Any:
+        """What can be called as the teacher is."""
+        return self.by_blocks if self.recipe.distill.teacher == "streamed" else self.teacher
 
 
 def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str = "report") -> Run:
@@ -137,8 +158,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
             f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; give another folder with -o"
         )
     cache, encoding = _cached(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
-    teacher = load_source(source, recipe.model.dtype)
-    run = Run(recipe, name, out, display, source, teacher, cache)
+    run = Run(recipe, name, out, display, source, cache)
+    _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():
         write_text(mark, f"{digest} {recipe.model.path}\n")
@@ -156,7 +177,7 @@ def _cached(found: Cache | Unencoded | None, records: Path, dtype: str, display:
 
 
 def _samples(run: Run, split: str) -> Samples:
-    samples = open_samples(run.recipe.calibrate.source, run.source, run.teacher, split, run.cache)
+    samples = open_samples(run.recipe.calibrate.source, run.source, run.called, split, run.cache)
     if samples.cache and samples.cache.shares_rows and split == "choose":
         run.display.say(
             f"warning: {samples.cache.rows} samples are too few to be kept apart (wanted {FEW}): calibration, training and judging share all of them"
@@ -219,45 +240,55 @@ def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
 
 
 def distill(run: Run, progress: Callable[[float, str], None]) -> None:
-    """One record an interval, then the fine-tune of the whole."""
-    stats, plan, settings = _made(run.stats), _made(run.plan), run.recipe.distill
-    samples, family, ridge = _samples(run, "train"), run.source.family, run.recipe.analyze.ridge
-    bank: dict[str, dict[str, Any]] = dict(closed_form_bank(stats, ridge, plan, family.text_key))
-    total = settings.steps * len(plan.intervals) + settings.finetune_steps
-    done = 0
+    """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole."""
+    stats, plan, settings, ridge = _made(run.stats), _made(run.plan), run.recipe.distill, run.recipe.analyze.ridge
+    samples, family, teacher = _samples(run, "train"), run.source.family, run.by_blocks
+    teaching = Teaching(family, run.source.config, teacher.block_tensors)
+    bank: dict[str, Any] = dict(closed_form_bank(stats, ridge, plan, family.text_key))
+    total = max(1, settings.steps + settings.width_steps + settings.finetune_steps)
+
+    def part(before: int, steps: int, name: str) -> Callable[[float, str], None]:
+        return lambda share, note: progress((before + share * steps) / total, f"{name}: {note}")
+
     run.edits = []
+    intervals = list(plan.intervals)
+    starts = {i: _made(run.analysis).starts.get(i.key, i.first) for i in intervals}
+    edits = [interval_edit(teaching, plan, i, partial(teacher.block_tensors, starts[i]), settings.weights) for i in intervals]
+    jobs = [
+        Job(e.key, distill_pass.VERSION, settings.local() | {"source": samples.identity, "start": starts[i]}, (_base(run),))
+        for e, i in zip(edits, intervals, strict=True)
+    ]
+    bank |= _train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
+    under = {e.edit: e for e in run.edits}
+    bank |= refitted_ffns(teacher, teaching, plan, bank, distill_pass.refit_samples(samples, settings), ridge)
+    widths = width_edits(teaching, plan, bank, settings.weights)
+    width = [settings.local(width=True) | {"source": samples.identity}, ridge, stats.digest]
+    jobs = [Job(e.key, distill_pass.VERSION, width, (_base(run), *(under[k] for k in e.stands_on))) for e in widths]
+    bank |= _train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"))
+    steps = 0 if plan.is_empty else settings.finetune_steps
+    told = settings.model_copy(update={"finetune_steps": steps})
+    report = part(settings.steps + settings.width_steps, settings.finetune_steps, "fine-tune")
 
-    def part(steps: int, name: str) -> Callable[[float, str], None]:
-        start = done
-        return lambda share, note: progress((start + share * steps) / max(total, 1), f"{name} {note}")
+    def whole(work: Path) -> Distilled:
+        student = build_student(family, run.source.config, plan, teacher.tensors(), bank)
+        return distill_pass.finetune(teacher, student, samples, told, report, work, run.out / "curves")
 
-    for interval in plan.intervals:
-        report = part(settings.steps, interval.key)
-        start = _made(run.analysis).starts.get(interval.key, interval.first)
-        edit = run.store.make(
-            Distilled,
-            interval.key,
-            distill_pass.VERSION,
-            settings.local() | {"source": samples.identity, "start": start},
-            (_base(run),),
-            partial(distill_pass.distill_interval, run.teacher, family, interval, start, samples, settings, report),
-            stage="distill",
-        )
-        bank[interval.key] = edit.tensors
-        run.edits.append(edit)
-        done += settings.steps
-    report = part(settings.finetune_steps, "fine-tune")
-    run.edits.append(
-        run.store.make(
-            Distilled,
-            "finetune",
-            distill_pass.VERSION,
-            [settings.joint() | {"source": samples.identity}, plan.model_dump(), ridge],
-            (_base(run), stats, *run.edits),
-            partial(distill_pass.finetune, run.teacher, plan, bank, samples, settings, report),
-            stage="distill",
-        )
-    )
+    what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
+    inputs = (_base(run), stats, *run.edits)
+    run.edits.append(run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill"))
+
+
+def _train_edits(run: Run, edits: list[LocalEdit], jobs: list[Job], steps: int, progress: Callable[[float, str], None]) -> Bank:
+    """The records of some edits, those that are not there trained beside each other; their tensors by key."""
+    settings, samples = run.recipe.distill, _samples(run, "train")
+
+    def build(left: list[int], works: list[Path]) -> list[Distilled]:
+        chosen = [edits[i] for i in left]
+        return distill_pass.distill_edits(run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves")
+
+    made = run.store.make_all(Distilled, jobs, build, "distill") if edits else []
+    run.edits += made
+    return {e.edit: e.tensors for e in made}
 
 
 def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:

@@ -371,11 +371,32 @@ def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> A
         PlanError: a plan of another model, or one that needs what the bank lacks.
     """
     config = {"_class_name": type(model).__name__, **model.config}
-    family = families.of_config(config, "model")
+    return build_student(families.of_config(config, "model"), config, plan, model.state_dict(), bank or {})
+
+
+def build_student(family: Family, config: Mapping[str, Any], plan: CompressionPlan, teacher: Mapping[str, torch.Tensor], bank: Bank) -> Any:
+    """As `apply_plan`, from a teacher's configuration and its tensors by name, of which only those that stay are read."""
     student = empty_model(family, student_config(family, config, plan))
-    teacher = model.state_dict()
-    state = {n: family.student_tensor(n, plan, teacher, bank or {}) for n in student.state_dict()}
-    return _fill(student, state, next(model.parameters()))
+    state = {n: family.student_tensor(n, plan, teacher, bank) for n in student.state_dict()}
+    return _fill(student, state, teacher[next(iter(teacher))])
+
+
+def student_block(
+    family: Family, config: Mapping[str, Any], plan: CompressionPlan, block: int, tensors: Mapping[str, torch.Tensor], bank: Bank
+) -> nn.Module:
+    """One kept block of a plan's student, alone, its tensors copies. `tensors`: the teacher's of that block, by full name.
+
+    Raises:
+        PlanError: a plan of another model, or one that needs what the bank lacks.
+    """
+    student = empty_model(family, student_config(family, config, plan))
+    number = plan.student_block(block)
+    module, prefix = blocks_of(student, family)[number], f"{family.groups[0].path}.{number}."
+    state = {n: family.student_tensor(prefix + n, plan, tensors, bank) for n in module.state_dict()}
+    like = next(iter(tensors.values()))
+    copies = {n: t.detach().to(like.device, like.dtype, copy=True).contiguous() for n, t in state.items()}
+    module.load_state_dict(copies, strict=True, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def rebuild_student(model: Any, plan: CompressionPlan, state: Mapping[str, torch.Tensor]) -> Any:

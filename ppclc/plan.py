@@ -175,6 +175,10 @@ class CompressionPlan(BaseModel):
         """The interval that starts at this kept block, if one does."""
         return next((i for i in self.intervals if i.first == block), None)
 
+    def interval_key(self, interval: Interval) -> str:
+        """Name in the bank of an interval's block."""
+        return interval.key
+
     def ffn_key(self, block: int, stream: str) -> str:
         """Name in the bank of a linear feed-forward network: its block, or both ends of the interval that starts there."""
         span = self.interval_at(block)

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -311,12 +311,19 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _settle(file: Path) -> None:
+    """Have a file's content on the disk before its name is: a name may outlive a loss of power that the content does not."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.parent / f".{path.name}.draft"
         draft.write_text(text, "utf-8")
+        _settle(draft)
         os.replace(draft, path)
 
 
@@ -327,6 +334,7 @@ def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] 
     with disk_errors(path):
         draft = path.parent / f".{path.name}.draft"
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, draft, metadata=metadata)
+        _settle(draft)
         os.replace(draft, path)
 
 
@@ -348,6 +356,16 @@ def read_record(kind: type[R], folder: Path) -> R:
         return record.model_copy(update={"tensors": load_file(tensors)}) if tensors.exists() else record
     except (OSError, ValueError, SafetensorError) as error:
         raise OutputError(f"{folder}: no readable {kind.__name__} record ({error}); remove the folder and run again") from None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a record is made from: its name, the version of what makes it, settings, and the records that go in."""
+
+    name: str
+    version: int
+    settings: Any
+    inputs: tuple[Record, ...]
 
 
 @dataclass
@@ -381,25 +399,52 @@ class Store:
 
         `build` is given a work folder, kept until the record is whole: a place for checkpoints.
         """
-        digest = self.digest(name, version, settings, *inputs)
-        folder = self.folder(name, digest)
-        stage = stage or name
-        if (folder / "record.json").exists():
-            record = read_record(kind, folder)
-            if valid(record):
-                past = Stage.model_validate_json((folder / "stage.json").read_text("utf-8"))
-                self._remember(past.model_copy(update={"reused": True, "name": stage}))
-                return record
-        work = self.out / "records" / f".{name}-{digest}.work"
-        with disk_errors(folder):
-            work.mkdir(parents=True, exist_ok=True)
+        job = Job(name, version, settings, inputs)
+        return self.make_all(kind, [job], lambda _, works: [build(works[0])], stage or name, valid)[0]
+
+    def make_all(
+        self,
+        kind: type[R],
+        jobs: Sequence[Job],
+        build: Callable[[list[int], list[Path]], list[R]],
+        stage: str,
+        valid: Callable[[R], bool] = lambda _: True,
+    ) -> list[R]:
+        """Records that are made together: those that are there (and `valid`) are read, the others built in one go.
+
+        `build` is given the numbers of the jobs that are left and a work folder for each. Its cost is shared out evenly.
+        """
+        digests = [self.digest(j.name, j.version, j.settings, *j.inputs) for j in jobs]
+        folders = [self.folder(j.name, d) for j, d in zip(jobs, digests, strict=True)]
+        found = {i: record for i, folder in enumerate(folders) if (record := self._found(kind, folder, valid, stage))}
+        left = [i for i in range(len(jobs)) if i not in found]
+        if not left:
+            return [found[i] for i in range(len(jobs))]
+        works = [self.out / "records" / f".{jobs[i].name}-{digests[i]}.work" for i in left]
+        for work in works:
+            with disk_errors(work):
+                work.mkdir(parents=True, exist_ok=True)
         with measured(stage) as cost:
-            record = build(work).model_copy(update={"digest": digest})
-        with whole_folder(folder) as draft:
-            write_record(record, draft)
-            (draft / "stage.json").write_text(cost[0].model_dump_json(), "utf-8")
-        shutil.rmtree(work, ignore_errors=True)
+            built = build(left, works)
+        for i, work, record in zip(left, works, built, strict=True):
+            found[i] = record.model_copy(update={"digest": digests[i]})
+            part = cost[0].model_copy(update={"seconds": cost[0].seconds / len(left)})
+            with whole_folder(folders[i]) as draft:
+                write_record(found[i], draft)
+                (draft / "stage.json").write_text(part.model_dump_json(), "utf-8")
+            shutil.rmtree(work, ignore_errors=True)
         self._remember(cost[0])
+        return [found[i] for i in range(len(jobs))]
+
+    def _found(self, kind: type[R], folder: Path, valid: Callable[[R], bool], stage: str) -> R | None:
+        """The record that lies in a folder, if it does and is valid."""
+        if not (folder / "record.json").exists():
+            return None
+        record = read_record(kind, folder)
+        if not valid(record):
+            return None
+        past = Stage.model_validate_json((folder / "stage.json").read_text("utf-8"))
+        self._remember(past.model_copy(update={"reused": True, "name": stage}))
         return record
 
     def _remember(self, stage: Stage) -> None:

@@ -10,7 +10,7 @@ Shape suffixes: B batch, S token, C channel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,8 @@ TRAJECTORY_STEPS = 10
 class Samples:
     """A source of (x_t (B, S, C), timestep (B,), conditioning), drawn from a generator that is its only state.
 
-    `rows` are those of the cache that the split may use.
+    `rows` are those of the cache that the split may use. `shift` moves timesteps towards noise above 1: `t` becomes
+    `s t / (1 + (s - 1) t)`. Source: arXiv 2403.03206, section 5.3.2.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Samples:
     split: str
     cache: Cache | None = None
     rows: tuple[int, ...] = ()
+    shift: float = 1.0
 
     @property
     def identity(self) -> str:
@@ -47,15 +49,23 @@ class Samples:
 
     def draw(self, count: int, generator: torch.Generator) -> Sample:
         """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included."""
+        return self.draw_with_target(count, generator)[0]
+
+    def draw_with_target(self, count: int, generator: torch.Generator) -> tuple[Sample, torch.Tensor | None]:
+        """The next `count` samples, and the velocity (B, S, C) that leads from their data to their noise, None without data."""
         if self.kind == "noise":
             noise, example = self._random(count, generator)
-            return noise, self._timesteps(count, generator), example
+            return (noise, self._timesteps(count, generator), example), None
         latents, conditioning = self._clean(count, generator)
         noise = torch.randn(latents.shape, generator=generator)
         if self.kind == "images" or (self.kind == "cached" and self.cache and self.cache.has_latents):
             t = self._timesteps(count, generator)
-            return flow.interpolate(latents, noise, t), t, conditioning
-        return self._trajectory(noise, conditioning, generator)
+            return (flow.interpolate(latents, noise, t), t, conditioning), noise - latents
+        return self._trajectory(noise, conditioning, generator), None
+
+    def shifted(self, shift: float) -> Samples:
+        """The same source with its timesteps moved."""
+        return replace(self, shift=shift)
 
     def starts(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
         """Where the sampler starts: noise (B, S, C) and the next `count` conditionings."""
@@ -92,6 +102,7 @@ class Samples:
     def _timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(count, generator=generator)
         spread = (order + torch.rand(count, generator=generator)) / count
+        spread = self.shift * spread / (1 + (self.shift - 1) * spread)
         # The sampler starts at exactly 1, where no data is left: one sample in sixteen stands there.
         return torch.where(torch.rand(count, generator=generator) < 1 / 16, torch.ones(()), spread)
 

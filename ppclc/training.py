@@ -1,109 +1,236 @@
-"""The training loop that distillation and the trials of the analysis share, with checkpoints as safetensors.
+"""How a module is trained, whatever it learns: optimizer, schedule, average, precision, and checkpoints that hold all of it.
 
-A stopped run goes on from its checkpoint to the same bits.
+Weights, optimizer state, the average, the step number and the state of the generator that batches are drawn
+from are the whole of a training: one that was stopped goes on from its checkpoint to the same bits.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import safe_open
 from torch import nn
 
+from ppclc.batches import Feed
+from ppclc.curves import Curve
+from ppclc.errors import UnavailableError
+from ppclc.interrupts import noted_interrupts
 from ppclc.records import write_tensors
 
 Progress = Callable[[float, str], None]
-WARMUP = 20
+Terms = Mapping[str, torch.Tensor]
+"""A loss by its weighted terms, which add up to it."""
+CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 10
+BETAS = (0.9, 0.95)
+"""Source: arXiv 2511.16156, training set-up; weight decay as well."""
 
 
-@dataclass
-class Training:
-    """AdamW on a module under a warm-up and a cosine to zero, with checkpoints that hold all of its state.
+class TrainingSettings(BaseModel):
+    """The keys of a recipe that say how gradient steps are made.
 
-    `prepare` draws a batch and runs the teacher on it, one batch ahead of the student and in a thread of
-    its own. The generator that it is given is the only source of chance, so weights, optimizer state, its
-    state and the step number are the whole of a run, whatever the timing.
+    accumulate: batches a step. schedule: `cosine` to zero or `constant`, after `warmup` steps. optimizer:
+    `adamw8bit` needs bitsandbytes. ema: decay of an average of the weights, which is then what is kept;
+    0 for none. precision: of products in the forward; weights and sums stay in float32. `auto` is the
+    model's own dtype. clip: largest norm of the gradient.
     """
 
-    module: nn.Module
-    prepare: Callable[[torch.Generator], Any]
-    loss: Callable[[Any], torch.Tensor]
-    steps: int
-    learning_rate: float
-    checkpoint_every: int
-    seed: int
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Annotated[int, Field(ge=1)] = 20
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.02
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
 
-    def run(self, work: Path, progress: Progress) -> list[tuple[int, float]]:
-        """Train to the end, from the checkpoint in `work` if there is one; the mean loss of every ten steps."""
-        parameters = dict(self.module.named_parameters())
-        optimizer = torch.optim.AdamW(parameters.values(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.02, fused=True)
-        generator = torch.Generator().manual_seed(self.seed)
-        losses = _restore(work / "checkpoint.safetensors", parameters, optimizer, generator)
-        for step, (batch, state) in enumerate(self._batches(generator, self.steps - len(losses)), start=len(losses)):
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * self.rate(step)
-            loss = self.loss(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            progress((step + 1) / self.steps, f"loss {loss.item():.4g}")
-            if (step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps:
-                _checkpoint(work / "checkpoint.safetensors", parameters, optimizer, state, losses)
-        windows = [losses[i : i + LOG_EVERY] for i in range(0, len(losses), LOG_EVERY)]
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate at a step, as a share of its peak."""
+        warm = (step + 1) / self.warmup
+        return min(warm, 1.0 if self.schedule == "constant" else 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+class Trainer:
+    """A module with all that its next step depends on. Its trainable parameters are those that require a gradient.
+
+    losses: of every step so far. Parameters in half precision are raised to float32, which small steps need.
+    """
+
+    def __init__(self, module: nn.Module, steps: int, learning_rate: float, settings: TrainingSettings) -> None:
+        self.dtype = next(module.parameters()).dtype
+        self.module = module.float()
+        self.steps, self.learning_rate, self.settings = steps, learning_rate, settings
+        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.optimizer = _optimizer(self.parameters.values(), settings)
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if settings.ema else {}
+        self.losses: list[float] = []
+        self.clip: Callable[[], Any] = lambda: nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return self.learning_rate * self.settings.rate(len(self.losses), self.steps)
+
+    def step(self, losses: Iterable[Callable[[nn.Module], Terms]]) -> dict[str, float]:
+        """One step on the mean of some losses, each on a batch of its own; the mean of each term."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        self.optimizer.zero_grad()
+        told: dict[str, float] = {}
+        parts = list(losses)
+        for part in parts:
+            with self.autocast():
+                terms = part(self.module)
+            torch.stack([t / len(parts) for t in terms.values()]).sum().backward()
+            for name, term in terms.items():
+                told[name] = told.get(name, 0.0) + term.item() / len(parts)
+        self.clip()
+        self.optimizer.step()
+        self._follow()
+        self.losses.append(sum(told.values()))
+        return told
+
+    def autocast(self) -> torch.autocast:
+        """The precision that products of the forward are made in."""
+        wanted = {"auto": self.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.settings.precision]
+        device = next(iter(self.module.parameters())).device.type
+        return torch.autocast(device, torch.bfloat16 if wanted == torch.float32 else wanted, enabled=wanted != torch.float32)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average towards the weights. Its decay rises with the steps, so that the start is soon forgotten."""
+        decay = min(self.settings.ema, (1 + len(self.losses)) / (10 + len(self.losses)))
+        for name, value in self.average.items():
+            value.lerp_(self.parameters[name], 1 - decay)
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """All tensors of the module as they are kept, in its own dtype: the average where there is one."""
+        state = self.module.state_dict() | self.average
+        return {k: v.detach().to(self.dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in state.items()}
+
+    def window_losses(self) -> list[tuple[int, float]]:
+        """The mean loss of every ten steps, with the last one's number."""
+        windows = [self.losses[i : i + LOG_EVERY] for i in range(0, len(self.losses), LOG_EVERY)]
         return [(i * LOG_EVERY + len(w), sum(w) / len(w)) for i, w in enumerate(windows)]
 
-    def _batches(self, generator: torch.Generator, count: int) -> Iterator[tuple[Any, torch.Tensor]]:
-        """`count` batches, each with the generator's state once it was drawn; the next is made while one is used."""
+    def save(self, path: Path, generator_state: torch.Tensor) -> None:
+        """Write everything, whole or not at all; `generator_state` is that after the last batch that was used."""
+        tensors, numbers = {"generator": generator_state}, {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.data
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"state.{key}.{name}"] = value
+                else:
+                    numbers[f"{key}.{name}"] = value
+        tensors |= {f"average.{n}": v for n, v in self.average.items()}
+        write_tensors(path, tensors, {"losses": json.dumps(self.losses), "numbers": json.dumps(numbers)})
 
-        def make() -> tuple[Any, torch.Tensor]:
-            return self.prepare(generator), generator.get_state()
+    def load(self, path: Path) -> torch.Tensor | None:
+        """Go on from a checkpoint; the generator's state, None where there is no checkpoint."""
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            self.losses = json.loads(metadata["losses"])
+            numbers: dict[str, Any] = json.loads(metadata["numbers"])
+            held = list(file.keys())
+            for name, parameter in self.parameters.items():
+                parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                state = {_key(k, "state.", name): _like(file.get_tensor(k), parameter) for k in held if _is_of(k, "state.", name)}
+                state |= {_key(k, "", name): v for k, v in numbers.items() if _is_of(k, "", name)}
+                if state:  # parameters that nothing reads get no gradient, and have no state
+                    self.optimizer.state[parameter] = state
+            for name, value in self.average.items():
+                value.copy_(file.get_tensor(f"average.{name}"))
+            generator_: torch.Tensor = file.get_tensor("generator")
+        return generator_
 
-        with ThreadPoolExecutor(1) as pool:
-            upcoming = pool.submit(make) if count > 0 else None
-            for left in range(count - 1, -1, -1):
-                assert upcoming is not None
-                ready = upcoming.result()
-                upcoming = pool.submit(make) if left else None
-                yield ready
 
-    def rate(self, step: int) -> float:
-        """Learning rate at a step, as a share of its peak."""
-        return min((step + 1) / WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / self.steps))
-
-
-def _checkpoint(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: torch.Tensor, losses: list[float]
+def train(
+    trainer: Trainer,
+    feed: Feed,
+    loss: Callable[[nn.Module, Any], Terms],
+    seed: int,
+    every: int,
+    work: Path,
+    progress: Progress,
+    curve: Callable[[int], Curve] | None = None,
 ) -> None:
-    tensors: dict[str, torch.Tensor] = {"generator": state}
-    for name, parameter in parameters.items():
-        tensors[f"weight.{name}"] = parameter.data
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value
-    write_tensors(path, tensors, {"losses": json.dumps(losses)})
+    """Train to the end, from the checkpoint in `work` if there is one; one more is left there every so many steps.
+
+    The first SIGINT or SIGTERM ends it after the step that is under way, with a checkpoint.
+
+    Raises:
+        KeyboardInterrupt: a stop was asked for.
+    """
+    path, generator = work / CHECKPOINT, torch.Generator().manual_seed(seed)
+    state = trainer.load(path)
+    if state is not None:
+        generator.set_state(state)
+    drawn_curve = curve(len(trainer.losses)) if curve else None
+    with closing(drawn_curve) if drawn_curve else nullcontext(), noted_interrupts() as interrupt:
+        for chunk in feed.chunks(generator, trainer.steps - len(trainer.losses)):
+            for step in chunk:
+                rate = trainer.rate
+                terms = trainer.step([partial(_loss_on, loss, batch) for batch in step.batches])
+                done = len(trainer.losses)
+                if drawn_curve:
+                    drawn_curve.add(done, terms, rate)
+                if done < trainer.steps and (done % every == 0 or interrupt.asked):
+                    trainer.save(path, step.state)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+                progress(done / trainer.steps, f"loss {trainer.losses[-1]:.4g}")
 
 
-def _restore(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> list[float]:
+def _loss_on(loss: Callable[[nn.Module, Any], Terms], batch: Any, module: nn.Module) -> Terms:
+    return loss(module, batch)
+
+
+def steps_done(path: Path) -> int:
+    """Steps that a checkpoint has behind it, 0 where there is none."""
     if not path.exists():
-        return []
+        return 0
     with safe_open(path, "pt") as file:
-        generator.set_state(file.get_tensor("generator"))
-        held = set(file.keys())  # parameters that nothing reads get no gradient, and have no state
-        for name, parameter in parameters.items():
-            parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-            if f"step.{name}" in held:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}").clone() for key in keys}
-        losses: list[float] = json.loads(file.metadata()["losses"])
-    return losses
+        return len(json.loads(file.metadata()["losses"]))
+
+
+def generator_state(path: Path) -> torch.Tensor:
+    """The generator's state that a checkpoint holds."""
+    with safe_open(path, "pt") as file:
+        state: torch.Tensor = file.get_tensor("generator")
+    return state
+
+
+def _is_of(key: str, prefix: str, name: str) -> bool:
+    return key.startswith(prefix) and key.endswith(f".{name}") and "." not in _key(key, prefix, name)
+
+
+def _key(key: str, prefix: str, name: str) -> str:
+    return key[len(prefix) : -len(name) - 1]
+
+
+def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
+    """AdamW in float32 or with 8-bit moments. Raises UnavailableError when its library is not there."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, weight_decay=settings.weight_decay, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise UnavailableError("distill.optimizer = 'adamw8bit': pip install bitsandbytes, or take adamw") from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters), lr=0.0, betas=BETAS, weight_decay=settings.weight_decay)
+    return optimizer

@@ -84,6 +84,8 @@ class Family:
     example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length.
     lowered: a model made ready for torch.export. ffn_inputs: by stream, the module within a block whose
     input is the state after the attention residual; a stream that is not there takes no ffn edit.
+    ffn_modules: by stream, the module of a student's block that is the linear map in the network's place.
+    text_modules: the maps of a student's block whose text stream is gone, that of keys and values first.
     text_tensors: the inputs of forward that stand for a prompt, without masks. grid_inputs: what
     forward takes besides, by batch, image grid in tokens and text length. encoders: the way from
     prompts and images to tensors, None where there is none yet.
@@ -102,6 +104,8 @@ class Family:
     lowered: Callable[[Any], Lowered]
     tiny_config: Mapping[str, Any]
     ffn_inputs: Mapping[str, str] = field(default_factory=dict)
+    ffn_modules: Mapping[str, str] = field(default_factory=dict)
+    text_modules: tuple[str, ...] = ()
     text_tensors: tuple[str, ...] = ("encoder_hidden_states",)
     grid_inputs: Callable[[int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None

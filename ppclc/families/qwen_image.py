@@ -6,7 +6,7 @@ Shape suffixes: B batch, S image token, T text token, D width, C channel, P rota
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,13 +79,29 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
     if (module := part.split(".")[0]) in FFN_MAPS:
         return _from_bank(bank, plan.ffn_key(block, FFN_MAPS[module]))[part.removeprefix(f"{module}.")]  # type: ignore[no-any-return]
     interval = plan.interval_at(block)
-    source = bank.get(interval.key) if interval else None
+    source = bank.get(plan.interval_key(interval)) if interval else None
     if source is None:
         prefix = f"{BLOCKS.path}.{block}."
-        source = {k[len(prefix) :]: v for k, v in teacher.items() if k.startswith(prefix)}
+        source = _Prefixed(teacher, prefix)
     if part.startswith(("img_mod.", "txt_mod.")):
         return _modulation(part, plan, source, bank, block)
     return source[part]  # type: ignore[no-any-return]
+
+
+class _Prefixed(Mapping[str, Any]):
+    """The tensors whose names begin so, by the rest of their names; read when they are asked for, as they may lie on disk."""
+
+    def __init__(self, tensors: Tensors, prefix: str) -> None:
+        self.tensors, self.prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (k[len(self.prefix) :] for k in self.tensors if k.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def text_key(plan: CompressionPlan, block: int) -> str:
@@ -308,6 +324,8 @@ PLUGIN = Family(
         "axes_dims_rope": (4, 6, 6),
     },
     ffn_inputs={"image": "img_norm2", "text": "txt_norm2"},
+    ffn_modules={stream: module for module, stream in FFN_MAPS.items()},
+    text_modules=("text_in", "text_out"),
     grid_inputs=grid_inputs,
     encoders=Encoders(
         pipeline_class="QwenImagePipeline",

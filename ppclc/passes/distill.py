@@ -1,122 +1,166 @@
-"""distill: one student block an interval, each on its own; then everything together on the teacher's velocity.
+"""distill: every edit on its own, from the teacher's states; then everything together, on the teacher's velocity and on data.
 
-Non-sequential (arXiv 2511.16156, equations 6 and 7): interval [u, v] learns from the teacher's own
-input of block u and output of block v, whatever other intervals do. One record an edit, so that a
-distilled interval serves every plan that contains it.
-
-Shape suffixes: B batch, T token, D width.
+The local phase is `ppclc.local_phase`, what each edit learns in it `ppclc.local_edits`. One record an edit, so
+that a distilled edit serves every plan that contains it.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
 from ppclc import flow
-from ppclc.families import Bank, Family
-from ppclc.models import Trace, apply_plan, blocks_of, run_block, trace
-from ppclc.plan import CompressionPlan, Interval
+from ppclc.batches import Feed
+from ppclc.curves import Curve
+from ppclc.local_edits import LocalEdit, Weights
+from ppclc.local_phase import LocalPhase, LocalSettings
 from ppclc.records import Distilled
 from ppclc.samples import Sample, Samples
-from ppclc.training import Training
+from ppclc.teachers import StreamedTeacher, Teacher
+from ppclc.training import Progress, Terms, Trainer, TrainingSettings, train
 
-VERSION = 2
-Progress = Callable[[float, str], None]
+VERSION = 3
+REFIT_BATCHES = 16
+LOCAL_KEYS = {"learning_rate", "batch", "seed", *TrainingSettings.model_fields}
+JOINT_KEYS = {
+    *("finetune_steps", "finetune_learning_rate", "data_weight", "timestep_shift", "batch", "seed"),
+    *TrainingSettings.model_fields,
+}
+Lesson = tuple[Sample, torch.Tensor, torch.Tensor | None]
+"""A batch, the teacher's velocity on it, and that of the data, where there are data."""
 
 
-class DistillSettings(BaseModel):
+class DistillSettings(TrainingSettings):
     """Section `distill` of a recipe.
 
-    steps: local steps an interval. finetune_steps: joint steps on the teacher's velocity. Learning
-    rates peak after a short warm-up and follow a cosine to zero. magnitude: weight of the
-    magnitude term beside direction. checkpoint_every: steps between checkpoints.
+    steps: local steps of an interval; width_steps: of a text stream's or a feed-forward network's linear maps.
+    finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch. magnitude: weight of the
+    magnitude term beside direction; image_weight, text_weight: of the streams in the local phase; map_weight: of a
+    linear map's own error beside its block's. data_weight:
+    share of the flow-matching loss on data in the fine-tune, where data are given; the rest is the teacher's
+    velocity. timestep_shift: above 1 moves the fine-tune's timesteps towards noise. bank: which edits are
+    trained. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
+    checkpoint_every: steps between checkpoints.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     steps: Annotated[int, Field(ge=0)] = 150
+    width_steps: Annotated[int, Field(ge=0)] = 50
     finetune_steps: Annotated[int, Field(ge=0)] = 800
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     finetune_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch: Annotated[int, Field(ge=1)] = 64
     magnitude: Annotated[float, Field(ge=0)] = 0.1
+    image_weight: Annotated[float, Field(ge=0)] = 1.0
+    text_weight: Annotated[float, Field(ge=0)] = 1.0
+    map_weight: Annotated[float, Field(ge=0)] = 0.01
+    data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    timestep_shift: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
     bank: Literal["plan"] = "plan"
+    teacher: Literal["resident", "streamed"] = "resident"
+    chunk: Annotated[int, Field(ge=1)] = 64
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     seed: Annotated[int, Field(ge=0)] = 0
 
-    def local(self) -> dict[str, Any]:
+    @property
+    def weights(self) -> Weights:
+        """What the terms of a local loss count."""
+        return Weights(self.magnitude, self.image_weight, self.text_weight, self.map_weight)
+
+    def local(self, width: bool = False) -> dict[str, Any]:
         """The settings on which a local edit depends."""
-        return self.model_dump(include={"steps", "learning_rate", "batch", "magnitude", "seed"})
+        own = {"width_steps", "map_weight"} if width else {"steps"}
+        return self.model_dump(include={*own, "magnitude", "image_weight", "text_weight", *LOCAL_KEYS})
 
     def joint(self) -> dict[str, Any]:
         """The settings on which the fine-tune depends."""
-        return self.model_dump(include={"finetune_steps", "finetune_learning_rate", "batch", "seed"})
+        return self.model_dump(include=JOINT_KEYS)
+
+    @property
+    def together(self) -> int:
+        """Steps whose batches go through a streamed teacher in one sweep."""
+        return max(1, self.chunk // (self.batch * self.accumulate))
 
 
-def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens of `2 - 2 cos` plus `magnitude` times the squared relative error of the norm.
-
-    Source: arXiv 2511.16156, equation 6 (direction); the magnitude term is ours.
-    """
-    norm_s, norm_t = student_BTD.norm(dim=-1).clamp(min=1e-8), teacher_BTD.norm(dim=-1).clamp(min=1e-8)
-    cosine = (student_BTD * teacher_BTD).sum(-1) / (norm_s * norm_t)
-    loss = 2 - 2 * cosine + magnitude * (norm_s / norm_t - 1).square()
-    mean: torch.Tensor = loss.mean() if mask_BT is None else (loss * mask_BT).sum() / mask_BT.sum()
-    return mean
+def refit_samples(samples: Samples, settings: DistillSettings) -> list[Sample]:
+    """What linear networks of distilled blocks are fitted to: the same batches in every run."""
+    generator = torch.Generator().manual_seed(settings.seed + 2)
+    return [samples.draw(settings.batch, generator) for _ in range(REFIT_BATCHES)]
 
 
-def distill_interval(
-    model: Any, family: Family, interval: Interval, start: int, samples: Samples, settings: DistillSettings, progress: Progress, work: Path
-) -> Distilled:
-    """One block that stands for an interval, started from a copy of teacher block `start`.
-
-    Text counts as much as image, but not after the last block, where nothing reads it.
-    """
-    blocks = blocks_of(model, family)
-    student = copy.deepcopy(blocks[start]).requires_grad_(True).train()
-    streams = ["image"] if interval.last == len(blocks) - 1 else list(family.groups[0].streams)
-
-    def prepare(generator: torch.Generator) -> tuple[Trace, torch.Tensor | None]:
-        x, t, conditioning = samples.draw(settings.batch, generator)
-        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), last=interval.last)
-        return seen, conditioning.get("encoder_hidden_states_mask")
-
-    def loss(batch: tuple[Trace, torch.Tensor | None]) -> torch.Tensor:
-        seen, mask = batch
-        output = run_block(student, family, {s: v[interval.first] for s, v in seen.states.items()}, seen.shared)
-        terms = [state_loss(output[s], seen.states[s][-1], settings.magnitude, mask if s == "text" else None) for s in streams]
-        return torch.stack(terms).sum()
-
-    job = Training(student, prepare, loss, settings.steps, settings.learning_rate, settings.checkpoint_every, settings.seed)
-    losses = job.run(work, progress)
-    return Distilled(edit=interval.key, steps=settings.steps, losses=losses, tensors=_state(student))
+def distill_edits(
+    teacher: Teacher,
+    edits: Sequence[LocalEdit],
+    steps: int,
+    samples: Samples,
+    settings: DistillSettings,
+    progress: Progress,
+    works: Sequence[Path],
+    curves: Path | None = None,
+) -> list[Distilled]:
+    """A record for each edit, all taught on the same batches."""
+    local = LocalSettings(
+        steps, settings.batch, settings.learning_rate, settings.checkpoint_every, settings.seed, settings.together, settings
+    )
+    return LocalPhase(teacher, partial(_draw, samples, settings.batch), edits, works, local, progress, curves).run()
 
 
 def finetune(
-    model: Any, plan: CompressionPlan, bank: Bank, samples: Samples, settings: DistillSettings, progress: Progress, work: Path
+    teacher: Teacher,
+    student: Any,
+    samples: Samples,
+    settings: DistillSettings,
+    progress: Progress,
+    work: Path,
+    curves: Path | None = None,
 ) -> Distilled:
-    """The whole student, trained end to end on the teacher's velocity (mean squared error)."""
-    student = apply_plan(model, plan, bank).requires_grad_(True).train()
+    """The whole student, trained end to end on the teacher's velocity and, by `data_weight`, on that of the data. Mean squared errors."""
+    if settings.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    student.requires_grad_(True).train()
+    trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings)
+    streamed = isinstance(teacher, StreamedTeacher)
+    shifted = samples.shifted(settings.timestep_shift)
+    feed = Feed(
+        draw=partial(_draw_with_target, shifted, settings.batch),
+        ready=partial(_lessons, teacher),
+        accumulate=settings.accumulate,
+        together=settings.together if streamed else 1,
+        ahead=not streamed,
+    )
+    curve = partial(Curve, curves, "finetune") if curves and settings.finetune_steps else None
+    train(trainer, feed, partial(velocity_terms, settings.data_weight), settings.seed + 1, settings.checkpoint_every, work, progress, curve)
+    return Distilled(edit="finetune", steps=settings.finetune_steps, losses=trainer.window_losses(), tensors=trainer.trained())
 
-    @torch.no_grad()
-    def prepare(generator: torch.Generator) -> tuple[Sample, torch.Tensor]:
-        sample = samples.draw(settings.batch, generator)
-        return sample, flow.predict(model, *sample)
 
-    def loss(batch: tuple[Sample, torch.Tensor]) -> torch.Tensor:
-        sample, wanted = batch
-        return nn.functional.mse_loss(flow.predict(student, *sample), wanted)
+def velocity_terms(data_weight: float, student: nn.Module, lesson: Lesson) -> Terms:
+    """Mean squared distance from the teacher's velocity and from the data's, weighted."""
+    sample, wanted, data = lesson
+    velocity = flow.predict(student, *sample)
+    share = data_weight if data is not None else 0.0
+    terms = {}
+    if share < 1:
+        terms["velocity"] = (1 - share) * nn.functional.mse_loss(velocity, wanted)
+    if data is not None and share > 0:
+        terms["data"] = share * nn.functional.mse_loss(velocity, data)
+    return terms
 
-    steps = 0 if plan.is_empty else settings.finetune_steps
-    job = Training(student, prepare, loss, steps, settings.finetune_learning_rate, settings.checkpoint_every, settings.seed + 1)
-    losses = job.run(work, progress)
-    return Distilled(edit="finetune", steps=steps, losses=losses, tensors=_state(student))
+
+def _draw(samples: Samples, batch: int, generator: torch.Generator) -> Sample:
+    return samples.draw(batch, generator)
 
 
-def _state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v.detach().clone() for k, v in module.state_dict().items()}
+def _draw_with_target(samples: Samples, batch: int, generator: torch.Generator) -> tuple[Sample, torch.Tensor | None]:
+    return samples.draw_with_target(batch, generator)
+
+
+@torch.no_grad()
+def _lessons(teacher: Teacher, drawn: Sequence[tuple[Sample, torch.Tensor | None]]) -> list[Lesson]:
+    velocities = teacher.velocities([sample for sample, _ in drawn])
+    return [(sample, velocity, data) for (sample, data), velocity in zip(drawn, velocities, strict=True)]

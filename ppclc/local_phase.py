@@ -1,0 +1,188 @@
+"""The local phase: edits learn beside each other from one teacher, whose states serve all of them.
+
+Resident, a chunk of batches runs through the teacher while the edits learn from the chunk before. Streamed,
+blocks come and go, and so do edits: one is read from its checkpoint when the states that it learns from are
+there, and written back; in memory are one block, one edit, and the states of a chunk.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ppclc.batches import Drawn, Feed
+from ppclc.curves import Curve
+from ppclc.interrupts import noted_interrupts
+from ppclc.local_edits import BatchStates, LocalEdit
+from ppclc.models import cores
+from ppclc.records import Distilled
+from ppclc.samples import Sample
+from ppclc.teachers import StreamedTeacher, Sweep, Teacher
+from ppclc.training import CHECKPOINT, Progress, Terms, Trainer, TrainingSettings, generator_state, steps_done
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """steps: of every edit. batch: samples a batch. together: steps whose batches go through a streamed teacher in one sweep."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    every: int
+    seed: int
+    together: int
+    training: TrainingSettings
+
+
+@dataclass
+class LocalPhase:
+    """Edits that learn, each with a folder of its own for its checkpoints."""
+
+    teacher: Teacher
+    draw: Callable[[torch.Generator], Sample]
+    edits: Sequence[LocalEdit]
+    works: Sequence[Path]
+    settings: LocalSettings
+    progress: Progress
+    curves: Path | None = None
+    trainers: dict[str, Trainer] = field(default_factory=dict)
+    drawn_curves: dict[str, Curve] = field(default_factory=dict)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks and edits are in memory one at a time."""
+        return isinstance(self.teacher, StreamedTeacher)
+
+    def run(self) -> list[Distilled]:
+        """Every edit's record, from where its checkpoint left it. Raises KeyboardInterrupt when a stop was asked for."""
+        try:
+            return self._run()
+        finally:
+            for curve in self.drawn_curves.values():
+                curve.close()
+
+    def _run(self) -> list[Distilled]:
+        paths = {e.key: w / CHECKPOINT for e, w in zip(self.edits, self.works, strict=True)}
+        self.done = {e.key: steps_done(paths[e.key]) for e in self.edits}
+        self.paths = paths
+        steps, first = self.settings.steps, min(self.done.values(), default=0)
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        if first:
+            generator.set_state(generator_state(next(paths[k] for k, n in self.done.items() if n == first)))
+        if not self.streamed:  # before any thread starts: modules are made under a patch that all threads would meet
+            for edit in self.edits:
+                self._trainer(edit)
+        with noted_interrupts() as interrupt:
+            at = first
+            for chunk in self._feed().chunks(generator, steps - first):
+                self._learn(chunk, at)
+                at += len(chunk)
+                if not self.streamed and at < steps and (at % self.settings.every == 0 or interrupt.asked):
+                    self._save(chunk[-1].state, at)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
+                self.progress(at / steps, self._note())
+        return [self._finished(e) for e in self.edits]
+
+    def _feed(self) -> Feed:
+        together, count = (self.settings.together if self.streamed else 1), self.settings.training.accumulate
+        ready = list if self.streamed else self._sweep_whole
+        return Feed(self.draw, ready, count, together, ahead=not self.streamed)
+
+    @property
+    def _wanted(self) -> tuple[set[int], set[int]]:
+        return {s for e in self.edits for s in e.stops}, {b for e in self.edits for b in e.text_inputs}
+
+    def _sweep_whole(self, samples: Sequence[Sample]) -> list[BatchStates]:
+        """The states that any edit reads, of every batch."""
+        _, sweep = list(self.teacher.sweep(samples, *self._wanted))[-1]
+        return [batch_states(sweep, samples, n) for n in range(len(samples))]
+
+    def _learn(self, chunk: Sequence[Drawn], at: int) -> None:
+        if not self.streamed:
+            lanes = max(1, cores() // torch.get_num_threads()) if _on_cpu(chunk) else 1
+            with ThreadPoolExecutor(min(lanes, len(self.edits))) as pool:
+                for job in [pool.submit(self._teach, e, chunk, at) for e in self.edits]:
+                    job.result()
+            return
+        samples = [b for step in chunk for b in step.batches]
+        left = {e.key: e for e in self.edits}
+        for stop, sweep in self.teacher.sweep(samples, *self._wanted):
+            for edit in [e for e in left.values() if e.stops[-1] == stop]:
+                n = self.settings.training.accumulate
+                states = [batch_states(sweep, samples, i) for i in range(len(samples))]
+                self._teach(edit, [Drawn(states[i * n : (i + 1) * n], step.state) for i, step in enumerate(chunk)], at)
+                del left[edit.key], states
+                self._put_away(edit, chunk[-1].state)
+            for old in sweep.states.keys() - {s for e in left.values() for s in e.stops}:
+                del sweep.states[old]
+
+    def _teach(self, edit: LocalEdit, chunk: Sequence[Drawn], at: int) -> None:
+        """The steps of a chunk that the edit does not have behind it."""
+        if self.done[edit.key] >= at + len(chunk):
+            return
+        trainer = self._trainer(edit)
+        for step in chunk[max(0, len(trainer.losses) - at) :]:
+            rate = trainer.rate
+            terms = trainer.step([_loss_on(edit, batch) for batch in step.batches])
+            if edit.key in self.drawn_curves:
+                self.drawn_curves[edit.key].add(len(trainer.losses), terms, rate)
+        self.done[edit.key] = len(trainer.losses)
+
+    def _trainer(self, edit: LocalEdit) -> Trainer:
+        if edit.key not in self.trainers:
+            settings = self.settings
+            trainer = Trainer(edit.build().train(), settings.steps, settings.learning_rate, settings.training)
+            trainer.load(self.paths[edit.key])
+            if self.curves is not None:
+                self.drawn_curves[edit.key] = Curve(self.curves, edit.key, len(trainer.losses))
+            self.trainers[edit.key] = trainer
+        return self.trainers[edit.key]
+
+    def _put_away(self, edit: LocalEdit, state: torch.Tensor) -> None:
+        """Write an edit's checkpoint and let it go."""
+        trainer = self.trainers.pop(edit.key, None)
+        if trainer is not None:
+            trainer.save(self.paths[edit.key], state)
+            del trainer
+            gc.collect()
+        if edit.key in self.drawn_curves:
+            self.drawn_curves.pop(edit.key).close()
+
+    def _save(self, state: torch.Tensor, at: int) -> None:
+        for key, trainer in self.trainers.items():
+            if len(trainer.losses) == at:  # one that is further on has a checkpoint of its own
+                trainer.save(self.paths[key], state)
+
+    def _note(self) -> str:
+        losses = [t.losses[-1] for t in self.trainers.values() if t.losses]
+        return f"{len(self.edits)} edits, mean loss {sum(losses) / len(losses):.4g}" if losses else f"{len(self.edits)} edits"
+
+    def _finished(self, edit: LocalEdit) -> Distilled:
+        trainer = self._trainer(edit)
+        record = Distilled(
+            edit=edit.key, steps=self.settings.steps, losses=trainer.window_losses(), tensors=edit.tensors(trainer.trained())
+        )
+        del self.trainers[edit.key]
+        return record
+
+
+def batch_states(sweep: Sweep, samples: Sequence[Sample], n: int) -> BatchStates:
+    """What a sweep holds of batch n."""
+    states = {stop: found[n] for stop, found in sweep.states.items()}
+    return BatchStates(states, sweep.shared[n], samples[n][2].get("encoder_hidden_states_mask"))
+
+
+def _loss_on(edit: LocalEdit, batch: BatchStates) -> Callable[[nn.Module], Terms]:
+    return lambda module: edit.loss(module, batch)
+
+
+def _on_cpu(chunk: Sequence[Drawn]) -> bool:
+    states: Mapping[int, Mapping[str, torch.Tensor]] = chunk[0].batches[0].states
+    return all(t.device.type == "cpu" for s in states.values() for t in s.values())
