@@ -231,6 +231,6 @@ def _optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise UnavailableError("distill.optimizer = 'adamw8bit': pip install bitsandbytes, or take adamw") from None
+        raise UnavailableError("distill.optimizer = 'adamw8bit': pip install 'ppclc[adamw8bit]', or take adamw") from None
     optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters), lr=0.0, betas=BETAS, weight_decay=settings.weight_decay)
     return optimizer
