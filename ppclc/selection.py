@@ -181,11 +181,12 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
     for rank_cost, rank in options.ranks:
         saving = _Savings(options, budget, rank)
         for (removed, chains), (text_cost, k) in itertools.product(options.chains.items(), options.text_runs):
-            value = saving.base - removed * saving.block - saving.text(k)
             for n, (chain_cost, spans) in enumerate(chains):
                 text = options.text(k, spans)
                 if text is None:
                     continue
+                # Intervals made by hand stand under 0, whatever they remove.
+                value = saving.base - sum(v - u for u, v in spans) * saving.block - saving.text(k)
                 for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY):
                     yield Mix(round(chain_cost + text_cost + rank_cost + cost, 9), removed, n, rank, k, ffns)
 

@@ -748,9 +748,15 @@ def test_edits_made_by_hand_are_kept(planted: Planted, half: Analysis) -> None:
     assert planted.select(0.9, by_hand) == plan  # though less would do
     assert even_plan(planted.source, TargetSettings(), PlanSettings(**by_hand), "float32") == plan
     with pytest.raises(RecipeError, match="cannot be reached"):
-        planted.select(0.3, by_hand)
+        planted.select(0.3, by_hand | {"ffn": "none"})
     with pytest.raises(PlanError, match=r"text_stream: block 2: wanted a kept block"):
         planted.select(0.9, by_hand | {"text_stream": [2]})
+
+
+def test_intervals_made_by_hand_count_towards_the_target(planted: Planted) -> None:
+    """Alone they come down to the target, and no other edit is free to help."""
+    only = {"intervals": [[1, 2], [5, 7]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"}
+    assert planted.select(0.7, only) == CompressionPlan.of(NAME, 8, [(1, 2), (5, 7)])
 
 
 @pytest.mark.parametrize("target", [0.7])
