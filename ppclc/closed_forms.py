@@ -1,4 +1,4 @@
-"""Closed forms from second moments: probes, CKA, stand-ins for intervals, text maps, the modulation basis.
+"""Closed forms from second moments: probes, CKA, stand-ins for intervals, adapters, text maps, the modulation basis.
 
 With centred moments `S = X' X` and `R = X' D` of a block's input and step (rows are tokens), the block's
 linear probe is `A = I + (S + ridge)^-1 R`, and for linear CKA `cka(X, X A) = |S A|^2 / (|S| |A' S A|)`,
@@ -20,6 +20,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 
 Bank = dict[str, dict[str, torch.Tensor]]
+ADAPTED_STREAMS = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,29 @@ def text_maps(stats: CalibrationStats, ridge: float, block: tuple[int, int], ref
         a, b = linear_map(far, i, j, ridge)
         maps[f"{name}.weight"] = a.T.float().contiguous()
         maps[f"{name}.bias"] = b.float()
+    return maps
+
+
+def interval_adapters(stats: CalibrationStats, ridge: float, first: int, start: int) -> dict[str, torch.Tensor]:
+    """Adapters of an interval's student block as the bank holds them: maps from the teacher's states at block `first` to those at `start`.
+
+    `start` is the block that the student block is a copy of. Weight (D, D) and bias (D,) a stream, float32. Ridge
+    least squares that pulls towards the identity, which is the map where `start` is `first`. Source: ours.
+
+    Raises:
+        PlanError: the two are farther apart than the moments reach.
+    """
+    maps = {}
+    for stream in ADAPTED_STREAMS:
+        far = far_of(stats, stream)
+        if not far.has(first, start):
+            raise PlanError(
+                f"plan.adapters: block {start} is {start - first} blocks from the interval's first, {first}; "
+                f"calibrate.longest = {stats.longest}: wanted at least that"
+            )
+        a, b = linear_map(far, first, start, ridge)
+        maps[f"{stream}_adapter.weight"] = a.T.float().contiguous()
+        maps[f"{stream}_adapter.bias"] = b.float()
     return maps
 
 

@@ -13,7 +13,7 @@ from ppclc.plan import CompressionPlan
 
 CELL = 4
 LABEL = 12
-WHOLE, MERGED, MAPPED, LINEAR = "■", "─", "▒", "╱"
+WHOLE, MERGED, MAPPED, LINEAR, ADAPTED = "■", "─", "▒", "╱", "▶"
 
 
 def plan_drawing(document: dict[str, Any], width: int = 80) -> list[RenderableType]:
@@ -32,6 +32,9 @@ def strip(plan: CompressionPlan, width: int = 80) -> list[Text]:
         linear = {e.block for e in plan.ffn if e.stream == stream}
         if linear:
             rows[f"{stream} ffn"] = [LINEAR if b in linear else cell for b, cell in enumerate(rows["image"])]
+    if plan.adapters:
+        adapted = {i.first for i in plan.adapters}
+        rows["adapters"] = [ADAPTED if b in adapted else cell for b, cell in enumerate(rows["image"])]
     columns = max(1, (width - LABEL) // CELL)
     lines: list[Text] = []
     for start in range(0, plan.num_blocks, columns):
@@ -61,7 +64,7 @@ def words(plan: CompressionPlan) -> list[str]:
     linear = {stream: [e.block for e in plan.ffn if e.stream == stream] for stream in ("image", "text")}
     lines += [f"{LINEAR} {stream} feed-forward made linear: {_ranges(blocks)}" for stream, blocks in linear.items() if blocks]
     if plan.adapters:
-        lines.append(f"  adapters before: {', '.join(f'{i.first}-{i.last}' for i in plan.adapters)}")
+        lines.append(f"{ADAPTED} adapters before: {', '.join(f'{i.first}-{i.last}' for i in plan.adapters)}")
     if plan.modulation_rank is not None:
         lines.append(f"  modulation of rank {plan.modulation_rank}")
     if plan.dead_code:

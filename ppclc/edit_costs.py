@@ -93,6 +93,20 @@ class EditCosts:
         tried = [(self._after(v + 1, self._sandwich(u, v, s), u), s) for s in kept_choices(u, v)]
         return min(tried, key=lambda t: t[0].sum().item())
 
+    def adapted(self, u: int, v: int) -> tuple[torch.Tensor, int]:
+        """Errors with one block and its closed-form adapters in the place of u..v, and the block that the student block best starts from.
+
+        The maps of `closed_forms.interval_adapters` stand in front, and nothing behind. Blocks that the moments do not
+        reach from u are not tried.
+        """
+        reach = [s for s in kept_choices(u, v) if s - u <= self.stats.longest]
+        tried = [(self.adapted_from(u, v, s), s) for s in reach]
+        return min(tried, key=lambda t: t[0].sum().item())
+
+    def adapted_from(self, u: int, v: int, start: int) -> torch.Tensor:
+        """Errors with block `start` and its closed-form adapters in the place of u..v."""
+        return self._after(v + 1, self._sandwich(u, start, start), u)
+
     def interval_price(self, u: int, v: int) -> float:
         """Forwards that `interval` takes."""
         return len(kept_choices(u, v)) * self.count * (self.length - v) / self.length

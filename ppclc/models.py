@@ -343,8 +343,6 @@ def student_config(family: Family, config: Mapping[str, Any], plan: CompressionP
         raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
     if plan.num_blocks != family.num_blocks(config):
         raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
-    if plan.adapters:
-        raise PlanError("plan: adapters cannot be applied by this version; wanted none")
     for edit in plan.ffn:
         if edit.stream not in family.ffn_inputs:
             raise PlanError(
@@ -364,8 +362,8 @@ def predicted_parameters(family: Family, config: Mapping[str, Any], plan: Compre
 def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> Any:
     """The student of a teacher: a new model whose tensors are copies, the teacher untouched.
 
-    `bank` gives distilled blocks, text maps, ffn maps and the modulation basis; an interval that it lacks
-    starts from its first block. Dtype and device are the teacher's.
+    `bank` gives distilled blocks with their adapters, text maps, ffn maps and the modulation basis; an interval
+    that it lacks starts from its first block, with the identity for adapters. Dtype and device are the teacher's.
 
     Raises:
         PlanError: a plan of another model, or one that needs what the bank lacks.

@@ -33,7 +33,7 @@ class Interval(BaseModel):
 
     @property
     def key(self) -> str:
-        """Name of the edit in the bank, e.g. `interval-3-4`."""
+        """Name of the edit, e.g. `interval-3-4`; in the bank it is `CompressionPlan.interval_key`."""
         return f"interval-{self.first}-{self.last}"
 
 
@@ -60,8 +60,9 @@ Edit = Interval | TextStreamEdit | FfnEdit | Literal["modulation_rank"]
 class CompressionPlan(BaseModel):
     """Every edit that turns one teacher into one student.
 
-    `CompressionPlan.of` fills in what follows from the edits (`kept`, references). Raises PlanError
-    from `check` for a plan that contradicts itself.
+    `CompressionPlan.of` fills in what follows from the edits (`kept`, references). `adapters` are those
+    of `intervals` whose student block has a linear map of each stream in front. Raises PlanError from
+    `check` for a plan that contradicts itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,12 +86,16 @@ class CompressionPlan(BaseModel):
         modulation_rank: int | None = None,
         dead_code: bool = False,
         ffn: Iterable[tuple[int, str]] = (),
+        adapters: Iterable[tuple[int, int]] = (),
     ) -> CompressionPlan:
-        """The plan with these edits; blocks are teacher numbers, references are found. `ffn`: pairs (block, stream).
+        """The plan with these edits; blocks are teacher numbers, references are found.
+
+        `ffn`: pairs (block, stream). `adapters`: those of the intervals that have them.
 
         Raises:
             PlanError: intervals out of order, overlapping or out of range; a text-stream block that
-                is not kept, or has no full block before it; a feed-forward network that is not there.
+                is not kept, or has no full block before it; a feed-forward network that is not there;
+                adapters of what is no interval.
         """
         spans = sorted(intervals)
         kept = kept_blocks(num_blocks, spans)
@@ -109,6 +114,7 @@ class CompressionPlan(BaseModel):
                 text_stream=tuple(TextStreamEdit(**e) for e in edits),
                 ffn=tuple(sorted({FfnEdit.model_validate({"block": b, "stream": s}) for b, s in ffn}, key=_place)),
                 modulation_rank=modulation_rank,
+                adapters=tuple(Interval(first=a, last=b) for a, b in sorted(set(adapters))),
                 dead_code=dead_code,
                 kept=kept,
             )
@@ -139,6 +145,7 @@ class CompressionPlan(BaseModel):
                 wanted = f"reference {full[-1]}" if full and edit.block in kept else f"a block of {list(kept[1:])}"
                 raise PlanError(f"{where}: text_stream: got block {edit.block} with reference {edit.reference}, wanted {wanted}")
         self._check_ffn(where, kept, mapped)
+        self._check_adapters(where)
         if self.dead_code and not self.has_width_edits:
             raise PlanError(
                 f"{where}: dead_code: got true in a plan without width edits, wanted false: such a student stays the stock class"
@@ -156,6 +163,17 @@ class CompressionPlan(BaseModel):
                     f"{where}: ffn: got block {block}, text: its text stream is mapped and has no feed-forward network left; "
                     "wanted this edit left out of ffn, or the block left out of text_stream"
                 )
+
+    def _check_adapters(self, where: str) -> None:
+        spans = [[i.first, i.last] for i in self.intervals]
+        adapted = [[i.first, i.last] for i in self.adapters]
+        for span in adapted:
+            if span not in spans:
+                raise PlanError(
+                    f"{where}: adapters: got {span}, wanted one of the intervals {spans}: adapters stand before an interval's block"
+                )
+        if adapted != [s for s in spans if s in adapted]:
+            raise PlanError(f"{where}: adapters: got {adapted}, wanted each interval once, in order")
 
     @property
     def has_width_edits(self) -> bool:
@@ -176,8 +194,11 @@ class CompressionPlan(BaseModel):
         return next((i for i in self.intervals if i.first == block), None)
 
     def interval_key(self, interval: Interval) -> str:
-        """Name in the bank of an interval's block."""
-        return interval.key
+        """Name in the bank of an interval's student block: `interval-3-4`, or `interval-3-4-adapted` with its adapters.
+
+        A block is distilled with its adapters in front, so neither serves in the place of the other.
+        """
+        return f"{interval.key}-adapted" if interval in self.adapters else interval.key
 
     def ffn_key(self, block: int, stream: str) -> str:
         """Name in the bank of a linear feed-forward network: its block, or both ends of the interval that starts there."""
@@ -185,16 +206,17 @@ class CompressionPlan(BaseModel):
         return f"ffn-{block}-{span.last}-{stream}" if span else f"ffn-{block}-{stream}"
 
     def without(self, edit: Edit) -> CompressionPlan:
-        """The same plan with one edit put back; text-stream references follow."""
+        """The same plan with one edit put back; text-stream references follow, and adapters go with their interval."""
         spans = [(i.first, i.last) for i in self.intervals if i != edit]
         mapped = [e.block for e in self.text_stream if e != edit]
         rank = None if edit == "modulation_rank" else self.modulation_rank
         ffn = [(e.block, e.stream) for e in self.ffn if e != edit]
-        dead = self.dead_code and bool(mapped or ffn or rank is not None)
-        return CompressionPlan.of(self.family, self.num_blocks, spans, mapped, rank, dead, ffn)
+        adapters = [(i.first, i.last) for i in self.adapters if i != edit]
+        dead = self.dead_code and bool(mapped or ffn or rank is not None or adapters)
+        return CompressionPlan.of(self.family, self.num_blocks, spans, mapped, rank, dead, ffn, adapters)
 
     def edits(self) -> list[Edit]:
-        """All edits that can be put back one by one."""
+        """All edits that can be put back one by one; adapters follow their interval."""
         rank: list[Literal["modulation_rank"]] = ["modulation_rank"] if self.modulation_rank is not None else []
         return [*self.intervals, *self.text_stream, *self.ffn, *rank]
 

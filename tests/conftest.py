@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from ppclc import plugins
 from ppclc.families import Family
+from ppclc.models import block_state
 from ppclc.plan import CompressionPlan
 
 torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def inputs(family: Family, teacher: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def random_bank(family: Family) -> Callable[[Any, CompressionPlan], dict[str, Tensors]]:
-    """A bank with everything a plan may ask for: an orthogonal basis, and random maps for its text and ffn edits."""
+    """A bank with everything a plan may ask for: an orthogonal basis, and random maps for its text and ffn edits and adapters."""
 
     def make(model: Any, plan: CompressionPlan) -> dict[str, Tensors]:
         g = torch.Generator().manual_seed(5)
@@ -100,6 +101,13 @@ def random_bank(family: Family) -> Callable[[Any, CompressionPlan], dict[str, Te
         for ffn in plan.ffn:
             weight = torch.randn(width, width, generator=g) / width**0.5
             bank[plan.ffn_key(ffn.block, ffn.stream)] = {"weight": weight, "bias": torch.randn(width, generator=g) / width**0.5}
+        for interval in plan.adapters:
+            adapters = {
+                f"{stream}_adapter.{part}": torch.randn(*shape, generator=g) / width**0.5
+                for stream in ("image", "text")
+                for part, shape in (("weight", (width, width)), ("bias", (width,)))
+            }
+            bank[plan.interval_key(interval)] = block_state(model.transformer_blocks[interval.first]) | adapters
         return bank
 
     return make

@@ -15,7 +15,8 @@ from ppclc.plan import CompressionPlan
 
 Tensors = Mapping[str, Any]
 Bank = Mapping[str, Tensors]
-"""Tensors by edit: `interval-3-4` a block's state, `text-9-9-8-8` and `ffn-2-image` the maps, `modulation` basis and mean."""
+"""Tensors by edit: `interval-3-4` a block's state, `interval-3-4-adapted` that and its adapters, `text-9-9-8-8` and `ffn-2-image`
+the maps, `modulation` basis and mean. An adapter is `image_adapter.weight` (D, D) and `.bias` (D,), or of `text`."""
 
 
 @dataclass(frozen=True)

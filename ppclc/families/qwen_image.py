@@ -28,6 +28,8 @@ BLOCKS = Group(
 
 FFN_MAPS = {"img_ffn": "image", "txt_ffn": "text"}
 """Streams of the modules that stand where a feed-forward network was made linear."""
+ADAPTERS = ("image_adapter", "text_adapter")
+"""Modules in front of a block, named by their stream."""
 MODULATED = {"img_mod": "image", "txt_mod": "text"}
 
 
@@ -51,6 +53,8 @@ def student_config(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str
                 )
         for stream in FFN_MAPS.values():
             edited[f"linear_ffn_{stream}_blocks"] = [plan.student_block(e.block) for e in plan.ffn if e.stream == stream]
+    if plan.adapters:
+        edited["adapted_blocks"] = [plan.student_block(i.first) for i in plan.adapters]
     return edited
 
 
@@ -65,7 +69,8 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
     Raises:
         PlanError: the bank lacks the maps or the basis that the plan needs.
 
-    A distilled block's tensors of a feed-forward network that is linear in the student are not read.
+    A distilled block's tensors of a feed-forward network that is linear in the student are not read, nor a text
+    adapter where text is mapped. Adapters that the bank lacks are the identity.
     """
     if name.startswith("time_text_embed.modulation_basis."):
         basis, mean = _basis(plan, bank)
@@ -81,6 +86,9 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
     interval = plan.interval_at(block)
     source = bank.get(plan.interval_key(interval)) if interval else None
     if source is None:
+        if module in ADAPTERS:
+            width = len(teacher["img_in.bias"])
+            return torch.eye(width) if part.endswith("weight") else torch.zeros(width)
         prefix = f"{BLOCKS.path}.{block}."
         source = _Prefixed(teacher, prefix)
     if part.startswith(("img_mod.", "txt_mod.")):

@@ -298,8 +298,8 @@ def shape(sizes: Mapping[str, int]) -> str:
 
 def edit_words(name: str) -> str:
     """A key of the bank in words: `blocks 3–4 as one` for `interval-3-4`; others as they are."""
-    if match := re.fullmatch(r"interval-(\d+)-(\d+)", name):
-        return f"blocks {match[1]}–{match[2]} as one"
+    if match := re.fullmatch(r"interval-(\d+)-(\d+)(-adapted)?", name):
+        return f"blocks {match[1]}–{match[2]} as one" + (", with adapters" if match[3] else "")
     if match := re.fullmatch(r"text-(\d+)-(\d+)-(\d+)-(\d+)", name):
         own, reference = (f"{a}–{b}" if a != b else a for a, b in (match.group(1, 2), match.group(3, 4)))
         return f"text stream of {own} from {reference}"
@@ -379,6 +379,7 @@ def stands(plan: CompressionPlan) -> list[Stand]:
         if first in references:
             note += f"; text stream mapped from block {references[first]}"
         note += "".join(f"; {e.stream} feed-forward network made linear" for e in plan.ffn if e.block == first)
+        note += "; linear adapters in front of it" if span in plan.adapters else ""
         cells = tuple(Cell(b, kind, f"Teacher block {b}: {note}") for b in range(first, last + 1))
         found.append(Stand(student, cells, tuple(badges)))
     return found
@@ -390,7 +391,7 @@ def plan_words(plan: CompressionPlan) -> list[str]:
     mapped = "Block {} takes its text keys and values from a linear map of block {}'s text state."
     lines += [mapped.format(e.block, e.reference) for e in plan.text_stream]
     lines += [f"The {e.stream} feed-forward network of block {e.block} became one linear map." for e in plan.ffn]
-    lines += [f"Blocks {i.first}–{i.last} have a linear adapter before them." for i in plan.adapters]
+    lines += [f"Blocks {i.first}–{i.last} have linear adapters before them, one a stream." for i in plan.adapters]
     if plan.modulation_rank is not None:
         lines.append(f"The modulation of every block takes {plan.modulation_rank} inputs, the leading directions of the time embedding.")
     if plan.dead_code:

@@ -1,6 +1,6 @@
 """Qwen-Image's transformer with narrower parts, as ppclc's plans cut it. Needs torch and diffusers only.
 
-Four edits beside a smaller `num_layers`, all told by the configuration:
+Five edits beside a smaller `num_layers`, all told by the configuration:
 
 - `modulation_rank`: the modulation of all blocks reads `p = B'(SiLU(temb) - mean)`, of `modulation_rank`
   numbers, instead of `SiLU(temb)`. `B` is shared; `p` travels behind `temb` in one tensor.
@@ -11,6 +11,9 @@ Four edits beside a smaller `num_layers`, all told by the configuration:
 - `linear_ffn_image_blocks`, `linear_ffn_text_blocks`: blocks whose feed-forward network of that stream is one
   linear map of the state after the attention residual, `h + (W h + b)`. Its norm, its half of the modulation
   and its gate are gone with it. Source: arXiv 2511.16156, width pruning of the feed-forward networks.
+- `adapted_blocks`: blocks whose incoming image and text states go through a linear map each, `image_adapter` and
+  `text_adapter`, before anything else reads them. A block whose text is mapped reads no text state of its own
+  and has the first alone. Source: ours.
 - `dead_code`: parts whose result nothing reads are left out: of the last block that computes text, the
   text query, the text output projection, the text feed-forward network, and all of the text modulation
   but the first shift and scale.
@@ -77,6 +80,12 @@ def check_linear_ffn(image: list[int] | None, text: list[int] | None, roles: lis
     gone = [b for b in text or [] if roles[b].mapped or not roles[b].emits_text]
     if gone:
         raise ValueError(f"linear_ffn_text_blocks = {text}: blocks {gone} compute no text after attention, wanted blocks that do")
+
+
+def check_adapted(blocks: list[int] | None, num_layers: int) -> None:
+    """Raise ValueError for a block that is not there."""
+    if any(not 0 <= b < num_layers for b in blocks or []):
+        raise ValueError(f"adapted_blocks = {blocks}: wanted blocks within 0..{num_layers - 1}")
 
 
 class LastFeatures(nn.Module):
@@ -184,15 +193,28 @@ class JointAttention:
 class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
     """One block with the parts that its role needs. `encoder_hidden_states` carries what roles emit.
 
-    linear_ffn: streams whose feed-forward network is a linear map, `img_ffn` or `txt_ffn`.
+    linear_ffn: streams whose feed-forward network is a linear map, `img_ffn` or `txt_ffn`. adapted: whether
+    linear maps of the incoming states stand in front, `image_adapter` and, unless text is mapped, `text_adapter`.
     """
 
     def __init__(
-        self, dim: int, heads: int, head_dim: int, role: TextRole, rank: int | None, zero_cond_t: bool, linear_ffn: tuple[str, ...] = ()
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        role: TextRole,
+        rank: int | None,
+        zero_cond_t: bool,
+        linear_ffn: tuple[str, ...] = (),
+        adapted: bool = False,
     ) -> None:
         super().__init__(dim, heads, head_dim, zero_cond_t=zero_cond_t)
         self.role, self.linear_ffn = role, linear_ffn
         self.attn.set_processor(JointAttention())
+        if adapted:
+            self.image_adapter = nn.Linear(dim, dim)
+            if not role.mapped:
+                self.text_adapter = nn.Linear(dim, dim)
         self.img_mod = self._modulation(rank, 3 if "image" in linear_ffn else 6)
         if "image" in linear_ffn:
             self.img_ffn = nn.Linear(dim, dim)
@@ -227,6 +249,10 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
         modulate_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if hasattr(self, "image_adapter"):
+            hidden_states = self.image_adapter(hidden_states)
+        if hasattr(self, "text_adapter"):
+            encoder_hidden_states = self.text_adapter(encoder_hidden_states)
         mod = self.img_mod(temb)
         text_temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
         text_input, text_mod = self._text_input(encoder_hidden_states, text_temb)
@@ -303,6 +329,7 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
         dead_code: bool = False,
         linear_ffn_image_blocks: list[int] | None = None,
         linear_ffn_text_blocks: list[int] | None = None,
+        adapted_blocks: list[int] | None = None,
     ) -> None:
         super().__init__(
             patch_size=patch_size,
@@ -322,10 +349,18 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
         heads, head_dim = num_attention_heads, attention_head_dim
         roles = text_roles(num_layers, mapped_text_blocks, dead_code)
         check_linear_ffn(linear_ffn_image_blocks, linear_ffn_text_blocks, roles)
+        check_adapted(adapted_blocks, num_layers)
         linear = {"image": linear_ffn_image_blocks or [], "text": linear_ffn_text_blocks or []}
         self.transformer_blocks = nn.ModuleList(
             PrunedQwenImageTransformerBlock(
-                self.inner_dim, heads, head_dim, role, modulation_rank, zero_cond_t, tuple(s for s, blocks in linear.items() if i in blocks)
+                self.inner_dim,
+                heads,
+                head_dim,
+                role,
+                modulation_rank,
+                zero_cond_t,
+                linear_ffn=tuple(s for s, blocks in linear.items() if i in blocks),
+                adapted=i in (adapted_blocks or []),
             )
             for i, role in enumerate(roles)
         )

@@ -14,13 +14,17 @@ import torch
 from ppclc import plugins
 from ppclc.families import Family
 from ppclc.models import (
+    StandIn,
     apply_plan,
+    block_state,
     blocks_of,
     count_parameters,
     empty_model,
     linear_ffns,
     load_model,
     predicted_parameters,
+    replaced,
+    run_block,
     save_model,
     trace,
 )
@@ -95,6 +99,39 @@ def test_linear_networks_in_the_teacher_are_the_student_s(subject: tuple[Family,
         with linear_ffns(model, family, {place: (weight, bias)}):
             assert (run(model, inputs) - run(student, inputs)).abs().max() <= 1e-5 * run(student, inputs).abs().max()
         assert not torch.equal(run(model, inputs), run(student, inputs))
+
+
+def adapters_of(family: Family, width: int) -> dict[str, torch.Tensor]:
+    """Random adapters of one block, as the bank holds them."""
+    weights = {f"{s}_adapter.weight": torch.eye(width) + torch.randn(width, width) / width for s in family.groups[0].streams}
+    return weights | {f"{s}_adapter.bias": torch.randn(width) / 10 for s in family.groups[0].streams}
+
+
+def test_adapters_are_linear_maps_in_front_of_the_block(subject: tuple[Family, Any, dict[str, Any]], tmp_path: Path) -> None:
+    """The teacher with the maps and one block in an interval's place says what the student is."""
+    family, model, inputs = subject
+    seen = trace(model, family, inputs)
+    length, width = len(blocks_of(model, family)), seen.states["image"][0].shape[-1]
+    for first in (0, length - 2):
+        span = (first, first + 1)
+        plan = CompressionPlan.of(family.name, length, [span], adapters=[span])
+        block, maps = blocks_of(model, family)[first + 1], adapters_of(family, width)
+        student = apply_plan(model, plan, {plan.interval_key(plan.intervals[0]): block_state(block) | maps})
+
+        def mapped(states: dict[str, torch.Tensor], block: Any = block, maps: Any = maps) -> dict[str, torch.Tensor]:
+            given = {s: x @ maps[f"{s}_adapter.weight"].T + maps[f"{s}_adapter.bias"] for s, x in states.items()}
+            return run_block(block, family, given, seen.shared)
+
+        with replaced(model, family, {first: StandIn(family, mapped), first + 1: None}):
+            wanted = run(model, inputs)
+        assert (run(student, inputs) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        config = {"_class_name": family.class_name, **model.config}
+        assert count_parameters(student) == predicted_parameters(family, config, plan)
+        save_model(student, plan, tmp_path / str(first))
+        assert torch.equal(run(load_model(tmp_path / str(first)), inputs), run(student, inputs))
+        # A bank without the record gives the first block and the identity.
+        plain = run(apply_plan(model, CompressionPlan.of(family.name, length, [span])), inputs)
+        assert (run(apply_plan(model, plan), inputs) - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_the_lowered_module_equals_eager(subject: tuple[Family, Any, dict[str, Any]]) -> None:

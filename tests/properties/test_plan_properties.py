@@ -23,8 +23,9 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     rank = draw(st.none() | st.integers(1, 64))
     places = [(k, s) for k in range(length) if k not in gone for s in ("image", "text") if s == "image" or k not in text]
     ffn = draw(st.lists(st.sampled_from(places), max_size=4, unique=True))
-    dead = bool(text or rank or ffn) and draw(st.booleans())
-    return CompressionPlan.of("qwen_image", length, draw(st.permutations(chosen)), draw(st.permutations(text)), rank, dead, ffn)
+    adapters = draw(st.permutations([span for span in chosen if draw(st.booleans())]))
+    dead = bool(text or rank or ffn or adapters) and draw(st.booleans())
+    return CompressionPlan.of("qwen_image", length, draw(st.permutations(chosen)), draw(st.permutations(text)), rank, dead, ffn, adapters)
 
 
 @given(plans())
@@ -68,6 +69,7 @@ def test_without_puts_exactly_one_edit_back(plan: CompressionPlan) -> None:
         smaller.check()
         assert edit_names(smaller) == [n for n in edit_names(plan) if n != name]
         assert smaller.dead_code == (plan.dead_code and smaller.has_width_edits)
+        assert smaller.adapters == tuple(i for i in plan.adapters if i != edit)  # they go with their interval
         assert len(smaller.kept) == len(plan.kept) + (len(edit) - 1 if isinstance(edit, Interval) else 0)
 
 

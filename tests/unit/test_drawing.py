@@ -32,6 +32,15 @@ def test_each_edit_stands_at_its_block() -> None:
     ]
 
 
+def test_adapters_stand_at_the_first_block_of_their_interval() -> None:
+    plan = CompressionPlan.of("qwen_image", 6, [(1, 2), (3, 5)], adapters=[(3, 5)])
+    assert drawn(plan)[1:] == [
+        "image          ■   ■───┤   ■───┤───┤",
+        "adapters       ■   ■───┤   ▶───┤───┤",
+    ]
+    assert words(plan)[1:] == ["─ merged into one block: 1-2, 3-5", "▶ adapters before: 3-5"]
+
+
 def test_a_plan_without_edits_says_so() -> None:
     plan = CompressionPlan.of("qwen_image", 3)
     assert drawn(plan) == ["block          0   1   2", "image          ■   ■   ■"]

@@ -15,7 +15,7 @@ from ppclc import lowering, plugins
 from ppclc.backends import Backend, ExportRequest, Written
 from ppclc.errors import OutputError, RecipeError, UnavailableError, VerificationError
 from ppclc.families import Family, Lowered
-from ppclc.models import apply_plan, model_class
+from ppclc.models import apply_plan, block_state, model_class
 from ppclc.passes import export
 from ppclc.passes.export import check_backend, export_digest, export_model, read_export
 from ppclc.plan import CompressionPlan
@@ -23,9 +23,11 @@ from ppclc.records import Export, Parity, file_digest
 
 FAMILY: Family = plugins.load("families", "qwen_image")
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids"]
-# Depth, text stream, modulation rank, linear networks and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
-SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True, [(2, "image")])
-LONG_PLAN = CompressionPlan.of(FAMILY.name, 6, [(0, 1)], [2, 4], 8, True, [(0, "text"), (3, "image"), (3, "text"), (4, "image")])
+# Depth with adapters, text stream, modulation rank, linear networks and dead code at once: in the fewest blocks, and with a full block behind a mapped one.
+SHORT_PLAN = CompressionPlan.of(FAMILY.name, 3, [(0, 1)], [2], 8, True, [(2, "image")], [(0, 1)])
+LONG_PLAN = CompressionPlan.of(
+    FAMILY.name, 7, [(0, 1), (4, 5)], [2, 4], 8, True, [(0, "text"), (3, "image"), (3, "text"), (4, "image")], [(0, 1), (4, 5)]
+)
 
 
 def a_teacher(layers: int) -> Any:
@@ -41,8 +43,12 @@ def a_student(plan: CompressionPlan) -> Any:
     offset = {f"{name}.bias": torch.randn(width) / 10 for name in ("text_in", "text_out")}
     basis = torch.linalg.qr(torch.randn(width, width))[0]
     bank = {"modulation": {"basis": basis, "mean": torch.randn(width) / 10}}
-    bank |= dict.fromkeys(("text-2-2-0-1", "text-4-4-3-3"), square | offset)
+    bank |= dict.fromkeys(("text-2-2-0-1", "text-4-5-3-3"), square | offset)
     bank |= {plan.ffn_key(e.block, e.stream): {"weight": torch.randn(width, width) / width, "bias": torch.ones(width)} for e in plan.ffn}
+    for interval in plan.adapters:
+        adapters = {f"{s}_adapter.weight": torch.randn(width, width) / width**0.5 for s in ("image", "text")}
+        adapters |= {f"{s}_adapter.bias": torch.randn(width) / 10 for s in ("image", "text")}
+        bank[plan.interval_key(interval)] = block_state(teacher.transformer_blocks[interval.first]) | adapters
     return apply_plan(teacher, plan, bank)
 
 

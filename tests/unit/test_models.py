@@ -47,6 +47,9 @@ PLANS = {
     "text to the end": CompressionPlan.of(NAME, 6, [(0, 1)], [3, 4, 5], None, True),
     "ffn": CompressionPlan.of(NAME, 6, ffn=[(0, "text"), (2, "image"), (2, "text"), (5, "image")]),
     "ffn and all": CompressionPlan.of(NAME, 6, [(1, 2)], [3, 5], 4, True, [(0, "text"), (1, "image"), (3, "image"), (5, "image")]),
+    "adapters": CompressionPlan.of(NAME, 6, [(0, 1), (3, 5)], adapters=[(0, 1), (3, 5)]),
+    # Of a whole block, of one that lost its text to a map, of one that emits no text.
+    "adapters and all": CompressionPlan.of(NAME, 6, [(0, 1), (2, 3), (4, 5)], [2], 4, True, [(0, "image")], [(0, 1), (2, 3), (4, 5)]),
 }
 
 
@@ -232,8 +235,9 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     places = [(k, "image") for k in kept] + [(k, "text") for k in full[:-1]]
     # The last full block's text network is there only where something reads text after it, or dead code stays.
     ffn = draw(st.lists(st.sampled_from(places), max_size=3, unique=True))
-    dead = bool(text or rank or ffn) and draw(st.booleans())
-    return CompressionPlan.of(NAME, 6, spans, sorted(text), rank, dead, ffn)
+    adapters = [span for span in spans if draw(st.booleans())]
+    dead = bool(text or rank or ffn or adapters) and draw(st.booleans())
+    return CompressionPlan.of(NAME, 6, spans, sorted(text), rank, dead, ffn, adapters)
 
 
 @settings(max_examples=12)
@@ -319,7 +323,7 @@ for folder in sys.argv[1:]:
 
 def test_students_load_where_ppclc_is_not_installed(teacher: Any, inputs: dict[str, Any], tmp_path: Path, random_bank: Banks) -> None:
     wanted = {}
-    for name in ("depth", "ffn and all", "text to the end"):
+    for name in ("depth", "ffn and all", "text to the end", "adapters and all"):
         folder = tmp_path / name.replace(" ", "_")
         student = apply_plan(teacher, PLANS[name], random_bank(teacher, PLANS[name]))
         save_model(student, PLANS[name], folder)
@@ -336,7 +340,7 @@ def test_students_load_where_ppclc_is_not_installed(teacher: Any, inputs: dict[s
     )
     assert done.returncode == 0, done.stderr
     pruned = "PrunedQwenImageTransformer2DModel False"
-    assert done.stdout.split("\n")[:3] == ["QwenImageTransformer2DModel False", pruned, pruned]
+    assert done.stdout.split("\n")[:4] == ["QwenImageTransformer2DModel False", pruned, pruned, pruned]
     for folder, output in wanted.items():
         assert torch.equal(torch.load(folder / "output.pt"), output), folder.name
 
@@ -372,10 +376,6 @@ def test_plans_of_other_models_are_refused(teacher: Any, family: Family) -> None
         apply_plan(teacher, CompressionPlan.of(NAME, 5, [(0, 1)]))
     with pytest.raises(PlanError, match="family = 'flux', but the model is of 'qwen_image'"):
         predicted_parameters(family, config_of(teacher), CompressionPlan.of("flux", 6))
-    with pytest.raises(PlanError, match="adapters cannot be applied by this version"):
-        apply_plan(
-            teacher, CompressionPlan.from_json(PLANS["depth"].to_json().replace('"adapters": []', '"adapters": [{"first": 1, "last": 2}]'))
-        )
     with pytest.raises(PlanError, match="the bank holds no 'modulation'"):
         apply_plan(teacher, PLANS["rank"])
     with pytest.raises(PlanError, match=r"the bank holds no 'text-1-1-0-0'"):

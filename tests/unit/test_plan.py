@@ -109,6 +109,11 @@ def test_edits_that_contradict_themselves_are_refused(intervals: list[tuple[int,
         (changed(text_stream=[{"block": 9, "reference": 7}, {"block": 7, "reference": 6}]), ["[9, 7]", "in order"]),
         (changed(text_stream=[{"block": 4, "reference": 3}]), ["block 4", "wanted a block of [1, 2, 3, 6"]),
         (changed(text_stream=[{"block": 0, "reference": 0}]), ["block 0", "wanted a block of [1, 2"]),
+        (changed(adapters=[{"first": 3, "last": 4}]), ["adapters: got [3, 4]", "one of the intervals [[3, 5], [10, 11]]"]),
+        (changed(adapters=[{"first": 0, "last": 1}]), ["adapters: got [0, 1]", "one of the intervals"]),
+        (changed(adapters=[{"first": 3, "last": 5}] * 2), ["adapters: got [[3, 5], [3, 5]]", "once, in order"]),
+        (changed(adapters=[{"first": 10, "last": 11}, {"first": 3, "last": 5}]), ["adapters: got [[10, 11], [3, 5]]", "in order"]),
+        (changed(adapters=[{"first": 3}]), ["adapters.0.last", "required"]),
         (changed(text_stream=[], modulation_rank=None), ["dead_code: got true", "without width edits", "wanted false"]),
     ],
 )
@@ -186,3 +191,25 @@ def test_without_puts_one_ffn_back_and_leaves_the_others() -> None:
 
 def test_kept_blocks_are_all_but_those_after_the_first_of_an_interval() -> None:
     assert kept_blocks(6, [(0, 2), (4, 5)]) == (0, 3, 4)
+
+
+def test_adapters_stand_before_intervals_and_go_with_them() -> None:
+    plan = CompressionPlan.of("qwen_image", 12, [(10, 11), (3, 5), (7, 8)], dead_code=True, adapters=[(10, 11), (3, 5), (3, 5)])
+    assert plan.adapters == (Interval(first=3, last=5), Interval(first=10, last=11))
+    assert plan.has_width_edits
+    assert '"adapters": [' in plan.to_json()
+    assert CompressionPlan.from_json(plan.to_json()) == plan
+    # What is distilled with adapters in front is another block, so the bank tells the two apart.
+    assert [plan.interval_key(i) for i in plan.intervals] == ["interval-3-5-adapted", "interval-7-8", "interval-10-11-adapted"]
+    assert plan.edits() == list(plan.intervals)
+    assert plan.without(plan.intervals[1]) == CompressionPlan.of(
+        "qwen_image", 12, [(3, 5), (10, 11)], dead_code=True, adapters=[(3, 5), (10, 11)]
+    )
+    back = plan.without(plan.intervals[0])
+    assert (back.adapters, back.dead_code) == ((Interval(first=10, last=11),), True)
+    # The last adapters take dead-code removal with them: the student becomes the stock class.
+    assert back.without(back.intervals[1]) == CompressionPlan.of("qwen_image", 12, [(7, 8)])
+    with pytest.raises(PlanError, match=r"plan: adapters: got \[3, 4\], wanted one of the intervals \[\[3, 5\]\]"):
+        CompressionPlan.of("qwen_image", 12, [(3, 5)], adapters=[(3, 4)])
+    with pytest.raises(PlanError, match=r"-1.*greater than or equal to 0"):
+        CompressionPlan.of("qwen_image", 12, [(3, 5)], adapters=[(-1, 4)])

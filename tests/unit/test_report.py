@@ -438,3 +438,13 @@ def test_linear_networks_are_told_in_words_and_on_the_strip() -> None:
     made = "image feed-forward network made linear; text feed-forward network made linear"
     assert strip[2].cells[0].note == f"Teacher block 2: kept as student block 2; {made}"
     assert [c.note.endswith("became student block 3; image feed-forward network made linear") for c in strip[3].cells] == [True, True]
+
+
+def test_adapters_are_told_in_words_and_on_the_strip() -> None:
+    plan = CompressionPlan.of("qwen_image", BLOCKS, [(3, 4), (6, 8)], adapters=[(6, 8)])
+    assert report.plan_words(plan)[-1] == "Blocks 6–8 have linear adapters before them, one a stream."
+    strip = {stand.cells[0].block: stand for stand in report.stands(plan)}
+    assert (strip[3].badges, strip[6].badges) == ((), ("adapter",))
+    assert strip[6].cells[1].note == "Teacher block 7: blocks 6–8 became student block 5; linear adapters in front of it"
+    assert report.edit_words("interval-6-8-adapted") == "blocks 6–8 as one, with adapters"
+    assert report.edit_words("interval-6-8") == "blocks 6–8 as one"
