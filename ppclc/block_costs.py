@@ -31,7 +31,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of, write_text
 from ppclc.timing import Clock, interleaved
 
-VERSION = 2
+VERSION = 3
 SHALLOW, DEEP, DEEPEST = 2, 4, 8
 """Blocks of the models that are timed: SHALLOW, and from DEEP to DEEPEST as the teacher's depth allows."""
 DEEPER_BYTES = 500e6
@@ -85,6 +85,8 @@ EDITS: tuple[EditCost, ...] = (
         lambda n, w: {"ffn": [(b, "text") for b in range(n)]},
         ffn="text",
     ),
+    # Those of a mapped block are counted like any, though it has one map less.
+    EditCost("adapters", lambda p, w: len(p.adapters), lambda n, w: {"intervals": _pairs(n), "adapters": _pairs(n)}),
 )
 """Milliseconds are solved for in this order."""
 
@@ -92,6 +94,11 @@ EDITS: tuple[EditCost, ...] = (
 def edits_of(family: Family) -> list[EditCost]:
     """The rows of `EDITS` that a family can take."""
     return [edit for edit in EDITS if edit.ffn is None or edit.ffn in family.ffn_inputs]
+
+
+def _pairs(blocks: int) -> list[tuple[int, int]]:
+    """Every block in an interval of two."""
+    return [(b, b + 1) for b in range(0, blocks - 1, 2)]
 
 
 def _low(width: int) -> int:

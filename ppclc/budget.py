@@ -49,13 +49,18 @@ class FfnChoice(BaseModel):
 
 
 class PlanSettings(BaseModel):
-    """Section `plan` of a recipe: what is fixed by hand; `auto` leaves it to the selection, `none` forbids it."""
+    """Section `plan` of a recipe: what is fixed by hand; `auto` leaves it to the selection, `none` forbids it.
+
+    adapters: linear maps in front of the student blocks that stand for intervals; `auto` is every interval of the
+    plan, a list those of `intervals` that have them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     intervals: Auto | list[Pair] = "auto"
     text_stream: Auto | list[int] = "auto"
     ffn: Auto | list[FfnChoice] = "auto"
     modulation_rank: Auto | Annotated[int, Field(ge=1)] = "auto"
+    adapters: Auto | list[Pair] = "none"
     dead_code: bool = True
     protect: list[int] = []
 
@@ -117,7 +122,7 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
     family, length = source.family, source.family.num_blocks(source.config)
     width = int(source.config["attention_head_dim"]) * int(source.config["num_attention_heads"])
     text = wanted.text_stream if isinstance(wanted.text_stream, list) else []
-    ffn = by_hand(wanted) or []
+    ffn, adapted = by_hand(wanted) or [], adapted_spans(wanted)
     budget = budget_of(source, target, dtype)
     fixed = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else None
     ranks: list[int | None] = [wanted.modulation_rank] if isinstance(wanted.modulation_rank, int) else [None]
@@ -127,8 +132,9 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
     if fixed is None:
         choices = [[span for span in spans if allows(wanted, *span)] for spans in choices]
     for rank, spans in itertools.product(reversed(ranks), choices):
-        dead = wanted.dead_code and bool(text or ffn or rank is not None)
-        plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, ffn)
+        adapters = spans if adapted is None else adapted
+        dead = wanted.dead_code and bool(text or ffn or rank is not None or adapters)
+        plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, ffn, adapters)
         if budget is None or budget.met(plan):
             return plan
     assert budget is not None
@@ -150,3 +156,21 @@ def by_hand(wanted: PlanSettings) -> list[tuple[int, str]] | None:
     if wanted.ffn == "auto":
         return None
     return [] if wanted.ffn == "none" else sorted((f.block, f.stream) for f in wanted.ffn)
+
+
+def adapted_spans(wanted: PlanSettings) -> list[tuple[int, int]] | None:
+    """Intervals whose student block has adapters, none at all where they are forbidden, None for every interval.
+
+    Raises:
+        RecipeError: adapters by hand of what `plan.intervals` does not list.
+    """
+    if wanted.adapters == "auto":
+        return None
+    spans = [] if wanted.adapters == "none" else [(a, b) for a, b in wanted.adapters]
+    listed = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else []
+    for span in spans:
+        if span not in listed:
+            raise RecipeError(
+                f"plan.adapters: got {list(span)}, but plan.intervals = {wanted.intervals}: wanted intervals that it lists, or auto for all"
+            )
+    return spans

@@ -61,6 +61,7 @@ plan:                     # auto, none, or a list by hand
   intervals: auto         # e.g. [[3, 4], [5, 7]]: teacher blocks, both ends inclusive
   text_stream: auto       # e.g. [9, 10, 11]
   modulation_rank: auto   # or a number
+  adapters: none          # linear maps before the blocks that stand for intervals; auto: all of them
   protect: []             # blocks that must stay as they are
 
 distill:

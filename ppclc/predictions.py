@@ -138,7 +138,11 @@ def student_activation_bytes(
         shallow = dict(config) | {g.count_key: min(TRACED_BLOCKS, kept[g.name]) for g in family.groups}
         # The class of a student runs its whole blocks in other steps than the stock one.
         rank = (plan.modulation_rank or width_of(config)) if plan.has_width_edits else None
-        config = student_config(family, shallow, CompressionPlan.of(family.name, family.num_blocks(shallow), modulation_rank=rank))
+        # One more block, to be merged, where a whole block has adapters: its states are there twice.
+        pair = [(0, 1)] if any(i.first not in edited for i in plan.adapters) else []
+        shallow |= {g.count_key: shallow[g.count_key] + len(pair) for g in family.groups[:1]}
+        like = CompressionPlan.of(family.name, family.num_blocks(shallow), pair, modulation_rank=rank, adapters=pair)
+        config = student_config(family, shallow, like)
     else:
         config = student_config(family, config, plan)
     return activation_bytes(family, config, dtype, size)

@@ -374,15 +374,19 @@ def _by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, 
     """What is measured of a student's configuration, where it is linear in depth: shallow students of like blocks tell it."""
     rank = (plan.modulation_rank or width_of(config)) if plan.has_width_edits else None
 
-    def at(blocks: int, text_stream: tuple[int, ...] = (), ffn: tuple[tuple[int, str], ...] = ()) -> int:
+    def at(
+        blocks: int, text_stream: tuple[int, ...] = (), ffn: tuple[tuple[int, str], ...] = (), pairs: tuple[tuple[int, int], ...] = ()
+    ) -> int:
         shallow = _shallow(family, config, blocks)
-        like = CompressionPlan.of(family.name, family.num_blocks(shallow), (), text_stream, rank, ffn=ffn)
+        like = CompressionPlan.of(family.name, family.num_blocks(shallow), pairs, text_stream, rank, ffn=ffn, adapters=pairs)
         return measured(student_config(family, shallow, like))
 
     two, three, mapped = at(2), at(3), len(plan.text_stream)
     saved = mapped * (three - at(3, (2,))) if mapped else 0
     for stream in {e.stream for e in plan.ffn}:
         saved += sum(e.stream == stream for e in plan.ffn) * (three - at(3, (), ((2, stream),)))
+    if plan.adapters:
+        saved += len(plan.adapters) * (three - at(4, pairs=((2, 3),)))
     return max(0, two + (three - two) * (len(plan.kept) - 2) - saved)
 
 
@@ -400,7 +404,7 @@ def moment_bytes(work: Work) -> int:
 def disk_bytes(work: Work) -> int:
     """Bytes of the output folder when all is done: student, exports, records, report."""
     recipe, student, teacher = work.recipe, work.student.bytes, work.teacher.bytes
-    blocks = student + len(work.plan.intervals) * _block_bytes(work)
+    blocks = student + len(work.plan.intervals) * _block_bytes(work) + len(work.plan.adapters) * _adapter_bytes(work)
     graphs = GRAPH_BLOCK_BYTES * (work.student.blocks + work.blocks)
     exports = len(recipe.export) * (student + teacher + graphs)
     judged = 0
@@ -416,6 +420,13 @@ def _block_bytes(work: Work) -> int:
     family, config = work.source.family, work.source.config
     three, two = (count_parameters(empty_model(family, _shallow(family, config, n))) for n in (3, 2))
     return (three - two) * DTYPES[work.recipe.model.dtype].itemsize
+
+
+def _adapter_bytes(work: Work) -> int:
+    """Of one interval's record: a matrix and an offset a stream."""
+    width = width_of(work.source.config)
+    streams = len(work.source.family.groups[0].streams)
+    return streams * (width**2 + width) * DTYPES[work.recipe.model.dtype].itemsize
 
 
 def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionPlan, dtype: str) -> Speeds:

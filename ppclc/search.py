@@ -12,14 +12,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, supernet, trials
-from ppclc.budget import PlanSettings, TargetSettings, allows, budget_of, by_hand
-from ppclc.closed_forms import closed_form_bank
+from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand
+from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
 from ppclc.models import Source, block_state, predicted_parameters
 from ppclc.moments import BANDS
-from ppclc.plan import CompressionPlan
+from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import Agreement, Candidate, SetScore, TrialResult
 from ppclc.samples import Samples
 from ppclc.selection import Budget, Chain, Options
@@ -93,9 +93,11 @@ class Search:
         bad = [b for b in wanted.protect if not 0 <= b < self.length]
         if bad:
             raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{self.length - 1}")
+        self.adapted = adapted_spans(wanted)
         self.interval_errors: dict[Span, torch.Tensor] = {}
         self.kept: dict[Span, int] = {}
         self.starts: dict[Span, int] = {}
+        self.adapted_starts: dict[Span, int] = {}
         self.text_costs: dict[int, float] = {}
         self.rank_costs: dict[int, float] = {}
         self.ffn_costs: list[tuple[float, str, int]] = []
@@ -224,11 +226,19 @@ class Search:
         entries = []
         for plan in plans:
             bank = closed_form_bank(stats, self.settings.ridge, plan, self.source.family.text_key)
-            bank |= {i.key: block_state(self.costs.blocks[self.start(i.first, i.last)]) for i in plan.intervals}
+            bank |= {plan.interval_key(i): self._start_state(plan, i) for i in plan.intervals}
             entries.append(trials.Trial(plan, bank, teaching.learning_rate))
         ranked = trials.run_trials(model, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
         self.trials = [TrialResult(plan=t.plan, errors=t.errors) for t in ranked]
         return ranked[0].plan
+
+    def _start_state(self, plan: CompressionPlan, interval: Interval) -> dict[str, torch.Tensor]:
+        """Tensors of an interval's student block before any training, its closed-form adapters with it."""
+        start = self.start_in(plan, interval)
+        state = block_state(self.costs.blocks[start])
+        if interval in plan.adapters:
+            state |= interval_adapters(self.costs.stats, self.settings.ridge, interval.first, start)
+        return state
 
     @cached_property
     def options(self) -> Options:
@@ -243,6 +253,7 @@ class Search:
             text_blocks=None if free_text else (wanted.text_stream if isinstance(wanted.text_stream, list) else []),
             chains=self._chains(),
             fixed_intervals=wanted.intervals != "auto",
+            adapters=None if self.adapted is None else frozenset(self.adapted),
             ffns=self._ffn_choices(),
             fixed_ffns=[] if self.budget is None and wanted.ffn == "auto" else by_hand(wanted),
             dead_code=wanted.dead_code,
@@ -337,6 +348,15 @@ class Search:
         if (u, v) not in self.starts and (u, v) not in self.kept:
             self.kept[u, v] = self.costs.interval(u, v)[1] if v - u < self.longest else u
         return self.starts.get((u, v), self.kept.get((u, v), u))
+
+    def start_in(self, plan: CompressionPlan, interval: Interval) -> int:
+        """The teacher block that an interval's student block starts from in a plan: with adapters, the one that they serve best."""
+        span = (interval.first, interval.last)
+        if interval not in plan.adapters:
+            return self.start(*span)
+        if span not in self.adapted_starts:
+            self.adapted_starts[span] = self.costs.adapted(*span)[1]
+        return self.adapted_starts[span]
 
     @cached_property
     def drop_errors(self) -> list[float]:

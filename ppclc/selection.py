@@ -8,8 +8,8 @@ is taken is counted exactly.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from ppclc.errors import PlanError, RecipeError
@@ -67,7 +67,8 @@ class Options:
     """What may be chosen, each with its cost; a single choice of cost 0 is one made by hand.
 
     chains: by removed blocks, cheapest first. ranks: modulation ranks, None for the whole. text_runs: the last k student
-    blocks, or `text_blocks` fixed by hand. ffns: (stream, block) by rising cost, or `fixed_ffns` by hand.
+    blocks, or `text_blocks` fixed by hand. ffns: (stream, block) by rising cost, or `fixed_ffns` by hand. adapters:
+    the intervals that have them, None for every interval of a plan.
     """
 
     family: str
@@ -79,6 +80,7 @@ class Options:
     ffns: Sequence[tuple[float, str, int]] = ()
     fixed_ffns: Sequence[tuple[int, str]] | None = None
     fixed_intervals: bool = False
+    adapters: frozenset[Span] | None = frozenset()
     dead_code: bool = True
     protect: frozenset[int] = frozenset()
     text_reach: int = 10
@@ -87,8 +89,13 @@ class Options:
         self, spans: Sequence[Span], text: Sequence[int] = (), rank: int | None = None, ffn: Sequence[tuple[int, str]] = ()
     ) -> CompressionPlan:
         """The plan with these edits; dead code goes where the recipe allows and the class changes anyway."""
-        dead = self.dead_code and bool(text or ffn or rank is not None)
-        return CompressionPlan.of(self.family, self.num_blocks, list(spans), list(text), rank, dead, list(ffn))
+        adapters = self.adapted(spans)
+        dead = self.dead_code and bool(text or ffn or rank is not None or adapters)
+        return CompressionPlan.of(self.family, self.num_blocks, list(spans), list(text), rank, dead, list(ffn), adapters)
+
+    def adapted(self, spans: Sequence[Span]) -> list[Span]:
+        """Those of some intervals that have adapters."""
+        return [s for s in spans if self.adapters is None or s in self.adapters]
 
     def run(self, k: int, spans: Sequence[Span]) -> list[int] | None:
         """The last k student blocks, as teacher numbers; None when they are protected or out of reach of the moments."""
@@ -187,6 +194,7 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
                     continue
                 # Intervals made by hand stand under 0, whatever they remove.
                 value = saving.base - sum(v - u for u, v in spans) * saving.block - saving.text(k)
+                value += saving.adapters(len(options.adapted(spans)))
                 for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY):
                     yield Mix(round(chain_cost + text_cost + rank_cost + cost, 9), removed, n, rank, k, ffns)
 
@@ -209,15 +217,30 @@ class _Savings:
 
     def __init__(self, options: Options, budget: Budget, rank: int | None) -> None:
         self.options, self.budget, self.rank = options, budget, rank
-        fixed = tuple(options.fixed_ffns or ())
-        self.base = budget.value(self._plan([], options.text_blocks or (), fixed))
-        pair = next((s for s in sorted(_pairs(options)) if self._fits(s)), None)
-        self.block = self.base - budget.value(self._plan([pair], options.text_blocks or (), fixed)) if pair else 0.0
+        self.bare = replace(options, adapters=frozenset())
+        self.base = self._value([])
+        self.pairs = _apart(s for s in sorted(_pairs(options)) if self._fits(s))
+        self.block = self.base - self._value(self.pairs[:1]) if self.pairs else 0.0
         self.text = cache(self._text)
         self.ffn = cache(self._ffn)
+        self.adapters = cache(self._adapters)
 
     def _plan(self, spans: Sequence[Span], text: Sequence[int], ffn: Sequence[tuple[int, str]]) -> CompressionPlan:
-        return self.options.plan(spans, text, self.rank, ffn)
+        return self.bare.plan(spans, text, self.rank, ffn)
+
+    def _value(self, spans: Sequence[Span], adapters: Sequence[Span] = ()) -> float:
+        """The budget's value with these intervals beside the edits made by hand."""
+        options = replace(self.bare, adapters=frozenset(adapters))
+        return self.budget.value(options.plan(spans, self.options.text_blocks or (), self.rank, tuple(self.options.fixed_ffns or ())))
+
+    def _adapters(self, count: int) -> float:
+        """What adapters of so many intervals add: the first may bring the student's own class, the others add alike."""
+        if not count or not self.pairs:
+            return 0.0
+        two = self.pairs[:2]
+        first = self._value(self.pairs[:1], self.pairs[:1]) - self._value(self.pairs[:1])
+        second = self._value(two, two) - self._value(two, two[:1]) if len(two) == 2 else first
+        return first + (count - 1) * second
 
     def _fits(self, span: Span) -> bool:
         try:
@@ -237,6 +260,15 @@ class _Savings:
 
 def _pairs(options: Options) -> set[Span]:
     return {(u, u + 1) for u in range(options.num_blocks - 1)}
+
+
+def _apart(spans: Iterable[Span]) -> list[Span]:
+    """Disjoint ones of intervals in order, first come first."""
+    found: list[Span] = []
+    for span in spans:
+        if not found or span[0] > found[-1][1]:
+            found.append(span)
+    return found
 
 
 def _plan_of(options: Options, mix: Mix) -> CompressionPlan:

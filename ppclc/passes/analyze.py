@@ -66,7 +66,7 @@ def analyze(
         work=search.work(),
         supernet=search.scores,
         trials=search.trials,
-        starts={i.key: search.start(i.first, i.last) for i in plan.intervals},
+        starts={i.key: search.start_in(plan, i) for i in plan.intervals},
         plan=plan,
         tensors={"cka": torch.stack([maps[s] for s in streams]), **{f"modulation.{k}": v for k, v in modulation_basis(stats).items()}},
     )

@@ -519,6 +519,26 @@ def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
         assert planted.analyze({"parameters": 0.65}, only_depth, trials=4, trial_steps=6).trials == analysis.trials
 
 
+def test_a_search_with_adapters_counts_them_and_says_where_their_blocks_start(planted: Planted) -> None:
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none", "adapters": "auto"}
+    analysis = planted.analyze({"parameters": 0.65}, only_depth, trials=2, trial_steps=3)
+    assert len(analysis.trials) == 2
+    for plan in (analysis.plan, *(t.plan for t in analysis.trials)):
+        assert plan.adapters == plan.intervals != ()
+        check_target(planted, plan, 0.65 * count_parameters(planted.model))
+    search = planted.search(only_depth)
+    for interval in analysis.plan.intervals:
+        assert analysis.starts[interval.key] == search.costs.adapted(interval.first, interval.last)[1]
+    # An interval saves one adapter of each stream less; dead code would go with the first.
+    width, whole = planted.model.inner_dim, only_depth | {"dead_code": False}
+    saved = []
+    for adapters in ("none", "auto"):
+        search = planted.search(whole | {"adapters": adapters})
+        search.measure_intervals()
+        saved.append(next(c.parameters for c in search.candidates() if (c.first, c.last) == (2, 3)))
+    assert saved[0] - saved[1] == 2 * (width**2 + width)
+
+
 def test_costs_are_the_velocity_error_of_the_closed_form_stand_in(planted: Planted, half: Analysis) -> None:
     """By hand: blocks 1 and 2 replaced by one of them and one affine map a stream, fitted by least squares on the same draws."""
     g = torch.Generator().manual_seed(0)

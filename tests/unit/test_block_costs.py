@@ -23,12 +23,14 @@ MS = 1_000_000
 BASE, BLOCK, CLASS, MAPPED, DEAD = 7 * MS, 40 * MS, 2 * MS, -15 * MS, -4 * MS
 RANK, MAPPED_RANK = -8 * MS, 3 * MS
 FFN = {"image": -9 * MS, "text": -6 * MS}
+ADAPTER = 5 * MS
 PLANS: dict[str, dict[str, Any]] = {
     "empty": {},
     "merged": {"intervals": [(1, 3), (5, 6)]},
     "mapped": {"text_stream": [4, 8, 9]},
     "rank": {"modulation_rank": 4},
     "ffn": {"ffn": [(1, "image"), (2, "image"), (2, "text")]},
+    "adapters": {"intervals": [(1, 3), (5, 6)], "adapters": [(1, 3)]},
     "all": {"intervals": [(2, 4)], "text_stream": [8, 9], "modulation_rank": 12, "dead_code": True},
 }
 
@@ -58,6 +60,7 @@ class World:
         wide = "dead_code" in config
         edits = CLASS * blocks * wide + MAPPED * len(mapped) + DEAD * bool(config.get("dead_code"))
         edits += sum(ns * len(config.get(f"linear_ffn_{stream}_blocks") or []) for stream, ns in FFN.items())
+        edits += ADAPTER * len(config.get("adapted_blocks") or [])
         return round(BASE + BLOCK * blocks + edits + cut * (RANK * blocks + MAPPED_RANK * len(mapped)))
 
     def make(self, config: Mapping[str, Any]) -> Callable[[], None]:
@@ -79,10 +82,10 @@ def test_every_edit_s_cost_is_found_exactly(family: Family, config: dict[str, An
     assert costs.base_ms == pytest.approx(BASE / MS)
     assert costs.block_ms == {"transformer_blocks": pytest.approx(BLOCK / MS)}
     wanted = {"student_class": CLASS, "modulation_rank": RANK, "text_stream": MAPPED, "text_stream_rank": MAPPED_RANK, "dead_code": DEAD}
-    wanted |= {f"{stream}_ffn": ns for stream, ns in FFN.items()}
+    wanted |= {f"{stream}_ffn": ns for stream, ns in FFN.items()} | {"adapters": ADAPTER}
     assert costs.edit_ms == {name: pytest.approx(ns / MS) for name, ns in wanted.items()}
     assert set(costs.edit_ms) == {edit.name for edit in EDITS}
-    assert sorted(world.made) == [2] + [8] * 8
+    assert sorted(world.made) == [2, 4] + [8] * 8  # adapters stand before merged pairs
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -160,7 +163,7 @@ def test_models_that_are_timed_share_their_weights(family: Family, config: dict[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["merged", "mapped", "ffn", "all"])
+@pytest.mark.parametrize("name", ["merged", "mapped", "ffn", "adapters", "all"])
 def test_an_unseen_plan_s_latency_is_near(name: str, family: Family) -> None:
     """Within 15 % of what is measured, as a share of the teacher's: the machine may change its pace between the two.
 

@@ -30,6 +30,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "mapped": {"text_stream": [3, 5]},
     "rank": {"modulation_rank": 3},
     "dead code": {"modulation_rank": 5, "dead_code": True},
+    "adapters": {"intervals": [(1, 2), (4, 5)], "adapters": [(1, 2), (4, 5)], "dead_code": True},
     "all": {"intervals": [(1, 2)], "text_stream": [4, 5], "modulation_rank": 4, "dead_code": True},
 }
 
@@ -111,10 +112,15 @@ def allocated_peak(call: Callable[[], Any]) -> int:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["empty", "mapped", "all"])
+@pytest.mark.parametrize("name", ["empty", "mapped", "adapters", "all"])
 def test_memory_of_running_is_that_of_the_allocator(name: str, dtype: str, family: Family, mid_config: dict[str, Any]) -> None:
     """Within 2 %, the bar being 15: bfloat16 kernels take some space of their own."""
-    edits = {"empty": {}, "mapped": {"text_stream": [2, 3]}, "all": {"intervals": [(1, 2)], "text_stream": [3], "modulation_rank": 32}}
+    edits = {
+        "empty": {},
+        "mapped": {"text_stream": [2, 3]},
+        "adapters": {"intervals": [(1, 2)], "adapters": [(1, 2)]},
+        "all": {"intervals": [(1, 2)], "text_stream": [3], "modulation_rank": 32},
+    }
     plan = CompressionPlan.of(family.name, 4, **edits[name], dead_code=name == "all")  # type: ignore[arg-type]
     config, size = student_config(family, mid_config, plan), {"batch": 2, "height": 24, "width": 24, "text": 60}
     model = random_model(family, config, dtype)

@@ -123,6 +123,8 @@ def test_changes_go_on_top(tmp_path: Path) -> None:
         (MODEL + "plan: {dead_code: 1}", ["plan.dead_code = 1", "wanted boolean"]),
         (MODEL + "plan: {intervals: some}", ["plan.intervals = 'some'", "'auto'", "'none'", "list"]),
         (MODEL + "plan: {intervals: [[3]]}", ["plan.intervals", "[[3]]", "at least 2 items"]),
+        (MODEL + "plan: {adapters: all}", ["plan.adapters = 'all'", "'auto'", "'none'", "list"]),
+        (MODEL + "plan: {adapters: [[3]]}", ["plan.adapters", "[[3]]", "at least 2 items"]),
         (MODEL + "plan: {text_stream: [x]}", ["plan.text_stream", "'x'", "integer"]),
         (MODEL + "plan: {protect: 3}", ["plan.protect = 3", "wanted list"]),
         (MODEL + "calibrate: {source: photos}", ["calibrate.source = 'photos'", "'images'"]),
