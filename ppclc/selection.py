@@ -22,6 +22,8 @@ Chains = dict[int, Chain]
 """By number of removed blocks."""
 NEARLY = 1.02
 """Mixes whose estimate is at most so many times the limit are counted exactly."""
+MORE_FFNS, FAR_ABOVE = 8, 1.25
+"""FFN edits that a mix may take beyond its estimate, and the share of the limit above which none would help."""
 COUNTED = 400
 """Most mixes that are counted exactly."""
 
@@ -157,10 +159,10 @@ def contenders(options: Options, budget: Budget, count: int) -> list[Compression
     for mix in itertools.islice(sorted(_mixes(options, budget)), COUNTED):
         if by_removed.get(mix.removed, 0) >= max(1, -(-count // 2)) or len(found) >= count:
             continue
-        plan = _plan_of(options, mix)
-        if not budget.met(plan):
+        within = _within(options, mix, budget)
+        if within is None:
             continue
-        plan = put_back(plan, options, budget)
+        plan = put_back(within, options, budget)
         if plan not in found:
             found.append(plan)
             by_removed[mix.removed] = by_removed.get(mix.removed, 0) + 1
@@ -277,6 +279,18 @@ def _plan_of(options: Options, mix: Mix) -> CompressionPlan:
     text = options.text(mix.text, spans) or []
     free = [(b, s) for _, s, b in options.usable_ffns(spans, text)[: mix.ffns]]
     return options.plan(spans, text, mix.rank, options.fixed_ffns if options.fixed_ffns is not None else sorted(free))
+
+
+def _within(options: Options, mix: Mix, budget: Budget) -> CompressionPlan | None:
+    """The plan of a mix, with more FFN edits where the estimate was too low: edits beside each other save less than each alone."""
+    for more in range(MORE_FFNS + 1):
+        plan = _plan_of(options, replace(mix, ffns=mix.ffns + more))
+        value = budget.value(plan)
+        if value <= budget.limit:
+            return plan
+        if value > FAR_ABOVE * budget.limit or len(plan.ffn) < mix.ffns + more:
+            return None
+    return None
 
 
 def put_back(plan: CompressionPlan, options: Options, budget: Budget) -> CompressionPlan:
