@@ -1,6 +1,6 @@
 """What a teacher that is never in memory as a whole takes: peak memory and time of a sweep, by the number of blocks.
 
-    python -m benchmarks.streamed [--blocks 12 24 48] [--heads 9] [--batches 4] [--batch 2] [--side 12] [--steps 10]
+    python -m benchmarks.streamed [--blocks 12 24 48] [--heads 9] [--batches 2] [--batch 2] [--side 12] [--steps 10]
 
 Teachers of random weights, a shard a block, are swept to their last block's output, streamed and resident, each in
 a process of its own; once alone, and once with a student block trained on the way, on the states before and after
@@ -22,7 +22,6 @@ import gc
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -178,10 +177,20 @@ def warm_up(family: Family, steps: int) -> None:
     digest(run_sweep(tiny, draw(family, config, 1, 1, 2), steps))
 
 
-def give_back() -> None:
-    """Return free memory to the system, else what is needed later hides in what the imports left behind."""
+def forget_the_past() -> None:
+    """Return free memory to the system, and let the peak start again from what is left (Linux alone).
+
+    Else what is needed later hides in what the imports left behind, or their peak stands for its own.
+    """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", "ascii")
+
+
+def peak_resident() -> int:
+    """The highest resident set in bytes since the peak was reset."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
@@ -189,7 +198,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     family = open_source(str(options.folder)).family
     warm_up(family, options.steps)
     process = psutil.Process()
-    give_back()
+    forget_the_past()
     before = process.memory_info().rss
     teacher = open_teacher(options.child, options.folder)
     samples = draw(family, teacher.config, options.batches, options.batch, options.side)
@@ -201,7 +210,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
         results = run_sweep(teacher, samples, options.steps)
         took.append(time.perf_counter() - start)
         read.append(getattr(teacher, "read_seconds", 0.0) - earlier)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     found = {"baseline_rss_bytes": before, "opened_bytes": loaded - before, "peak_bytes": peak - before}
     return found | {"sweep_s": took, "read_s": read, "sha256": digest(results)}
 
@@ -248,7 +257,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, nargs="+", default=[12, 24, 48])
     parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--side", type=int, default=12)
     parser.add_argument("--steps", type=int, default=10)

@@ -5,7 +5,7 @@ A family is one file here with a `PLUGIN`. Blocks are numbered through all group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,23 @@ class Group:
     count_key: str
     streams: Mapping[str, str]
     outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Part(Mapping[str, Any]):
+    """The tensors whose names begin with a prefix, by the rest of their names; none is read before it is asked for."""
+
+    tensors: Tensors
+    prefix: str
+
+    def __getitem__(self, name: str) -> Any:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.tensors if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 @dataclass(frozen=True)

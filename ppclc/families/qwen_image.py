@@ -6,14 +6,14 @@ Shape suffixes: B batch, S image token, T text token, D width, C channel, P rota
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ppclc.errors import PlanError
-from ppclc.families import Bank, Encoders, Family, Group, Lowered, Tensors
+from ppclc.families import Bank, Encoders, Family, Group, Lowered, Part, Tensors
 from ppclc.plan import CompressionPlan
 from ppclc.students.qwen_image import JointAttention, TextRole, text_roles
 
@@ -89,27 +89,10 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
         if module in ADAPTERS:
             width = len(teacher["img_in.bias"])
             return torch.eye(width) if part.endswith("weight") else torch.zeros(width)
-        prefix = f"{BLOCKS.path}.{block}."
-        source = _Prefixed(teacher, prefix)
+        source = Part(teacher, f"{BLOCKS.path}.{block}.")
     if part.startswith(("img_mod.", "txt_mod.")):
         return _modulation(part, plan, source, bank, block)
     return source[part]  # type: ignore[no-any-return]
-
-
-class _Prefixed(Mapping[str, Any]):
-    """The tensors whose names begin so, by the rest of their names; read when they are asked for, as they may lie on disk."""
-
-    def __init__(self, tensors: Tensors, prefix: str) -> None:
-        self.tensors, self.prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Any:
-        return self.tensors[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (k[len(self.prefix) :] for k in self.tensors if k.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
 
 def text_key(plan: CompressionPlan, block: int) -> str:

@@ -11,13 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import streamed as benchmark
 from ppclc import flow
 from ppclc.errors import ModelError
 from ppclc.families import Family
-from ppclc.models import DTYPES, WEIGHTS, block_state, blocks_of, load_source, open_source, trace
+from ppclc.models import DTYPES, WEIGHTS, apply_plan, block_state, blocks_of, load_source, open_source, trace
+from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
 from ppclc.samples import Sample
 from ppclc.teachers import TEXT_INPUT, ResidentTeacher, StreamedTeacher, Teacher
+from ppclc.weight_files import WeightFiles
 
 BLOCKS = 6
 BLOCK = "transformer_blocks.5.attn.to_q.weight"
@@ -253,3 +256,35 @@ def test_files_that_change_under_way_are_refused(broken: Path, family: Family) -
     file.unlink()
     with pytest.raises(ModelError, match=f"{WEIGHTS}: cannot be read"):
         teacher.velocities(batches(family, source.config))
+
+
+def test_a_students_tensors_are_read_one_by_one(make: Callable[..., Any], family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a student's tensor is made of is read, and nothing else: a teacher's files may be larger than memory."""
+    model, teacher = make("sharded", "float32")
+    plan = CompressionPlan.of("qwen_image", BLOCKS, [(1, 2), (4, 5)])
+    read, own = [], WeightFiles.read
+    monkeypatch.setattr(WeightFiles, "read", lambda self, name, out: (read.append(name), own(self, name, out))[1])
+    student = apply_plan(model, plan).state_dict()
+    assert all(equal(family.student_tensor(name, plan, teacher.tensors(), {}), tensor) for name, tensor in student.items())
+    # Weight and bias of a modulation are made together.
+    assert len(read) == len(student) + sum("_mod." in name for name in student)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_blocks(family: Family, tmp_path: Path) -> None:
+    """In processes of their own: a sweep that trains a student at two depths, and the bits of a resident teacher."""
+    options = benchmark.parse(["--batches", "2", "--batch", "1", "--side", "4", "--sweeps", "1"])
+    for blocks in (3, 12):
+        benchmark.write_teacher(tmp_path / str(blocks), family, benchmark.teacher_config(family, blocks, heads=8))
+    files = {blocks: sum(f.stat().st_size for f in (tmp_path / str(blocks)).glob("*.safetensors")) for blocks in (3, 12)}
+    block = (files[12] - files[3]) / 9
+    shallow, deep = (benchmark.in_process("streamed", tmp_path / str(blocks), options, steps=2) for blocks in (3, 12))
+    assert deep["peak_bytes"] < shallow["peak_bytes"] + block / 2
+    alone = benchmark.in_process("streamed", tmp_path / "12", options, steps=0)
+    assert alone["peak_bytes"] < 1.5 * 3 * block
+    resident = benchmark.in_process("resident", tmp_path / "12", options, steps=2)
+    assert resident["peak_bytes"] > 12 * block
+    assert resident["sha256"] == deep["sha256"]
