@@ -18,7 +18,7 @@ from ppclc.families import Family
 from ppclc.models import DTYPES, WEIGHTS, apply_plan, block_state, blocks_of, load_source, open_source, trace
 from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
-from ppclc.samples import Sample
+from ppclc.samples import Sample, Samples
 from ppclc.teachers import TEXT_INPUT, ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.weight_files import WeightFiles
 
@@ -125,6 +125,16 @@ def test_a_call_is_the_models_own_forward(kind: str, family: Family, make: Calla
     starts = [(x, given)]
     ours, whole = (SampledDistance.of_teacher(m, starts, 2).wanted[0] for m in (teacher, model))
     assert equal(ours, whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_points_of_a_trajectory_are_the_models_own(kind: str, family: Family, make: Callable[..., Any], folders: dict[str, Path]) -> None:
+    model, teacher = make(kind, "bfloat16")
+    x, _, given = batches(family, model.config)[2]
+    source = open_source(str(folders[kind]))
+    drawn = [Samples("prompts", source, m, "train")._trajectory(x, given, torch.Generator().manual_seed(3)) for m in (model, teacher)]
+    assert equal(drawn[0][0], drawn[1][0])
+    assert not equal(drawn[0][0], x)
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
