@@ -13,7 +13,7 @@ from typing import Any
 
 from ppclc.budget import budget_of
 from ppclc.cache import FEW, Cache
-from ppclc.closed_forms import closed_form_bank
+from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
@@ -40,7 +40,7 @@ from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
-from ppclc.plan import CompressionPlan
+from ppclc.plan import CompressionPlan, Interval
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import (
     Analysis,
@@ -253,7 +253,10 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     run.edits = []
     intervals = list(plan.intervals)
     starts = {i: _made(run.analysis).starts.get(i.key, i.first) for i in intervals}
-    edits = [interval_edit(teaching, plan, i, partial(teacher.block_tensors, starts[i]), settings.weights) for i in intervals]
+    edits = [
+        interval_edit(teaching, plan, i, partial(_interval_start, teacher, stats, ridge, plan, i, starts[i]), settings.weights)
+        for i in intervals
+    ]
     jobs = [
         Job(e.key, distill_pass.VERSION, settings.local() | {"source": samples.identity, "start": starts[i]}, (_base(run),))
         for e, i in zip(edits, intervals, strict=True)
@@ -276,6 +279,14 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
     inputs = (_base(run), stats, *run.edits)
     run.edits.append(run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill"))
+
+
+def _interval_start(
+    teacher: Teacher, stats: CalibrationStats, ridge: float, plan: CompressionPlan, interval: Interval, start: int
+) -> dict[str, Any]:
+    """What an interval's block starts from: a teacher's block, with adapters in closed form where the plan has them."""
+    adapters = interval_adapters(stats, ridge, interval.first, start) if interval in plan.adapters else {}
+    return teacher.block_tensors(start) | adapters
 
 
 def _train_edits(run: Run, edits: list[LocalEdit], jobs: list[Job], steps: int, progress: Callable[[float, str], None]) -> Bank:

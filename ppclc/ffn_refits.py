@@ -30,7 +30,7 @@ def refitted_ffns(teacher: Teacher, teaching: Teaching, plan: CompressionPlan, b
     edits = [(e, i) for e in plan.ffn if (i := plan.interval_at(e.block))]
     if not edits:
         return {}
-    blocks = {i: teaching.block(teaching.plan(intervals=[(i.first, i.last)]), i.first, bank) for _, i in edits}
+    blocks = {i: teaching.block(teaching.plan(plan, [i]), i.first, bank) for _, i in edits}
     moments = {(i, e.stream): FfnMoments() for e, i in edits}
     stops = {s for _, i in edits for s in (i.first, i.last + 1)}
     masks = [sample[2].get("encoder_hidden_states_mask") for sample in samples]

@@ -81,9 +81,10 @@ class Teaching:
         tensors = {prefix + k: v for k, v in self.block_tensors(block).items()}
         return student_block(self.family, self.config, plan, block, tensors, bank)
 
-    def plan(self, **edits: Any) -> CompressionPlan:
-        """The plan with these edits alone."""
-        return CompressionPlan.of(self.family.name, self.family.num_blocks(self.config), **edits)
+    def plan(self, whole: CompressionPlan, intervals: Sequence[Interval], **edits: Any) -> CompressionPlan:
+        """The plan of some intervals of another, with their adapters, and of these edits alone."""
+        spans, adapted = ([(i.first, i.last) for i in some] for some in (intervals, [i for i in intervals if i in whole.adapters]))
+        return CompressionPlan.of(self.family.name, whole.num_blocks, spans, adapters=adapted, **edits)
 
 
 def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,9 +121,8 @@ def interval_edit(
 
     Text counts as the recipe says, but not after the last block, where nothing reads it.
     """
-    span = (interval.first, interval.last)
-    own = teaching.plan(intervals=[span])
-    key, last = own.interval_key(interval), interval.last == teaching.family.num_blocks(teaching.config) - 1
+    own = teaching.plan(plan, [interval])
+    key, last = own.interval_key(interval), interval.last == plan.num_blocks - 1
 
     def loss(module: nn.Module, batch: BatchStates) -> Terms:
         output = run_block(module, teaching.family, batch.states[interval.first], batch.shared)
@@ -218,9 +218,9 @@ def _below(plan: CompressionPlan, block: int) -> tuple[str, ...]:
 
 def _around(teaching: Teaching, plan: CompressionPlan, blocks: Sequence[int], **edits: Any) -> tuple[CompressionPlan, int]:
     """The plan of some edits with the intervals that start at these blocks or lie between, and the end of the last block's."""
-    spans = [(i.first, i.last) for i in plan.intervals if min(blocks) <= i.first <= max(blocks)]
+    inside = [i for i in plan.intervals if min(blocks) <= i.first <= max(blocks)]
     last = max(blocks)
-    return teaching.plan(intervals=spans, **edits), (i.last if (i := plan.interval_at(last)) else last)
+    return teaching.plan(plan, inside, **edits), (i.last if (i := plan.interval_at(last)) else last)
 
 
 def _learning(module: nn.Module, names: Sequence[str]) -> nn.Module:
