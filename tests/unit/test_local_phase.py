@@ -1,0 +1,235 @@
+"""The local phase: the same bits whoever holds the teacher, whatever learns beside, however often it is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppclc.closed_forms import closed_form_bank, interval_adapters
+from ppclc.families import Family
+from ppclc.ffn_refits import refitted_ffns
+from ppclc.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
+from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
+from ppclc.models import apply_plan, open_source
+from ppclc.passes.calibrate import CalibrateSettings, calibrate
+from ppclc.plan import CompressionPlan
+from ppclc.records import CalibrationStats, Distilled
+from ppclc.samples import Sample, Samples, open_samples
+from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
+from ppclc.training import CHECKPOINT, TrainingSettings
+
+NAME = "qwen_image"
+STEPS = 8
+PLAN = CompressionPlan.of(NAME, 6, [(1, 2), (3, 4)], [3], 6, ffn=[(0, "text"), (1, "image"), (5, "image")], adapters=[(3, 4)])
+
+
+def quiet(*_: Any) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def samples(teacher_folder: Path, teacher: Any) -> Samples:
+    return open_samples("noise", open_source(str(teacher_folder)), teacher, "train")
+
+
+@pytest.fixture(scope="module")
+def stats(teacher: Any, family: Family, samples: Samples) -> CalibrationStats:
+    return calibrate(teacher, family, samples, CalibrateSettings(samples=128, longest=4), quiet)
+
+
+@pytest.fixture(scope="module")
+def resident(teacher: Any, family: Family) -> Teacher:
+    return ResidentTeacher(teacher, family)
+
+
+@pytest.fixture
+def streamed(teacher_folder: Path) -> Teacher:
+    return StreamedTeacher(open_source(str(teacher_folder)), "float32")
+
+
+def edits_of(teacher: Teacher, stats: CalibrationStats, plan: CompressionPlan = PLAN, weights: Weights = Weights()) -> list[LocalEdit]:  # noqa: B008
+    """Every edit of the plan; width edits stand on intervals in closed form here."""
+    teaching = Teaching(teacher.family, teacher.config, teacher.block_tensors)
+    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, plan, teacher.family.text_key))
+    starts = {}
+    for i in plan.intervals:
+        adapters = interval_adapters(stats, 1e-4, i.first, i.last) if i in plan.adapters else {}
+        starts[i] = teacher.block_tensors(i.last) | adapters
+        bank[plan.interval_key(i)] = starts[i]
+    local = [interval_edit(teaching, plan, i, lambda i=i: starts[i], weights) for i in plan.intervals]  # type: ignore[misc]
+    return local + width_edits(teaching, plan, bank, weights)
+
+
+def learn(
+    teacher: Teacher,
+    edits: Sequence[LocalEdit],
+    samples: Samples,
+    work: Path,
+    together: int = 1,
+    progress: Any = quiet,
+    training: TrainingSettings = TrainingSettings(),  # noqa: B008
+    steps: int = STEPS,
+) -> dict[str, Distilled]:
+    works = [work / e.key for e in edits]
+    for folder in works:
+        folder.mkdir(parents=True, exist_ok=True)
+    settings = LocalSettings(steps, 4, 3e-3, 3, 5, together, training)
+    phase = LocalPhase(teacher, lambda g: samples.draw(4, g), edits, works, settings, progress)
+    return {d.edit: d for d in phase.run()}
+
+
+def same(a: dict[str, Distilled], b: dict[str, Distilled]) -> bool:
+    assert a.keys() == b.keys()
+    return all(
+        x.losses == b[k].losses
+        and x.tensors.keys() == b[k].tensors.keys()
+        and all(torch.equal(v, b[k].tensors[n]) for n, v in x.tensors.items())
+        for k, x in a.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def wanted(resident: Teacher, stats: CalibrationStats, samples: Samples, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Distilled]:
+    return learn(resident, edits_of(resident, stats), samples, tmp_path_factory.mktemp("whole"))
+
+
+class StopError(Exception):
+    """Power goes."""
+
+
+def stop_at(step: int) -> Callable[[float, str], None]:
+    def progress(done: float, _: str) -> None:
+        if round(done * STEPS) >= step:
+            raise StopError
+
+    return progress
+
+
+def test_every_edit_of_the_plan_is_there(wanted: dict[str, Distilled]) -> None:
+    assert set(wanted) == {"interval-1-2", "interval-3-4-adapted", "text-3-4-1-2", "ffn-0-text", "ffn-1-2-image", "ffn-5-image"}
+    assert set(wanted["ffn-5-image"].tensors) == {"weight", "bias"}
+    assert set(wanted["text-3-4-1-2"].tensors) == {"text_in.weight", "text_in.bias", "text_out.weight", "text_out.bias"}
+    assert {k for k in wanted["interval-3-4-adapted"].tensors if "adapter" in k} == {
+        f"{s}_adapter.{p}" for s in ("image", "text") for p in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("together", [1, 3, 20])
+def test_a_streamed_teacher_gives_the_same_bits(
+    streamed: Teacher, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled], tmp_path: Path, together: int
+) -> None:
+    assert same(learn(streamed, edits_of(streamed, stats), samples, tmp_path, together), wanted)
+
+
+def test_an_edit_knows_nothing_of_those_beside_it(
+    resident: Teacher, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled], tmp_path: Path
+) -> None:
+    for edit in edits_of(resident, stats):
+        assert same(learn(resident, [edit], samples, tmp_path / edit.key), {edit.key: wanted[edit.key]})
+
+
+@pytest.mark.parametrize("stops", [[3], [2, 5, 7]])
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_a_stopped_phase_ends_on_the_same_bits(
+    request: pytest.FixtureRequest,
+    stats: CalibrationStats,
+    samples: Samples,
+    wanted: dict[str, Distilled],
+    tmp_path: Path,
+    stops: list[int],
+    kind: str,
+) -> None:
+    teacher: Teacher = request.getfixturevalue(kind)
+    for stop in stops:
+        with pytest.raises(StopError):
+            learn(teacher, edits_of(teacher, stats), samples, tmp_path, 2, stop_at(stop))
+    # One edit lost its last checkpoint, as if power had gone between two of them.
+    (tmp_path / "ffn-5-image" / CHECKPOINT).unlink()
+    assert same(learn(teacher, edits_of(teacher, stats), samples, tmp_path, 2), wanted)
+
+
+def test_accumulated_batches_are_one_step(resident: Teacher, stats: CalibrationStats, samples: Samples, tmp_path: Path) -> None:
+    """Two batches a step: the mean of both losses, and as many steps."""
+    edits = edits_of(resident, stats)[:1]
+    twice = learn(resident, edits, samples, tmp_path / "a", training=TrainingSettings(accumulate=2), steps=1)
+    generator = torch.Generator().manual_seed(5)
+    drawn = [samples.draw(4, generator) for _ in range(2)]
+    module = edits[0].build()
+    values = [sum(v.item() for v in edits[0].loss(module, s).values()) for s in states(resident, edits, drawn)]
+    assert twice["interval-1-2"].losses == [(1, pytest.approx(sum(values) / 2, rel=1e-6))]
+
+
+def states(teacher: Teacher, edits: Sequence[LocalEdit], drawn: Sequence[Sample]) -> list[Any]:
+    stops, inputs = {s for e in edits for s in e.stops}, {s for e in edits for s in e.text_inputs}
+    _, sweep = list(teacher.sweep(drawn, stops, inputs))[-1]
+    return [batch_states(sweep, drawn, n) for n in range(len(drawn))]
+
+
+def test_width_edits_learn_and_nothing_else_of_their_block_does(
+    resident: Teacher, stats: CalibrationStats, samples: Samples, tmp_path: Path
+) -> None:
+    """On batches that they did not see; their start is the closed form, which gradient steps must better."""
+    edits = [e for e in edits_of(resident, stats) if not e.key.startswith("interval")]
+    learnt = learn(resident, edits, samples, tmp_path, steps=60)
+    generator = torch.Generator().manual_seed(99)
+    held = states(resident, edits, [samples.draw(16, generator) for _ in range(4)])
+
+    def judged(edit: LocalEdit, module: Any) -> float:
+        with torch.no_grad():
+            return sum(v.item() for batch in held for v in edit.loss(module, batch).values())
+
+    for edit in edits:
+        module = edit.build()
+        free = {n for n, p in module.named_parameters() if p.requires_grad}
+        assert {n.split(".")[0] for n in free} <= {"text_in", "text_out", "img_ffn", "txt_ffn"}
+        before = judged(edit, module)
+        names = {n.removeprefix("img_ffn.").removeprefix("txt_ffn."): n for n in free}
+        module.load_state_dict({names[k]: v for k, v in learnt[edit.key].tensors.items()}, strict=False)
+        assert judged(edit, module) < before, edit.key
+
+
+def test_trained_edits_are_what_a_student_is_made_of(
+    teacher: Any, family: Family, stats: CalibrationStats, wanted: dict[str, Distilled]
+) -> None:
+    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN, family.text_key))
+    bank |= {k: d.tensors for k, d in wanted.items()}
+    student = apply_plan(teacher, PLAN, bank).state_dict()
+    for name, key in (("1.img_ffn", "ffn-1-2-image"), ("0.txt_ffn", "ffn-0-text"), ("3.img_ffn", "ffn-5-image")):
+        assert torch.equal(student[f"transformer_blocks.{name}.weight"], wanted[key].tensors["weight"])
+    assert torch.equal(student["transformer_blocks.2.text_in.bias"], wanted["text-3-4-1-2"].tensors["text_in.bias"])
+    adapted = wanted["interval-3-4-adapted"].tensors
+    assert torch.equal(student["transformer_blocks.2.image_adapter.weight"], adapted["image_adapter.weight"])
+    assert torch.equal(student["transformer_blocks.2.attn.to_q.weight"], adapted["attn.to_q.weight"])
+
+
+def test_networks_of_distilled_blocks_are_refitted(
+    resident: Teacher, family: Family, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled]
+) -> None:
+    """Against least squares on the rows themselves; better than the map that the interval's first block would have had."""
+    teaching = Teaching(family, resident.config, resident.block_tensors)
+    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN, family.text_key)) | {k: d.tensors for k, d in wanted.items()}
+    generator = torch.Generator().manual_seed(3)
+    drawn = [samples.draw(16, generator) for _ in range(6)]
+    made = refitted_ffns(resident, teaching, PLAN, bank, drawn, 1e-9)
+    assert set(made) == {"ffn-1-2-image"}
+    block, mids, targets = teaching.block(teaching.plan(PLAN, [PLAN.intervals[0]]), 1, bank), [], []
+    block.img_norm2.register_forward_pre_hook(lambda _, args: mids.append(args[0]))
+    _, sweep = list(resident.sweep(drawn, {1, 3}))[-1]
+    for n in range(len(drawn)):
+        given = sweep.states[1][n]
+        block(hidden_states=given["image"], encoder_hidden_states=given["text"], **sweep.shared[n])
+        targets.append(sweep.states[3][n]["image"])
+    mid, target = torch.cat(mids).flatten(0, 1).double(), torch.cat(targets).flatten(0, 1).double()
+    rows = torch.cat([mid, torch.ones(len(mid), 1, dtype=torch.float64)], dim=1)
+    solution = torch.linalg.lstsq(rows, target - mid).solution
+    assert torch.allclose(made["ffn-1-2-image"]["weight"].double(), solution[:-1].T, atol=2e-4)
+    assert torch.allclose(made["ffn-1-2-image"]["bias"].double(), solution[-1], atol=2e-4)
+
+    def error(maps: dict[str, torch.Tensor]) -> float:
+        return relative_error(mid + mid @ maps["weight"].double().T + maps["bias"].double(), target).item()
+
+    assert error(made["ffn-1-2-image"]) < error(closed_form_bank(stats, 1e-4, PLAN, family.text_key)["ffn-1-2-image"])
