@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 from ppclc.errors import PlanError, RecipeError
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit, kept_blocks
@@ -197,14 +197,19 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
                 # Intervals made by hand stand under 0, whatever they remove.
                 value = saving.base - sum(v - u for u, v in spans) * saving.block - saving.text(k)
                 value += saving.adapters(len(options.adapted(spans)))
-                for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY):
+                dead = 0.0 if text else saving.dead
+                for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY, dead):
                     yield Mix(round(chain_cost + text_cost + rank_cost + cost, 9), removed, n, rank, k, ffns)
 
 
-def _ffn_counts(usable: Sequence[tuple[float, str, int]], saving: _Savings, value: float, limit: float) -> Iterator[tuple[int, float]]:
-    """How many of the cheapest FFN edits bring a value to the limit, and one and two more, with their costs."""
+def _ffn_counts(
+    usable: Sequence[tuple[float, str, int]], saving: _Savings, value: float, limit: float, dead: float
+) -> Iterator[tuple[int, float]]:
+    """How many of the cheapest FFN edits bring a value to the limit, and one and two more, with their costs. `dead`: what the first saves besides."""
     cost, over = 0.0, 0
     for n in range(len(usable) + 1):
+        if n == 1:
+            value -= dead
         if value <= limit:
             yield n, cost
             over += 1
@@ -256,8 +261,21 @@ class _Savings:
         return self.base - self.budget.value(self._plan([], blocks, tuple(self.options.fixed_ffns or ()))) if blocks else 0.0
 
     def _ffn(self, stream: str) -> float:
+        """What one more edit of a stream saves: the first of all may bring the end of dead code as well."""
+        blocks = sorted(b for _, s, b in self.options.ffns if s == stream)[:2]
+        return self._beside([(b, stream) for b in blocks[:-1]]) - self._beside([(b, stream) for b in blocks])
+
+    def _beside(self, ffn: Sequence[tuple[int, str]]) -> float:
+        return self.budget.value(self._plan([], self.options.text_blocks or (), ffn))
+
+    @cached_property
+    def dead(self) -> float:
+        """What the first FFN edit saves beyond its own network, where nothing else changes the class of the student."""
+        if not self.options.ffns or self.rank is not None or self.options.text_blocks:
+            return 0.0
+        _, stream, _ = self.options.ffns[0]
         block = min(b for _, s, b in self.options.ffns if s == stream)
-        return self.base - self.budget.value(self._plan([], self.options.text_blocks or (), [(block, stream)]))
+        return self.base - self._beside([(block, stream)]) - self.ffn(stream)
 
 
 def _pairs(options: Options) -> set[Span]:

@@ -1,0 +1,45 @@
+"""Selection where estimates are hard: many width edits that overlap, and the first of which ends dead code too."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from ppclc import selection
+from ppclc.budget import TargetSettings, budget_of
+from ppclc.models import open_source
+from ppclc.selection import Options
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.2])
+def test_small_targets_are_met_where_cheap_edits_promise_too_much(share: float) -> None:
+    """With every text edit next to free, hundreds of mixes without depth or rank look cheaper than those that reach the target."""
+    source = open_source("builtin:two-digits")
+    costs = {(u, v): 0.01 * (v - u) ** 1.5 for u, v in itertools.combinations(range(12), 2) if v - u < 6}
+    ffns = sorted([(1e-5 * b, "text", b) for b in range(12)] + [(0.003 + 1e-4 * b, "image", b) for b in range(12)])
+    options = Options(
+        family="qwen_image",
+        num_blocks=12,
+        chains=selection.best_chains(12, costs, 6),
+        ranks=[(0.0, None), (1e-4, 4)],
+        text_runs=[(1e-4 * k, k) for k in range(9)],
+        ffns=ffns,
+    )
+    budget = budget_of(source, TargetSettings(parameters=share), "float32")
+    assert budget is not None
+    for plan in selection.contenders(options, budget, 4):
+        assert budget.met(plan)
+        cheapest = [plan.without(e) for e in plan.edits() if selection_allows(plan, e)]
+        assert not any(budget.met(p) for p in cheapest)
+
+
+def selection_allows(plan: object, edit: object) -> bool:
+    """Edits on which no other rests."""
+    from ppclc.errors import PlanError
+
+    try:
+        plan.without(edit)  # type: ignore[attr-defined]
+    except PlanError:
+        return False
+    return True
