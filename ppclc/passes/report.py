@@ -303,6 +303,8 @@ def edit_words(name: str) -> str:
     if match := re.fullmatch(r"text-(\d+)-(\d+)-(\d+)-(\d+)", name):
         own, reference = (f"{a}–{b}" if a != b else a for a, b in (match.group(1, 2), match.group(3, 4)))
         return f"text stream of {own} from {reference}"
+    if match := re.fullmatch(r"ffn-(\d+)(-\d+)?-(\w+)", name):
+        return f"{match[3]} feed-forward network of {match[1]}{(match[2] or '').replace('-', '–')}"
     return "fine-tune of the whole student" if name == "finetune" else name
 
 
@@ -741,17 +743,19 @@ def rank_chart(errors: Mapping[int, float], chosen: int | None) -> Chart:
 
 
 def training_charts(distilled: Sequence[Distilled]) -> list[Chart]:
-    """Loss curves of local training, one a line, and of the fine-tune."""
-    local = [d for d in distilled if d.edit != "finetune" and d.losses]
+    """Loss curves of intervals and of width edits, one a line, and of the fine-tune."""
     whole = [d for d in distilled if d.edit == "finetune" and d.losses]
+    blocks = [d for d in distilled if d.edit.startswith("interval-") and d.losses]
+    maps = [d for d in distilled if d not in whole and d not in blocks and d.losses]
     charts = []
-    if local:
+    for title, own, local in (
+        ("Intervals", "Each block learns on its own to do what its interval did", blocks),
+        ("Width edits", "Each linear map starts where its own error is least, and learns what its block's output needs", maps),
+    ):
         note = "" if len(local) <= LINES else " There are too many to name here; the table below has them all."
-        caption = (
-            "Each edit learns on its own to do what its blocks did, from the teacher's true inputs and outputs; "
-            "pale is every step, bold the running mean."
-        )
-        charts.append(loss_chart("Local training", caption + note, local))
+        caption = f"{own}, from the teacher's true inputs and outputs; pale is every step, bold the running mean."
+        if local:
+            charts.append(loss_chart(title, caption + note, local))
     if whole:
         caption = "Then the whole student learns to predict the teacher's velocity. A low loss is no proof: judge on scenes."
         charts.append(loss_chart("Fine-tune", caption, whole))
