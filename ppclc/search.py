@@ -98,6 +98,7 @@ class Search:
         self.kept: dict[Span, int] = {}
         self.starts: dict[Span, int] = {}
         self.adapted_starts: dict[Span, int] = {}
+        self.hand_errors: dict[Span, torch.Tensor] = {}
         self.text_costs: dict[int, float] = {}
         self.rank_costs: dict[int, float] = {}
         self.ffn_costs: list[tuple[float, str, int]] = []
@@ -291,7 +292,7 @@ class Search:
         """Intervals by the number of blocks they remove, as the strategy picks them."""
         wanted = self.wanted.intervals
         if isinstance(wanted, list):
-            return {0: [(0.0, [(a, b) for a, b in wanted])]}
+            return {sum(b - a for a, b in wanted): [(0.0, [(a, b) for a, b in wanted])]}
         if wanted == "none":
             return {0: [(0.0, [])]}
         if self.settings.strategy == "output_error":
@@ -346,7 +347,10 @@ class Search:
     def start(self, u: int, v: int) -> int:
         """The teacher block that the student block of an interval starts from."""
         if (u, v) not in self.starts and (u, v) not in self.kept:
-            self.kept[u, v] = self.costs.interval(u, v)[1] if v - u < self.longest else u
+            if v - u < self.longest:
+                self.hand_errors[u, v], self.kept[u, v] = self.costs.interval(u, v)
+            else:
+                self.kept[u, v] = u
         return self.starts.get((u, v), self.kept.get((u, v), u))
 
     def start_in(self, plan: CompressionPlan, interval: Interval) -> int:
@@ -357,6 +361,11 @@ class Search:
         if span not in self.adapted_starts:
             self.adapted_starts[span] = self.costs.adapted(*span)[1]
         return self.adapted_starts[span]
+
+    def all_starts(self, plan: CompressionPlan) -> dict[str, int]:
+        """By key, the start of every interval of the plan and of every other one that was considered."""
+        chosen = {plan.interval_key(i): self.start_in(plan, i) for i in plan.intervals}
+        return {Interval(first=u, last=v).key: self.start(u, v) for u, v in sorted(self.kept)} | chosen
 
     @cached_property
     def drop_errors(self) -> list[float]:
@@ -369,12 +378,13 @@ class Search:
         return [self.costs.influence(b) for b in range(self.length)]
 
     def candidates(self) -> list[Candidate]:
-        """Everything that was measured, with the parameters that each edit saves on its own."""
+        """Everything that was measured, intervals by hand included, with the parameters that each edit saves on its own."""
         family, config = self.source.family, self.source.config
         whole = predicted_parameters(family, config, self.options.plan([]))
         by_length: dict[int, int] = {}
         rows = []
-        for (u, v), cost in self.interval_costs.items():
+        by_hand = {span: self.costs.share(errors) for span, errors in self.hand_errors.items()}
+        for (u, v), cost in (self.interval_costs | by_hand).items():
             if v - u not in by_length:
                 by_length[v - u] = whole - predicted_parameters(family, config, self.options.plan([(u, v)]))
             rows.append(Candidate(kind="interval", first=u, last=v, cost=cost, parameters=by_length[v - u]))

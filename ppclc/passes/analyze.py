@@ -23,7 +23,7 @@ from ppclc.records import Agreement, Analysis, CalibrationStats
 from ppclc.samples import Sample, Samples
 from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
 
-VERSION = 3
+VERSION = 4
 
 
 def analyze(
@@ -53,6 +53,7 @@ def analyze(
     costs = EditCosts(model, family, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
     search = Search(source, costs, settings, wanted, maps[streams[0]].tolist(), detected[streams[0]][0], progress)
     plan = search.plan(target, dtype, samples, lessons)
+    starts = search.all_starts(plan)
     return Analysis(
         reading=settings.reading,
         strategy=settings.strategy,
@@ -66,7 +67,7 @@ def analyze(
         work=search.work(),
         supernet=search.scores,
         trials=search.trials,
-        starts={i.key: search.start_in(plan, i) for i in plan.intervals},
+        starts=starts,
         plan=plan,
         tensors={"cka": torch.stack([maps[s] for s in streams]), **{f"modulation.{k}": v for k, v in modulation_basis(stats).items()}},
     )

@@ -153,7 +153,8 @@ def test_the_plan_takes_the_supernets_best_set(tiny: Any, family: Family) -> Non
     of_depth = [s for s in scores if len(s.dropped) == removed]
     assert [s.distance for s in of_depth] == sorted(s.distance for s in of_depth)
     assert set(range(6)) - set(plan.kept) == set(of_depth[0].dropped)
-    assert found[0].starts == {i.key: i.first for i in plan.intervals}
+    assert {i.key: found[0].starts[i.key] for i in plan.intervals} == {i.key: i.first for i in plan.intervals}
+    assert found[0].starts.keys() == {f"interval-{c.first}-{c.last}" for c in found[0].candidates}
     assert found[0].stability["supernet.resamples"].runs == 40
     assert 0 < found[0].stability["supernet.resamples"].jaccard <= 1
     assert len(found[0].trials) in (0, len({len(s.dropped) for s in scores}))  # of a depth one is left to try
