@@ -88,6 +88,25 @@ def compress(
         raise typer.Exit(1)
 
 
+@app.command(name="slice")
+def cut(
+    run: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
+    parameters: Annotated[float | None, typer.Option("--parameters", help="What remains: a share up to 1.0, or a number.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json to follow exactly.")] = None,
+    out: Out = None,
+    changes: Changes = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Cut another size from the distilled edits of a finished run, without training."""
+    from ppclc import commands
+
+    document = commands.slice_size(run, parameters, plan_file, out, changes or [], verbose - quiet)
+    if as_json:
+        typer.echo(json.dumps(document))
+
+
 @app.command()
 def export(
     model: Annotated[str | None, typer.Argument(help="A model folder; the newest student without it.")] = None,

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ppclc import block_costs, compiler
+from ppclc import block_costs, compiler, sizes
 from ppclc.budget import even_plan
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
@@ -41,6 +41,8 @@ from ppclc.recipe import Recipe, find_recipe, read_recipe
 from ppclc.records import digest_of, file_digest, write_text
 from ppclc.run_costs import run_costs
 
+HEAD = ("teacher", "student", "plan", "gates")
+"""What `compress` and `slice` print of a report."""
 BLOCK_RUNS = 30
 """Most timed forwards of each model that tells what blocks cost."""
 
@@ -190,7 +192,7 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
         document["plan"] = run.plan.model_dump(mode="json")
     gates = run.verdict.gates if run.verdict else []
     if run.report:
-        document = {k: run.report[k] for k in ("teacher", "student", "plan", "gates")}
+        document = {k: run.report[k] for k in HEAD}
         for line in summary(run.report, folder):
             display.say(line)
     elif run.plan is not None:
@@ -199,6 +201,14 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
         if not gate.passed:
             display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")
     return any(not g.passed for g in gates), document
+
+
+def slice_size(
+    out: Path, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
+) -> dict[str, Any]:
+    """Cut another size from a finished run; the head of what a report would say of it. Raises as `sizes.slice_size` does."""
+    document = sizes.slice_size(out, parameters, plan_file, folder, changes, verbosity)
+    return {k: document[k] for k in HEAD}
 
 
 def summary(report: dict[str, Any], out: Path) -> list[str]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ppclc.bank import held_edits, interval_job, intervals_to_distill, joined, start_of, width_job
 from ppclc.budget import budget_of
 from ppclc.cache import FEW, Cache
-from ppclc.closed_forms import closed_form_bank, interval_adapters
+from ppclc.closed_forms import interval_adapters
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
@@ -150,21 +151,51 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     budget_of(source, recipe.target, recipe.model.dtype)
     wanted = recipe.calibrate
     found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
-    digest = source.digest()
-    mark = out / "records" / "teacher"
     check_writable(out)
-    if mark.is_file() and mark.read_text("utf-8").split()[:1] != [digest]:
-        raise OutputError(
-            f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; give another folder with -o"
-        )
+    mark = _check_mark(out, source, "give another folder with -o")
     cache, encoding = _cached(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     run = Run(recipe, name, out, display, source, cache)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():
-        write_text(mark, f"{digest} {recipe.model.path}\n")
+        write_text(mark, f"{source.digest()} {recipe.model.path}\n")
     write_text(out / "recipe.yaml", recipe.to_yaml())
     return run
+
+
+def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
+    """A run of `compress` as it stands: its teacher, moments and analysis, nothing made and nothing written.
+
+    Raises:
+        OutputError: the folder holds the work of another teacher, or a run that has not come as far as its analysis.
+    """
+    again = f"go on with: ppclc compress {out / 'recipe.yaml'} -o {out}"
+    source = open_source(recipe.model.path, recipe.model.revision)
+    check_teacher(source)
+    set_threads(source)
+    _check_mark(out, source, "the teacher has changed since; put it back, or compress it anew into another folder")
+    wanted = recipe.calibrate
+    found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
+    if isinstance(found, Unencoded) and not found.folder(out / "records", recipe.model.dtype).is_dir():
+        raise OutputError(f"{out}: the run is not finished, its samples are not encoded; {again}")
+    cache = cached(found, out / "records", recipe.model.dtype, display.say)
+    run = Run(recipe, name, out, display, source, cache)
+    run.store.frozen = True
+    try:
+        calibrate(run, lambda *_: None)
+        choose(run, lambda *_: None)
+    except OutputError as error:
+        raise OutputError(f"{out}: the run is not finished, or was made by another version of ppclc ({error}); {again}") from None
+    run.store = Store(out)
+    return run
+
+
+def _check_mark(out: Path, source: Source, way_out: str) -> Path:
+    """The file that says whose work a folder holds. Raises OutputError when that is another teacher's."""
+    mark = out / "records" / "teacher"
+    if mark.is_file() and mark.read_text("utf-8").split()[:1] != [source.digest()]:
+        raise OutputError(f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; {way_out}")
+    return mark
 
 
 def _cached(found: Cache | Unencoded | None, records: Path, dtype: str, display: Display) -> tuple[Cache | None, list[Stage]]:
@@ -207,6 +238,13 @@ def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
 
 def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates and the plan; a plan.json that a person has edited goes first."""
+    choose(run, progress)
+    run.plan = _edited_plan(run, _made(run.analysis).plan)
+    student_config(run.source.family, run.source.config, run.plan)
+
+
+def choose(run: Run, progress: Callable[[float, str], None]) -> None:
+    """Probes, candidates, and the plan that meets the target."""
     recipe, stats = run.recipe, _made(run.stats)
     sections = (recipe.analyze, recipe.target, recipe.plan)
     lessons = Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
@@ -220,8 +258,6 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
             run.teacher, run.source, stats, _samples(run, "train"), *sections, recipe.model.dtype, progress, lessons
         ),
     )
-    run.plan = _edited_plan(run, run.analysis.plan)
-    student_config(run.source.family, run.source.config, run.plan)
 
 
 def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
@@ -240,45 +276,35 @@ def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
 
 
 def distill(run: Run, progress: Callable[[float, str], None]) -> None:
-    """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole."""
-    stats, plan, settings, ridge = _made(run.stats), _made(run.plan), run.recipe.distill, run.recipe.analyze.ridge
+    """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole.
+
+    Of intervals that are not the plan's no tensors are kept in memory.
+    """
+    plan, settings, ridge, stats = _made(run.plan), run.recipe.distill, run.recipe.analyze.ridge, _made(run.stats)
     samples, family, teacher = _samples(run, "train"), run.source.family, run.by_blocks
     teaching = Teaching(family, run.source.config, teacher.block_tensors)
-    bank: dict[str, Any] = dict(closed_form_bank(stats, ridge, plan, family.text_key))
     total = max(1, settings.steps + settings.width_steps + settings.finetune_steps)
 
     def part(before: int, steps: int, name: str) -> Callable[[float, str], None]:
         return lambda share, note: progress((before + share * steps) / total, f"{name}: {note}")
 
-    run.edits = []
-    intervals = list(plan.intervals)
-    starts = {i: _made(run.analysis).starts.get(i.key, i.first) for i in intervals}
-    edits = [
-        interval_edit(teaching, plan, i, partial(_interval_start, teacher, stats, ridge, plan, i, starts[i]), settings.weights)
-        for i in intervals
-    ]
-    jobs = [
-        Job(e.key, distill_pass.VERSION, settings.local() | {"source": samples.identity, "start": starts[i]}, (_base(run),))
-        for e, i in zip(edits, intervals, strict=True)
-    ]
-    bank |= _train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
-    under = {e.edit: e for e in run.edits}
+    jobs, edits = [], []
+    for interval in intervals_to_distill(_made(run.analysis), plan, settings):
+        start = start_of(_made(run.analysis), plan.interval_key(interval), interval)
+        given = partial(_interval_start, teacher, stats, ridge, plan, interval, start)
+        edits.append(interval_edit(teaching, plan, interval, given, settings.weights))
+        jobs.append(interval_job(edits[-1].key, start, settings, samples.identity, _base(run)))
+    trained = _train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
+    own = trained[: len(plan.intervals)]
+    bank = joined(stats, ridge, plan, family, own)
     bank |= refitted_ffns(teacher, teaching, plan, bank, distill_pass.refit_samples(samples, settings), ridge)
     widths = width_edits(teaching, plan, bank, settings.weights)
-    width = [settings.local(width=True) | {"source": samples.identity}, ridge, stats.digest]
-    jobs = [Job(e.key, distill_pass.VERSION, width, (_base(run), *(under[k] for k in e.stands_on))) for e in widths]
-    bank |= _train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"))
-    steps = 0 if plan.is_empty else settings.finetune_steps
-    told = settings.model_copy(update={"finetune_steps": steps})
-    report = part(settings.steps + settings.width_steps, settings.finetune_steps, "fine-tune")
-
-    def whole(work: Path) -> Distilled:
-        student = build_student(family, run.source.config, plan, teacher.tensors(), bank)
-        return distill_pass.finetune(teacher, student, samples, told, report, work, run.out / "curves")
-
-    what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
-    inputs = (_base(run), stats, *run.edits)
-    run.edits.append(run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill"))
+    under = {e.edit: e for e in own}
+    jobs = [width_job(e.key, settings, samples.identity, _base(run), stats, ridge, [under[k] for k in e.stands_on]) for e in widths]
+    own += _train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"))
+    bank |= {e.edit: e.tensors for e in own}
+    tuned = finetune(run, plan, bank, own, settings, part(settings.steps + settings.width_steps, settings.finetune_steps, "fine-tune"))
+    run.edits = [*own, *(e.model_copy(update={"tensors": {}}) for e in trained[len(plan.intervals) :]), tuned]
 
 
 def _interval_start(
@@ -289,17 +315,36 @@ def _interval_start(
     return teacher.block_tensors(start) | adapters
 
 
-def _train_edits(run: Run, edits: list[LocalEdit], jobs: list[Job], steps: int, progress: Callable[[float, str], None]) -> Bank:
-    """The records of some edits, those that are not there trained beside each other; their tensors by key."""
+def _train_edits(run: Run, edits: list[LocalEdit], jobs: list[Job], steps: int, progress: Callable[[float, str], None]) -> list[Distilled]:
+    """The records of some edits, those that are not there trained beside each other."""
     settings, samples = run.recipe.distill, _samples(run, "train")
 
     def build(left: list[int], works: list[Path]) -> list[Distilled]:
         chosen = [edits[i] for i in left]
         return distill_pass.distill_edits(run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves")
 
-    made = run.store.make_all(Distilled, jobs, build, "distill") if edits else []
-    run.edits += made
-    return {e.edit: e.tensors for e in made}
+    return run.store.make_all(Distilled, jobs, build, "distill") if edits else []
+
+
+def finetune(
+    run: Run,
+    plan: CompressionPlan,
+    bank: Bank,
+    edits: Sequence[Distilled],
+    settings: distill_pass.DistillSettings,
+    progress: Callable[[float, str], None],
+) -> Distilled:
+    """The whole student of a plan, trained end to end from the bank and the plan's distilled edits."""
+    samples, ridge, teacher = _samples(run, "train"), run.recipe.analyze.ridge, run.by_blocks
+    told = settings.model_copy(update={"finetune_steps": 0 if plan.is_empty else settings.finetune_steps})
+
+    def whole(work: Path) -> Distilled:
+        student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
+        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves")
+
+    what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
+    inputs = (_base(run), _made(run.stats), *edits)
+    return run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill")
 
 
 def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:
@@ -423,17 +468,12 @@ def bench_models(
 def report(run: Run, progress: Callable[[float, str], None]) -> None:
     """`report.json` and `report.html`; written at every run, since it also says what that run reused."""
     student = _made(run.student)
-    sizes = {
-        "parameters": count_parameters(run.teacher),
-        "bytes": sum(f.stat().st_size for f in run.source.weight_files()),
-        "blocks": run.source.family.num_blocks(run.source.config),
-    }
     inputs = report_pass.ReportInputs(
         out=run.out,
         recipe_name=run.name,
         recipe_text=run.recipe.to_yaml(),
         model_path=run.recipe.model.path,
-        teacher=sizes,
+        teacher=teacher_size(run),
         student={"parameters": student.parameters, "bytes": student.bytes, "blocks": student.blocks},
         plan=_made(run.plan),
         analysis=_made(run.analysis),
@@ -443,6 +483,7 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
         benchmark=run.benchmark,
         stages=run.store.stages,
         versions=versions(),
+        bank=bank_of(run),
     )
     with measured("report") as cost:
         written = report_pass.write_report(inputs)
@@ -450,6 +491,21 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
     run.report = report_pass.write_json(replace(inputs, stages=[*run.store.stages, *cost]))
     for note in written["warnings"]:
         run.display.say(note)
+
+
+def teacher_size(run: Run) -> dict[str, int]:
+    """Parameters, bytes and blocks of the teacher."""
+    return {
+        "parameters": count_parameters(run.teacher),
+        "bytes": sum(f.stat().st_size for f in run.source.weight_files()),
+        "blocks": run.source.family.num_blocks(run.source.config),
+    }
+
+
+def bank_of(run: Run) -> dict[str, Path]:
+    """Folder by key of every distilled edit that a run's recipe holds."""
+    settings, ridge = run.recipe.distill, run.recipe.analyze.ridge
+    return held_edits(run.store, _made(run.analysis), _made(run.stats), ridge, settings, _samples(run, "train").identity, _base(run))
 
 
 def _machine(source: Source) -> dict[str, Any]:

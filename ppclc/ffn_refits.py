@@ -21,7 +21,9 @@ from ppclc.samples import Sample
 from ppclc.teachers import Teacher
 
 
-def refitted_ffns(teacher: Teacher, teaching: Teaching, plan: CompressionPlan, bank: Bank, samples: Sequence[Sample], ridge: float) -> Bank:
+def refitted_ffns(
+    teacher: Teacher, teaching: Teaching, plan: CompressionPlan, bank: Bank, samples: Sequence[Sample], ridge: float
+) -> dict[str, dict[str, torch.Tensor]]:
     """By key, `weight` and `bias` of every linear network on an interval's student block, by ridge least squares over the samples.
 
     `mid` is the student block's state after its attention residual, and what is to be added is what then is

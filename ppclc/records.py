@@ -98,7 +98,7 @@ class Analysis(Record):
     `stability`: agreement of PPCL's intervals (`ppcl.`) and of the selection's (`selection.`) over
     resampled samples (`resamples`) and single timestep bands (`bands`). `work`: forwards of one sample
     through the teacher that the costs of intervals were allowed and took, and all costs together; intervals considered and possible. `starts`: by
-    the key of an interval of the plan, the teacher block that its student block starts from. `trials`: the best first; `supernet`: by number of
+    the key of an interval of the plan or considered for it, the teacher block that its student block starts from. `trials`: the best first; `supernet`: by number of
     blocks, the best first. Distances are those of `quality.SampledDistance`.
 
     `probe_error[stream][i]`: share of a block's residual variance that its linear probe leaves.
@@ -370,11 +370,15 @@ class Job:
 
 @dataclass
 class Store:
-    """Makes each record once, in `out/records/<pass>-<digest>/`, and remembers what that took."""
+    """Makes each record once, in `out/records/<pass>-<digest>/`, and remembers what that took.
+
+    A store that is `frozen` reads what is there and makes nothing.
+    """
 
     out: Path
     stages: list[Stage] = field(default_factory=list)
     partial: dict[str, float] = field(default_factory=dict)
+    frozen: bool = False
 
     def digest(self, name: str, version: int, settings: Any, *inputs: Record) -> str:
         """Digest of a record still to be made."""
@@ -398,6 +402,9 @@ class Store:
         """The record, read if it is there (and `valid`), else built.
 
         `build` is given a work folder, kept until the record is whole: a place for checkpoints.
+
+        Raises:
+            OutputError: a frozen store does not hold it.
         """
         job = Job(name, version, settings, inputs)
         return self.make_all(kind, [job], lambda _, works: [build(works[0])], stage or name, valid)[0]
@@ -420,6 +427,8 @@ class Store:
         left = [i for i in range(len(jobs)) if i not in found]
         if not left:
             return [found[i] for i in range(len(jobs))]
+        if self.frozen:
+            raise OutputError(f"{folders[left[0]]}: no such record, wanted that of a finished run")
         works = [self.out / "records" / f".{jobs[i].name}-{digests[i]}.work" for i in left]
         for work in works:
             with disk_errors(work):

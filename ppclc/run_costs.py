@@ -9,6 +9,7 @@ Constants were fitted to runs of the embedded teacher's recipe on two cores of a
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ppclc import trials
 from ppclc.block_costs import Call, default_size, example_call, width_of
+from ppclc.budget import allows
 from ppclc.edit_costs import kept_choices
 from ppclc.families import Family
 from ppclc.models import DTYPES, Source, cores, count_parameters, empty_model, random_model, student_config
@@ -29,6 +31,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction, activation_bytes
 from ppclc.recipe import Recipe
 from ppclc.samples import TRAJECTORY_STEPS
+from ppclc.selection import Span
 
 SMALL_PARAMETERS = 200_000_000
 """Models up to this size are built to be timed; of larger ones the operations are counted."""
@@ -211,8 +214,32 @@ def analyze_forwards(work: Work) -> float:
         return spent + settings.probes * blocks * 1.5
     if shares_weights(work):
         spent += settings.probes * (blocks - 1) / 2  # every block left out on its own
-    spans = [(u, v) for u in range(blocks) for v in range(u + 1, min(u + longest, blocks))]
-    return spent + min(settings.budget, sum(settings.probes * len(kept_choices(u, v)) * (blocks - v) / blocks for u, v in spans))
+    return spent + min(settings.budget, sum(_interval_forwards(work, *span) for span in _intervals(work)))
+
+
+def _intervals(work: Work) -> list[Span]:
+    """Every interval that the recipe allows, short ones first."""
+    longest = min(work.recipe.calibrate.longest, work.blocks)
+    spans = [(u, v) for u in range(work.blocks) for v in range(u + 1, min(u + longest, work.blocks)) if allows(work.recipe.plan, u, v)]
+    return sorted(spans, key=lambda s: (s[1] - s[0], s))
+
+
+def _interval_forwards(work: Work, u: int, v: int) -> float:
+    """Forwards of one sample that the cost of an interval takes."""
+    return work.recipe.analyze.probes * len(kept_choices(u, v)) * (work.blocks - v) / work.blocks
+
+
+def distilled_spans(work: Work) -> list[Span]:
+    """Intervals that are distilled: the plan's, and with `distill.bank: all` every other one whose cost the budget lets be measured."""
+    own, settings = [(i.first, i.last) for i in work.plan.intervals], work.recipe.analyze
+    measured = work.targeted and work.recipe.plan.intervals == "auto" and settings.strategy == "output_error"
+    if work.recipe.distill.bank == "plan" or not measured:
+        return own
+    spent = itertools.accumulate((_interval_forwards(work, *span) for span in _intervals(work)), initial=0.0)
+    considered = [
+        s for s, after in zip(_intervals(work), itertools.islice(spent, 1, None), strict=True) if after <= settings.budget - settings.probes
+    ]
+    return list(dict.fromkeys([*own, *considered]))
 
 
 def shares_weights(work: Work) -> bool:
@@ -256,10 +283,10 @@ def _trial_seconds(work: Work) -> float:
 
 
 def distill_seconds(work: Work) -> float:
-    """Local steps of every interval, then joint steps; the teacher runs a batch ahead in a thread of its own."""
+    """Local steps of every interval that goes into the bank, then joint steps; the teacher runs a batch ahead in a thread of its own."""
     settings, speeds = work.recipe.distill, work.speeds
     block_s = speeds.teacher_s / work.blocks
-    local = sum(work.beside(block_s * (interval.last + 1) + work.draw_s, block_s * speeds.training) for interval in work.plan.intervals)
+    local = sum(work.beside(block_s * (last + 1) + work.draw_s, block_s * speeds.training) for _, last in distilled_spans(work))
     joint = work.beside(speeds.teacher_s + work.draw_s, speeds.student_s * speeds.training)
     return settings.batch * (settings.steps * local + (0 if work.plan.is_empty else settings.finetune_steps) * joint)
 
@@ -404,7 +431,7 @@ def moment_bytes(work: Work) -> int:
 def disk_bytes(work: Work) -> int:
     """Bytes of the output folder when all is done: student, exports, records, report."""
     recipe, student, teacher = work.recipe, work.student.bytes, work.teacher.bytes
-    blocks = student + len(work.plan.intervals) * _block_bytes(work) + len(work.plan.adapters) * _adapter_bytes(work)
+    blocks = student + len(distilled_spans(work)) * _block_bytes(work) + len(work.plan.adapters) * _adapter_bytes(work)
     graphs = GRAPH_BLOCK_BYTES * (work.student.blocks + work.blocks)
     exports = len(recipe.export) * (student + teacher + graphs)
     judged = 0

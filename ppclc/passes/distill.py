@@ -40,12 +40,12 @@ class DistillSettings(TrainingSettings):
     """Section `distill` of a recipe.
 
     steps: local steps of an interval; width_steps: of a text stream's or a feed-forward network's linear maps.
-    finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch. magnitude: weight of the
-    magnitude term beside direction; image_weight, text_weight: of the streams in the local phase; map_weight: of a
-    linear map's own error beside its block's. data_weight:
-    share of the flow-matching loss on data in the fine-tune, where data are given; the rest is the teacher's
-    velocity. timestep_shift: above 1 moves the fine-tune's timesteps towards noise. bank: which edits are
-    trained. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
+    finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch. magnitude: weight of the magnitude
+    term beside direction; image_weight, text_weight: of the streams in the local phase; map_weight: of a linear map's
+    own error beside its block's. data_weight: share of the flow-matching loss on data in the fine-tune, where data are
+    given; the rest is the teacher's velocity. timestep_shift: above 1 moves the fine-tune's timesteps towards noise.
+    bank: which intervals are distilled, those of the plan or all that the analysis considered, so that other sizes can
+    be sliced later. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
     checkpoint_every: steps between checkpoints.
     """
 
@@ -62,7 +62,7 @@ class DistillSettings(TrainingSettings):
     data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     gradient_checkpointing: bool = False
-    bank: Literal["plan"] = "plan"
+    bank: Literal["plan", "all"] = "plan"
     teacher: Literal["resident", "streamed"] = "resident"
     chunk: Annotated[int, Field(ge=1)] = 64
     checkpoint_every: Annotated[int, Field(ge=1)] = 50

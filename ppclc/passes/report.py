@@ -19,7 +19,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,10 @@ STALE = "{path} is from an earlier run and does not show this one"
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """All that a run has to tell. `teacher` and `student` each give `parameters`, `bytes` and `blocks`."""
+    """All that a run has to tell. `teacher` and `student` each give `parameters`, `bytes` and `blocks`.
+
+    bank: folder of the record by key of every distilled edit that other sizes can be cut from.
+    """
 
     out: Path
     recipe_name: str
@@ -75,6 +78,7 @@ class ReportInputs:
     benchmark: Benchmark | None
     stages: Sequence[Stage]
     versions: Mapping[str, str]
+    bank: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,27 @@ class Stand:
     number: int
     cells: tuple[Cell, ...]
     badges: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pluggable:
+    """One distilled edit of the bank: its key, the local steps it was trained, the bytes of its tensors' file."""
+
+    key: str
+    steps: int
+    bytes: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size that was cut from the bank: where it lies in OUT, and its own `size.json`."""
+
+    folder: str
+    parameters: int
+    share: float
+    blocks: int
+    finetune_steps: int
 
 
 @dataclass(frozen=True)
@@ -224,6 +249,8 @@ def report_html(inputs: ReportInputs) -> str:
         edits=plan_words(inputs.plan),
         scored=scored(inputs.analysis),
         tried=tried(inputs.analysis),
+        pluggable=pluggable(inputs.bank, inputs.plan),
+        sizes=sizes(inputs.out),
         pairs=image_pairs(inputs.verdict),
         charts=charts,
         css=(here / "report.css").read_text("utf-8"),
@@ -424,6 +451,33 @@ def tried(analysis: Analysis) -> list[tuple[str, str]]:
         step, error = min(result.errors, key=lambda e: e[1])
         found.append(("; ".join(parts) or "no edit", f"{number(error, 3)} after {step} steps"))
     return found
+
+
+# ------------------------------------------------------------------------------------------------- other sizes
+
+
+def pluggable(bank: Mapping[str, Path], plan: CompressionPlan) -> list[Pluggable]:
+    """Every distilled edit, intervals by their blocks, each with whether this student has it."""
+    own = {i.key for i in plan.intervals}
+    rows = []
+    for key, folder in bank.items():
+        steps, tensors = json.loads((folder / "record.json").read_text("utf-8"))["steps"], folder / "tensors.safetensors"
+        rows.append(Pluggable(key, steps, tensors.stat().st_size if tensors.is_file() else 0, key in own))
+    return sorted(rows, key=lambda r: ([int(n) for n in re.findall(r"\d+", r.key)], r.key))
+
+
+def sizes(out: Path) -> list[Size]:
+    """The sizes that lie in `OUT/sizes`, the largest first; what cannot be read as one is left out."""
+    found = []
+    for file in out.glob("sizes/*/size.json"):
+        try:
+            document = json.loads(file.read_text("utf-8"))
+            teacher, student = document["teacher"]["parameters"], document["student"]
+            row = student["parameters"], student["parameters"] / teacher, student["blocks"], document["finetune_steps"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        found.append(Size(f"sizes/{file.parent.name}", *row))
+    return sorted(found, key=lambda s: (-s.parameters, s.folder))
 
 
 # ----------------------------------------------------------------------------------------------------- images

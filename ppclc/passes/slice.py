@@ -21,13 +21,17 @@ def slice_student(model: Any, plan: CompressionPlan, trained: Distilled, folder:
     Raises:
         VerificationError: what was read back is not what was written.
     """
-    student = rebuild_student(model, plan, trained.tensors)
     with whole_folder(folder) as draft:
-        files = save_model(student, plan, draft)
-        again = load_model(draft, str(next(student.parameters()).dtype).removeprefix("torch."))
-        for name, tensor in student.state_dict().items():
-            if not torch.equal(tensor, again.state_dict()[name]):
-                raise VerificationError(f"{folder}: tensor {name} came back changed from disk; is the disk sound?")
+        return write_student(rebuild_student(model, plan, trained.tensors), plan, draft)
+
+
+def write_student(student: Any, plan: CompressionPlan, folder: Path) -> Student:
+    """Write a student into a folder and read it back. Raises VerificationError as `slice_student` does."""
+    files = save_model(student, plan, folder)
+    again = load_model(folder, str(next(student.parameters()).dtype).removeprefix("torch.")).state_dict()
+    for name, tensor in student.state_dict().items():
+        if not torch.equal(tensor, again[name]):
+            raise VerificationError(f"{folder}: tensor {name} came back changed from disk; is the disk sound?")
     weights = sum((folder / f).stat().st_size for f in files if f.endswith(".safetensors"))
     return Student(plan=plan, parameters=count_parameters(student), bytes=weights, blocks=len(plan.kept), files=files)
 

@@ -97,6 +97,22 @@ def test_export_and_bench_work_bare(finished: Path) -> None:
     assert all(r["p50_ms"] <= r["p90_ms"] <= r["p99_ms"] for r in rows)
 
 
+def test_another_size_is_cut_and_measured(finished: Path) -> None:
+    out = finished / "out" / "small"
+    document = json.loads(ppclc("slice", "out/small", "--parameters", "0.8", "--json", cwd=finished).stdout)
+    assert set(document) == {"teacher", "student", "plan", "gates"}
+    student = load_model(out / "sizes" / "p0.80")
+    assert sum(p.numel() for p in student.parameters()) == document["student"]["parameters"] <= 0.8 * document["teacher"]["parameters"]
+    rows = json.loads(
+        ppclc("bench", "out/small/sizes/p0.80", "--against", "builtin:two-digits", "--json", "--runs", "3", cwd=finished).stdout
+    )
+    assert [r["target"] for r in rows] == ["teacher", "out/small/sizes/p0.80"]
+    before = json.loads((out / "report.json").read_text()).keys()
+    ppclc("report", "out/small", cwd=finished)
+    assert json.loads((out / "report.json").read_text()).keys() == before
+    assert "sizes/p0.80" in (out / "report.html").read_text()
+
+
 def test_the_student_loads_without_ppclc(finished: Path) -> None:
     """In a fresh process that cannot import ppclc, through diffusers alone, to the same bits."""
     folder = finished / "out" / "small" / "model" / "transformer"

@@ -11,7 +11,7 @@ import pytest
 
 from ppclc import cli
 
-EXPECTED_COMMANDS = {"init", "inspect", "plan", "compress", "export", "bench", "report", "doctor"}
+EXPECTED_COMMANDS = {"init", "inspect", "plan", "compress", "slice", "export", "bench", "report", "doctor"}
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:

@@ -1,0 +1,134 @@
+"""The bank: the distilled edits of a run, one record each, found again by what they were made from.
+
+An interval learns from the teacher alone (arXiv 2511.16156, equations 6 and 7), so that its record serves every
+plan that contains it. Width edits that were not trained follow from the calibration record in closed form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppclc.closed_forms import closed_form_bank
+from ppclc.families import Bank, Family
+from ppclc.passes import distill
+from ppclc.passes.distill import DistillSettings
+from ppclc.plan import CompressionPlan, Interval
+from ppclc.records import Analysis, CalibrationStats, Distilled, Job, Record, Store, read_record
+
+RECORD = re.compile(r"(?P<key>(?:interval|text|ffn)-[\w-]+)-(?P<digest>[0-9a-f]{16})")
+INTERVAL = re.compile(r"interval-(\d+)-(\d+)(-adapted)?")
+WIDTH = re.compile(r"(?:ffn|text)-(\d+)-(\d+)-")
+"""A width edit's own block, first and last: `ffn-2-image` stands on a block of the teacher's."""
+MODULATION = "modulation"
+
+
+def interval_job(key: str, start: int, settings: DistillSettings, source: str, base: Record) -> Job:
+    """What an interval's record is made from. start: the teacher block that the student block starts from.
+
+    Here and in `width_job` is said, and nowhere else, what a distilled edit depends on. source: identity of the
+    samples. base: teacher and dtype.
+    """
+    return Job(key, distill.VERSION, settings.local() | {"source": source, "start": start}, (base,))
+
+
+def width_job(key: str, settings: DistillSettings, source: str, base: Record, stats: Record, ridge: float, under: Sequence[Record]) -> Job:
+    """What the record of a text stream's or a feed-forward network's maps is made from. under: the interval that its block stands for."""
+    return Job(key, distill.VERSION, [settings.local(width=True) | {"source": source}, ridge], (base, stats, *under))
+
+
+def start_of(analysis: Analysis, key: str, interval: Interval) -> int:
+    """The teacher block that an interval's student block starts from; the first for one that nobody considered."""
+    return analysis.starts.get(key, interval.first)
+
+
+def intervals_to_distill(analysis: Analysis, plan: CompressionPlan, settings: DistillSettings) -> list[Interval]:
+    """The plan's intervals; with `distill.bank: all` every other one that the analysis considered after them, in order."""
+    if settings.bank == "plan":
+        return list(plan.intervals)
+    spans = sorted({(c.first, c.last) for c in analysis.candidates if c.kind == "interval"})
+    return list(dict.fromkeys([*plan.intervals, *(Interval(first=u, last=v) for u, v in spans)]))
+
+
+def needed(plan: CompressionPlan, family: Family) -> list[str]:
+    """Keys in the bank of every edit of a plan: intervals, text streams, feed-forward networks, the modulation."""
+    text = [family.text_key(plan, e.block) for e in plan.text_stream]
+    ffn = [plan.ffn_key(e.block, e.stream) for e in plan.ffn]
+    return [*(plan.interval_key(i) for i in plan.intervals), *text, *ffn, *([MODULATION] if plan.modulation_rank is not None else [])]
+
+
+def held_edits(
+    store: Store, analysis: Analysis, stats: Record, ridge: float, settings: DistillSettings, source: str, base: Record
+) -> dict[str, Path]:
+    """Folder by key of every distilled edit that a run's recipe would use again as it is."""
+    folders = [
+        (m, f) for f in sorted((store.out / "records").glob("*/")) if (m := RECORD.fullmatch(f.name)) and (f / "record.json").is_file()
+    ]
+    found: dict[str, Path] = {}
+    for name, folder in folders:
+        if span := INTERVAL.fullmatch(name["key"]):
+            start = start_of(analysis, name["key"], Interval(first=int(span[1]), last=int(span[2])))
+            if _is_of(store, interval_job(name["key"], start, settings, source, base), name["digest"]):
+                found[name["key"]] = folder
+    for name, folder in folders:
+        if not INTERVAL.fullmatch(name["key"]):
+            below = [[]] if (span := WIDTH.match(name["key"])) is None or span[1] == span[2] else _below(found, span[1], span[2])
+            if any(_is_of(store, width_job(name["key"], settings, source, base, stats, ridge, u), name["digest"]) for u in below):
+                found[name["key"]] = folder
+    return found
+
+
+def _below(found: Mapping[str, Path], first: str, last: str) -> list[list[Record]]:
+    """The records that a width edit of an interval's block may stand on: with adapters and without."""
+    keys = (f"interval-{first}-{last}", f"interval-{first}-{last}-adapted")
+    return [[Record(digest=found[k].name.rpartition("-")[2])] for k in keys if k in found]
+
+
+def _is_of(store: Store, job: Job, digest: str) -> bool:
+    return store.digest(job.name, job.version, job.settings, *job.inputs) == digest
+
+
+@dataclass(frozen=True)
+class EditBank:
+    """The distilled edits of one teacher by key, and what the others follow from in closed form."""
+
+    folders: Mapping[str, Path]
+    stats: CalibrationStats
+    ridge: float
+    family: Family
+
+    @property
+    def intervals(self) -> list[tuple[int, int]]:
+        """First and last block of every interval that is held."""
+        return sorted((int(m[1]), int(m[2])) for m in map(INTERVAL.fullmatch, self.folders) if m and not m[3])
+
+    def lacking(self, plan: CompressionPlan) -> list[str]:
+        """Keys of a plan's intervals that are not held; everything else has a closed form."""
+        return [key for i in plan.intervals if (key := plan.interval_key(i)) not in self.folders]
+
+    def trained(self, plan: CompressionPlan) -> list[str]:
+        """Keys of a plan's edits that are held."""
+        return [key for key in needed(plan, self.family) if key in self.folders]
+
+    def closed(self, plan: CompressionPlan) -> list[str]:
+        """Keys of a plan's edits that are taken in closed form."""
+        return [key for key in needed(plan, self.family) if key not in self.folders and not INTERVAL.match(key)]
+
+    def read(self, plan: CompressionPlan) -> tuple[list[Distilled], Bank]:
+        """A plan's distilled edits, and the bank that `apply_plan` takes for it.
+
+        Raises:
+            PlanError: a text stream whose reference is farther away than the moments reach.
+        """
+        edits = [read_record(Distilled, self.folders[key]) for key in self.trained(plan)]
+        return edits, joined(self.stats, self.ridge, plan, self.family, edits)
+
+
+def joined(
+    stats: CalibrationStats, ridge: float, plan: CompressionPlan, family: Family, edits: Iterable[Distilled]
+) -> dict[str, dict[str, Any]]:
+    """The bank of a plan: closed forms, and distilled edits over them."""
+    return closed_form_bank(stats, ridge, plan, family.text_key) | {e.edit: e.tensors for e in edits}
