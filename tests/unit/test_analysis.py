@@ -767,8 +767,13 @@ def test_edits_made_by_hand_are_kept(planted: Planted, half: Analysis) -> None:
     assert plan == CompressionPlan.of(NAME, 8, [(1, 2), (5, 7)], [3, 5], 7, False)
     assert planted.select(0.9, by_hand) == plan  # though less would do
     assert even_plan(planted.source, TargetSettings(), PlanSettings(**by_hand), "float32") == plan
+    # Counted with what the edits by hand save: free networks do the rest, as far as they go.
+    smaller = planted.select(0.3, by_hand)
+    assert smaller.ffn
+    assert smaller.model_copy(update={"ffn": ()}) == plan
+    assert predicted_parameters(planted.source.family, planted.source.config, smaller) <= 0.3 * count_parameters(planted.model)
     with pytest.raises(RecipeError, match="cannot be reached"):
-        planted.select(0.3, by_hand | {"ffn": "none"})
+        planted.select(0.1, by_hand)
     with pytest.raises(PlanError, match=r"text_stream: block 2: wanted a kept block"):
         planted.select(0.9, by_hand | {"text_stream": [2]})
 
