@@ -283,12 +283,24 @@ def _trial_seconds(work: Work) -> float:
 
 
 def distill_seconds(work: Work) -> float:
-    """Local steps of every interval that goes into the bank, then joint steps; the teacher runs a batch ahead in a thread of its own."""
-    settings, speeds = work.recipe.distill, work.speeds
-    block_s = speeds.teacher_s / work.blocks
-    local = sum(work.beside(block_s * (last + 1) + work.draw_s, block_s * speeds.training) for _, last in distilled_spans(work))
-    joint = work.beside(speeds.teacher_s + work.draw_s, speeds.student_s * speeds.training)
-    return settings.batch * (settings.steps * local + (0 if work.plan.is_empty else settings.finetune_steps) * joint)
+    """Edits beside each other from one sweep of the teacher, intervals first; then joint steps, the teacher a batch ahead."""
+    settings, plan = work.recipe.distill, work.plan
+    spans = distilled_spans(work)
+    ends = [(i.last if (i := plan.interval_at(b)) else b) for b in [*(e.block for e in plan.text_stream), *(e.block for e in plan.ffn)]]
+    local = _edits_seconds(work, max((last + 1 for _, last in spans), default=0), len(spans))
+    width = _edits_seconds(work, max(ends, default=-1) + 1, len(ends))
+    joint = work.beside(work.speeds.teacher_s + work.draw_s, work.speeds.student_s * work.speeds.training)
+    steps = 0 if plan.is_empty else settings.finetune_steps
+    return settings.batch * settings.accumulate * (settings.steps * local + settings.width_steps * width + steps * joint)
+
+
+def _edits_seconds(work: Work, reach: int, edits: int) -> float:
+    """A sample of a local step of so many edits: the teacher up to the last block that any of them reads, and every edit's own block."""
+    if not edits:
+        return 0.0
+    block_s = work.speeds.teacher_s / work.blocks
+    total = reach * block_s + work.draw_s + edits * block_s * work.speeds.training
+    return total * (SIDE_BY_SIDE / work.lanes if work.lanes > 1 else 1)
 
 
 def slice_seconds(work: Work) -> float:
