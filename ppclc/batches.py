@@ -18,6 +18,24 @@ Ready = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 @dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one rank of `world` takes. All rows are drawn, so that generators stay alike on all ranks."""
+
+    rank: int = 0
+    world: int = 1
+
+    def of(self, count: int) -> range:
+        """This rank's rows of a batch of `count`, which `world` has to divide."""
+        if count % self.world:
+            raise ValueError(f"a batch of {count} for {self.world} ranks: wanted a multiple")
+        each = count // self.world
+        return range(self.rank * each, (self.rank + 1) * each)
+
+
+WHOLE = Share()
+
+
+@dataclass(frozen=True)
 class Drawn:
     """The batches of one step, and the generator's state once they were drawn."""
 

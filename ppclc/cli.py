@@ -82,7 +82,7 @@ def compress(
     from ppclc import commands
 
     failed, document = commands.compress(recipe, changes or [], out, until, verbose - quiet)
-    if as_json:
+    if as_json and document is not None:
         typer.echo(json.dumps(document))
     if failed:
         raise typer.Exit(1)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ppclc import block_costs, compiler, sizes
 from ppclc.budget import even_plan
+from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.errors import ModelError, OutputError, RecipeError, UnavailableError
@@ -180,13 +181,18 @@ def default_out(recipe: Path) -> Path:
     return Path("out") / recipe.stem
 
 
-def compress(recipe_name: str, changes: list[str], out: Path | None, until: str, verbosity: int) -> tuple[bool, dict[str, Any]]:
-    """Run the passes; whether a gate failed, and the report's head."""
+def compress(recipe_name: str, changes: list[str], out: Path | None, until: str, verbosity: int) -> tuple[bool, dict[str, Any] | None]:
+    """Run the passes; whether a gate failed, and the report's head, None on ranks that have nothing to say."""
     path = find_recipe(recipe_name)
     recipe = read_recipe(path, changes)
     folder = out or default_out(path)
-    display = Display(len(compiler.PASSES), verbosity)
-    run = compiler.compress(recipe, path.name, folder, display, until)
+    ranks = open_ranks()
+    display = Display(len(compiler.PASSES), verbosity if ranks.is_main else -1)
+    if warning := launcher_warning():
+        display.say(warning)
+    run = compiler.compress(recipe, path.name, folder, display, until, ranks)
+    if not ranks.is_main:
+        return False, None
     document: dict[str, Any] = {}
     if run.plan is not None:
         document["plan"] = run.plan.model_dump(mode="json")

@@ -15,6 +15,7 @@ from ppclc.bank import held_edits, interval_job, intervals_to_distill, joined, s
 from ppclc.budget import budget_of
 from ppclc.cache import FEW, Cache
 from ppclc.closed_forms import interval_adapters
+from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
@@ -71,7 +72,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxs
 
 @dataclass
 class Run:
-    """One compilation: recipe, output folder, store, and what has been made so far."""
+    """One compilation: recipe, output folder, store, and what has been made so far; `ranks` are the processes that share it."""
 
     recipe: Recipe
     name: str
@@ -79,6 +80,7 @@ class Run:
     display: Display
     source: Source
     cache: Cache | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     store: Store = field(init=False)
     stats: CalibrationStats | None = None
     analysis: Analysis | None = None
@@ -92,7 +94,7 @@ class Run:
     report: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.store = Store(self.out)
+        self.store = Store(self.out, ranks=self.ranks)
 
     @cached_property
     def teacher(self) -> Any:
@@ -101,10 +103,17 @@ class Run:
 
     @cached_property
     def by_blocks(self) -> Teacher:
-        """The teacher as distillation runs it; a streamed one is never in memory as a whole."""
+        """The teacher as distillation runs it, on the device that trains; a streamed one is never in memory as a whole."""
         if self.recipe.distill.teacher == "streamed":
-            return StreamedTeacher(self.source, self.recipe.model.dtype)
-        return ResidentTeacher(self.teacher, self.source.family)
+            return StreamedTeacher(self.source, self.recipe.model.dtype, self.ranks.device)
+        return ResidentTeacher(self.teacher.to(self.ranks.device), self.source.family)
+
+    def part(self) -> None:
+        """Leave the other ranks, and bring the teacher back from the device: what follows is for one process, on the CPU."""
+        self.ranks = self.store.ranks = self.ranks.leave()
+        if "teacher" in self.__dict__:
+            self.teacher.to("cpu")
+        self.__dict__.pop("by_blocks", None)
 
     @property
     def called(self) -> Any:
@@ -112,8 +121,11 @@ class Run:
         return self.by_blocks if self.recipe.distill.teacher == "streamed" else self.teacher
 
 
-def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str = "report") -> Run:
+def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str = "report", ranks: Ranks | None = None) -> Run:
     """Every pass up to `until`, recipe to report.
+
+    Of several ranks the main one runs the passes while the others wait, but for `distill`, in which all have a share;
+    after it the others are done, and have the records up to there.
 
     Raises:
         RecipeError, ModelError, PlanError, OutputError: the user's mistake, before anything is written.
@@ -122,7 +134,9 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     if until not in PASSES:
         raise RecipeError(f"--until {until}: wanted one of {', '.join(PASSES)}")
     quiet_libraries()
-    run = prepare(recipe, name, out, display)
+    ranks = ranks or Ranks()
+    with ranks.main_first():
+        run = prepare(recipe, name, out, display, ranks)
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
         "calibrate": calibrate,
         "analyze": analyze,
@@ -135,12 +149,16 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     }
     display.stages = PASSES.index(until) + 1
     for step in PASSES[: display.stages]:
+        if step == "slice":
+            run.part()
+            if not ranks.is_main:
+                break
         with display.stage(step) as progress:
             steps[step](run, progress)
     return run
 
 
-def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
+def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks) -> Run:
     """Check all that can be checked before work begins, load the teacher, claim the output folder."""
     for target in recipe.export:
         export_pass.check_backend(target.backend, target.dtype)
@@ -154,12 +172,13 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     check_writable(out)
     mark = _check_mark(out, source, "give another folder with -o")
     cache, encoding = _cached(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
-    run = Run(recipe, name, out, display, source, cache)
+    run = Run(recipe, name, out, display, source, cache, ranks)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():
         write_text(mark, f"{source.digest()} {recipe.model.path}\n")
-    write_text(out / "recipe.yaml", recipe.to_yaml())
+    if ranks.is_main:
+        write_text(out / "recipe.yaml", recipe.to_yaml())
     return run
 
 
@@ -239,7 +258,8 @@ def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
 def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates and the plan; a plan.json that a person has edited goes first."""
     choose(run, progress)
-    run.plan = _edited_plan(run, _made(run.analysis).plan)
+    with run.ranks.main_first():
+        run.plan = _edited_plan(run, _made(run.analysis).plan)
     student_config(run.source.family, run.source.config, run.plan)
 
 
@@ -297,7 +317,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     trained = _train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
     own = trained[: len(plan.intervals)]
     bank = joined(stats, ridge, plan, family, own)
-    bank |= refitted_ffns(teacher, teaching, plan, bank, distill_pass.refit_samples(samples, settings), ridge)
+    bank |= refitted_ffns(teacher, teaching, plan, bank, distill_pass.refit_samples(samples, settings, run.ranks.device), ridge)
     widths = width_edits(teaching, plan, bank, settings.weights)
     under = {e.edit: e for e in own}
     jobs = [width_job(e.key, settings, samples.identity, _base(run), stats, ridge, [under[k] for k in e.stands_on]) for e in widths]
@@ -321,9 +341,11 @@ def _train_edits(run: Run, edits: list[LocalEdit], jobs: list[Job], steps: int, 
 
     def build(left: list[int], works: list[Path]) -> list[Distilled]:
         chosen = [edits[i] for i in left]
-        return distill_pass.distill_edits(run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves")
+        return distill_pass.distill_edits(
+            run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves", run.ranks.device
+        )
 
-    return run.store.make_all(Distilled, jobs, build, "distill") if edits else []
+    return run.store.make_all(Distilled, jobs, build, "distill", on="each") if edits else []
 
 
 def finetune(
@@ -340,11 +362,11 @@ def finetune(
 
     def whole(work: Path) -> Distilled:
         student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
-        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves")
+        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks)
 
     what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
     inputs = (_base(run), _made(run.stats), *edits)
-    return run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill")
+    return run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill", on="all")
 
 
 def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:

@@ -32,7 +32,7 @@ def refitted_ffns(
     edits = [(e, i) for e in plan.ffn if (i := plan.interval_at(e.block))]
     if not edits:
         return {}
-    blocks = {i: teaching.block(teaching.plan(plan, [i]), i.first, bank) for _, i in edits}
+    blocks = {i: teaching.block(teaching.plan(plan, [i]), i.first, bank).to(teacher.device) for _, i in edits}
     moments = {(i, e.stream): FfnMoments() for e, i in edits}
     stops = {s for _, i in edits for s in (i.first, i.last + 1)}
     masks = [sample[2].get("encoder_hidden_states_mask") for sample in samples]
@@ -48,7 +48,7 @@ def refitted_ffns(
 
 
 def _solved(moments: FfnMoments, stream: str, ridge: float) -> dict[str, torch.Tensor]:
-    return ffn_map(moments.tensors, moments.rows, 0, stream, ridge)
+    return {name: tensor.cpu() for name, tensor in ffn_map(moments.tensors, moments.rows, 0, stream, ridge).items()}
 
 
 @torch.no_grad()

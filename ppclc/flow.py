@@ -31,16 +31,17 @@ def interpolate(data_BSC: torch.Tensor, noise_BSC: torch.Tensor, timestep_B: tor
 
 
 def inputs_for(model: Velocity, x_BSC: torch.Tensor, timestep_B: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
-    """Keyword arguments of a transformer's forward, floating-point tensors in the model's own dtype."""
-    dtype = getattr(model, "dtype", x_BSC.dtype)
+    """Keyword arguments of a transformer's forward on the model's own device, floating-point tensors in its dtype."""
+    dtype, device = getattr(model, "dtype", x_BSC.dtype), getattr(model, "device", x_BSC.device)
     given = {"hidden_states": x_BSC, "timestep": timestep_B, **conditioning}
-    return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    tensors = {k: v.to(device) for k, v in given.items() if isinstance(v, torch.Tensor)}
+    return given | {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
 
 
 def predict(model: Velocity, x_BSC: torch.Tensor, timestep_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-    """The model's velocity at `x_t`, in the dtype of `x_t`; only as many tokens as `x_t` has."""
+    """The model's velocity at `x_t`, in the dtype and on the device of `x_t`; only as many tokens as `x_t` has."""
     velocity: torch.Tensor = model(**inputs_for(model, x_BSC, timestep_B, conditioning), return_dict=False)[0]
-    return velocity[:, : x_BSC.shape[1]].to(x_BSC.dtype)
+    return velocity[:, : x_BSC.shape[1]].to(x_BSC)
 
 
 def guided(

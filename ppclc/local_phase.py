@@ -18,6 +18,7 @@ from torch import nn
 
 from ppclc.batches import Drawn, Feed
 from ppclc.curves import Curve
+from ppclc.devices import Ranks, local_world
 from ppclc.interrupts import noted_interrupts
 from ppclc.local_edits import BatchStates, LocalEdit
 from ppclc.models import cores
@@ -51,6 +52,7 @@ class LocalPhase:
     settings: LocalSettings
     progress: Progress
     curves: Path | None = None
+    device: str = "cpu"
     trainers: dict[str, Trainer] = field(default_factory=dict)
     drawn_curves: dict[str, Curve] = field(default_factory=dict)
 
@@ -106,7 +108,7 @@ class LocalPhase:
 
     def _learn(self, chunk: Sequence[Drawn], at: int) -> None:
         if not self.streamed:
-            lanes = max(1, cores() // torch.get_num_threads()) if _on_cpu(chunk) else 1
+            lanes = max(1, cores() // local_world() // torch.get_num_threads()) if _on_cpu(chunk) else 1
             with ThreadPoolExecutor(min(lanes, len(self.edits))) as pool:
                 for job in [pool.submit(self._teach, e, chunk, at) for e in self.edits]:
                     job.result()
@@ -138,7 +140,7 @@ class LocalPhase:
     def _trainer(self, edit: LocalEdit) -> Trainer:
         if edit.key not in self.trainers:
             settings = self.settings
-            trainer = Trainer(edit.build().train(), settings.steps, settings.learning_rate, settings.training)
+            trainer = Trainer(edit.build().train(), settings.steps, settings.learning_rate, settings.training, Ranks(device=self.device))
             trainer.load(self.paths[edit.key])
             if self.curves is not None:
                 self.drawn_curves[edit.key] = Curve(self.curves, edit.key, len(trainer.losses))

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ppclc.devices import Ranks
 from ppclc.errors import OutputError, UnavailableError
 from ppclc.plan import CompressionPlan
 
@@ -368,17 +369,22 @@ class Job:
     inputs: tuple[Record, ...]
 
 
+Builders = Literal["main", "each", "all"]
+
+
 @dataclass
 class Store:
     """Makes each record once, in `out/records/<pass>-<digest>/`, and remembers what that took.
 
     A store that is `frozen` reads what is there and makes nothing.
+    Of several ranks, the main one decides what is left to be made; all of them hand back the same records.
     """
 
     out: Path
     stages: list[Stage] = field(default_factory=list)
     partial: dict[str, float] = field(default_factory=dict)
     frozen: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
 
     def digest(self, name: str, version: int, settings: Any, *inputs: Record) -> str:
         """Digest of a record still to be made."""
@@ -398,8 +404,9 @@ class Store:
         build: Callable[[Path], R],
         valid: Callable[[R], bool] = lambda _: True,
         stage: str | None = None,
+        on: Builders = "main",
     ) -> R:
-        """The record, read if it is there (and `valid`), else built.
+        """The record, read if it is there (and `valid`), else built, by default on the main rank.
 
         `build` is given a work folder, kept until the record is whole: a place for checkpoints.
 
@@ -407,7 +414,7 @@ class Store:
             OutputError: a frozen store does not hold it.
         """
         job = Job(name, version, settings, inputs)
-        return self.make_all(kind, [job], lambda _, works: [build(works[0])], stage or name, valid)[0]
+        return self.make_all(kind, [job], lambda _, works: [build(works[0])], stage or name, valid, on)[0]
 
     def make_all(
         self,
@@ -416,34 +423,56 @@ class Store:
         build: Callable[[list[int], list[Path]], list[R]],
         stage: str,
         valid: Callable[[R], bool] = lambda _: True,
+        on: Builders = "main",
     ) -> list[R]:
         """Records that are made together: those that are there (and `valid`) are read, the others built in one go.
 
         `build` is given the numbers of the jobs that are left and a work folder for each. Its cost is shared out evenly.
+        on: the ranks that build: the main one alone, `each` a share of what is left, or `all` of them together, of
+        which the main one has the records.
         """
         digests = [self.digest(j.name, j.version, j.settings, *j.inputs) for j in jobs]
         folders = [self.folder(j.name, d) for j, d in zip(jobs, digests, strict=True)]
-        found = {i: record for i, folder in enumerate(folders) if (record := self._found(kind, folder, valid, stage))}
-        left = [i for i in range(len(jobs)) if i not in found]
-        if not left:
-            return [found[i] for i in range(len(jobs))]
-        if self.frozen:
+        found: dict[int, R] = {}
+        if self.ranks.is_main:  # others might look when a record is there that this rank has just made
+            found = {i: record for i, folder in enumerate(folders) if (record := self._found(kind, folder, valid, stage))}
+        left = self.ranks.told([i for i in range(len(jobs)) if i not in found])
+        if left and self.frozen:
             raise OutputError(f"{folders[left[0]]}: no such record, wanted that of a finished run")
+        mine = self.ranks.mine(left) if on == "each" else left if on == "all" or self.ranks.is_main else []
+        if mine:
+            writes = self.ranks.is_main or on == "each"
+            found |= self._made(jobs, mine, digests, build, stage, len(left), writes)
+        self.ranks.wait()
+        return [found[i] if i in found else read_record(kind, folder) for i, folder in enumerate(folders)]
+
+    def _made(
+        self,
+        jobs: Sequence[Job],
+        left: list[int],
+        digests: Sequence[str],
+        build: Callable[[list[int], list[Path]], list[R]],
+        stage: str,
+        among: int,
+        writes: bool,
+    ) -> dict[int, R]:
+        """The records of some jobs by number, built and written; of `among` jobs that are built at the same time."""
         works = [self.out / "records" / f".{jobs[i].name}-{digests[i]}.work" for i in left]
         for work in works:
             with disk_errors(work):
                 work.mkdir(parents=True, exist_ok=True)
         with measured(stage) as cost:
             built = build(left, works)
-        for i, work, record in zip(left, works, built, strict=True):
+        found: dict[int, R] = {}
+        for i, work, record in zip(left, works, built, strict=True) if writes else ():
             found[i] = record.model_copy(update={"digest": digests[i]})
-            part = cost[0].model_copy(update={"seconds": cost[0].seconds / len(left)})
-            with whole_folder(folders[i]) as draft:
+            part = cost[0].model_copy(update={"seconds": cost[0].seconds / among})
+            with whole_folder(self.folder(jobs[i].name, digests[i])) as draft:
                 write_record(found[i], draft)
                 (draft / "stage.json").write_text(part.model_dump_json(), "utf-8")
             shutil.rmtree(work, ignore_errors=True)
         self._remember(cost[0])
-        return [found[i] for i in range(len(jobs))]
+        return found
 
     def _found(self, kind: type[R], folder: Path, valid: Callable[[R], bool], stage: str) -> R | None:
         """The record that lies in a folder, if it does and is valid."""

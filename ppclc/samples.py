@@ -10,12 +10,14 @@ Shape suffixes: B batch, S token, C channel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from ppclc import flow
+from ppclc.batches import WHOLE, Share
 from ppclc.cache import LATENTS, TEXT, Cache
 from ppclc.errors import RecipeError
 from ppclc.models import Source
@@ -47,21 +49,26 @@ class Samples:
         """The kind, and the digest of the data where it is a user's: what a record that is made of it depends on."""
         return f"{self.kind}-{self.cache.digest}" if self.cache else self.kind
 
-    def draw(self, count: int, generator: torch.Generator) -> Sample:
-        """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included."""
-        return self.draw_with_target(count, generator)[0]
+    def draw(self, count: int, generator: torch.Generator, share: Share = WHOLE) -> Sample:
+        """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included; of them, the rows of a share."""
+        return self.draw_with_target(count, generator, share)[0]
 
-    def draw_with_target(self, count: int, generator: torch.Generator) -> tuple[Sample, torch.Tensor | None]:
-        """The next `count` samples, and the velocity (B, S, C) that leads from their data to their noise, None without data."""
+    def draw_with_target(self, count: int, generator: torch.Generator, share: Share = WHOLE) -> tuple[Sample, torch.Tensor | None]:
+        """The next `count` samples, and the velocity (B, S, C) that leads from their data to their noise, None without data.
+
+        What is random is drawn for all of them; files are read, and the teacher is run, for the share's rows alone.
+        """
+        rows = share.of(count)
         if self.kind == "noise":
             noise, example = self._random(count, generator)
-            return (noise, self._timesteps(count, generator), example), None
-        latents, conditioning = self._clean(count, generator)
-        noise = torch.randn(latents.shape, generator=generator)
+            return picked((noise, self._timesteps(count, generator), example), rows), None
+        latents, conditioning = self._clean(count, generator, share)
+        noise = torch.randn((count, *latents.shape[1:]), generator=generator)[rows.start : rows.stop]
         if self.kind == "images" or (self.kind == "cached" and self.cache and self.cache.has_latents):
-            t = self._timesteps(count, generator)
+            t = self._timesteps(count, generator)[rows.start : rows.stop]
             return (flow.interpolate(latents, noise, t), t, conditioning), noise - latents
-        return self._trajectory(noise, conditioning, generator), None
+        stop = torch.randint(TRAJECTORY_STEPS, (count,), generator=generator)[rows.start : rows.stop]
+        return self._trajectory(noise, conditioning, stop), None
 
     def shifted(self, shift: float) -> Samples:
         """The same source with its timesteps moved."""
@@ -80,20 +87,22 @@ class Samples:
         example.pop("timestep")
         return noise, example
 
-    def _clean(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
-        """Clean latents (B, S, C) with their conditioning; where only prompts are there, zeros of the latents' shape."""
+    def _clean(self, count: int, generator: torch.Generator, share: Share = WHOLE) -> tuple[torch.Tensor, flow.Conditioning]:
+        """Clean latents (B, S, C) of a share with their conditioning; where only prompts are there, zeros of the latents' shape."""
+        rows = share.of(count)
         if self.cache is None:
-            clean: tuple[torch.Tensor, flow.Conditioning] = self.source.task.batch(count, generator, self.split)  # type: ignore[union-attr]
-            return clean
+            data, known = self.source.task.batch(count, generator, self.split)  # type: ignore[union-attr]
+            clean, _, conditioning = picked((data, torch.empty(count), known), rows)
+            return clean, conditioning
         order = torch.randperm(len(self.rows), generator=generator)
         while len(order) < count:
             order = torch.cat([order, torch.randperm(len(self.rows), generator=generator)])
-        batch = self.cache.read([self.rows[i] for i in order[:count].tolist()])
+        batch = self.cache.read([self.rows[i] for i in order[rows.start : rows.stop].tolist()])
         height, width = self.cache.grid
         latents = batch.pop(LATENTS, None)
         if latents is None:
-            latents = torch.zeros(count, height * width, self._channels())
-        return latents.float(), batch | self.source.family.grid_inputs(count, height, width, batch[TEXT].shape[1])
+            latents = torch.zeros(len(rows), height * width, self._channels())
+        return latents.float(), batch | self.source.family.grid_inputs(len(rows), height, width, batch[TEXT].shape[1])
 
     def _channels(self) -> int:
         example = self.source.family.example_inputs(self.source.config, batch=1, generator=torch.Generator())
@@ -107,14 +116,35 @@ class Samples:
         return torch.where(torch.rand(count, generator=generator) < 1 / 16, torch.ones(()), spread)
 
     @torch.no_grad()
-    def _trajectory(self, noise: torch.Tensor, conditioning: flow.Conditioning, generator: torch.Generator) -> Sample:
-        stop = torch.randint(TRAJECTORY_STEPS, (len(noise),), generator=generator)
+    def _trajectory(self, noise: torch.Tensor, conditioning: flow.Conditioning, stop: torch.Tensor) -> Sample:
+        """Points of the teacher's trajectories from that noise, each after `stop` (B,) of its steps."""
         x, at = noise, noise.clone()
         for i in range(int(stop.max()) + 1):
             at = torch.where((stop == i)[:, None, None], x, at)
             t = torch.full((len(x),), 1 - i / TRAJECTORY_STEPS)
             x = x - flow.predict(self.teacher, x, t, conditioning) / TRAJECTORY_STEPS
         return at, 1 - stop / TRAJECTORY_STEPS, conditioning
+
+
+def picked(sample: Sample, rows: Sequence[int]) -> Sample:
+    """These rows of a batch, in that order: of every tensor and every list in the conditioning that is as long as the batch, too."""
+    x, t, conditioning = sample
+    count, index = len(t), torch.tensor(list(rows))
+    if list(rows) == list(range(count)):
+        return sample
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value[index] if value.dim() and len(value) == count else value
+        return [value[i] for i in rows] if isinstance(value, list) and len(value) == count else value
+
+    return x[index], t[index], {k: pick(v) for k, v in conditioning.items()}
+
+
+def moved(sample: Sample, device: str) -> Sample:
+    """The batch on a device."""
+    x, t, conditioning = sample
+    return x.to(device), t.to(device), {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in conditioning.items()}
 
 
 def open_samples(kind: SourceKind, source: Source, teacher: Any, split: str, cache: Cache | None = None) -> Samples:

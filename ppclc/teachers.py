@@ -122,8 +122,10 @@ class Teacher:
     called and nothing else.
     """
 
-    def __init__(self, family: Family, config: Mapping[str, Any], skeleton: Skeleton, dtype: torch.dtype) -> None:
-        self.family, self.config, self.dtype = family, config, dtype
+    def __init__(
+        self, family: Family, config: Mapping[str, Any], skeleton: Skeleton, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.family, self.config, self.dtype, self.device = family, config, dtype, torch.device(device)
         self.num_blocks = family.num_blocks(config)
         self._skeleton = skeleton
 
@@ -176,11 +178,11 @@ class Teacher:
         return self._skeleton.finish(current[0], args, kwargs)
 
     def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
-        """A block's tensors by name, copies that the caller may keep and change."""
+        """A block's tensors by name, copies on the CPU that the caller may keep and change."""
         raise NotImplementedError
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Every tensor of the teacher by its full name."""
+        """Every tensor of the teacher by its full name, on the CPU, where students are built."""
         raise NotImplementedError
 
     def _block(self, block: int) -> nn.Module:
@@ -212,17 +214,16 @@ class ResidentTeacher(Teacher):
     """A teacher with all of its blocks in memory: a model, whose tensors it shares."""
 
     def __init__(self, model: Any, family: Family) -> None:
-        super().__init__(family, {"_class_name": type(model).__name__, **model.config}, Skeleton(model, family), model.dtype)
+        super().__init__(family, {"_class_name": type(model).__name__, **model.config}, Skeleton(model, family), model.dtype, model.device)
         self.model, self._blocks = model, blocks_of(model, family)
 
     def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """As `Teacher.block_tensors`."""
-        return {name: tensor.clone() for name, tensor in block_state(self._blocks[block]).items()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in block_state(self._blocks[block]).items()}
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
-        """The model's own tensors by full name, no copies."""
-        state: dict[str, torch.Tensor] = self.model.state_dict()
-        return state
+        """The model's own tensors by full name, no copies where it is on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
 
     def _block(self, block: int) -> nn.Module:
         return self._blocks[block]
@@ -242,9 +243,10 @@ class StreamedTeacher(Teacher):
     def __init__(self, source: Source, dtype: str, device: torch.device | str = "cpu") -> None:
         self.device, self.read_seconds = torch.device(device), 0.0
         self._files = WeightFiles(source, DTYPES[dtype], self.device)
+        self._tensors = WeightFiles(source, DTYPES[dtype], torch.device("cpu"))
         model = empty_model(source.family, source.config, str(source.folder / "config.json")).eval().requires_grad_(False)
         self._files.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-        super().__init__(source.family, source.config, Skeleton(model, source.family), DTYPES[dtype])
+        super().__init__(source.family, source.config, Skeleton(model, source.family), DTYPES[dtype], self.device)
         outside = self._skeleton.model
         outside.load_state_dict({name: self._files[name] for name in outside.state_dict()}, strict=True, assign=True)
         # One block stands for all in turn; the others, without memory, were wanted for their shapes alone.
@@ -261,11 +263,11 @@ class StreamedTeacher(Teacher):
     def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """As `Teacher.block_tensors`, read anew."""
         prefix = self._prefix(block)
-        return {name: self._files[prefix + name] for name in self._empty}
+        return {name: self._tensors[prefix + name] for name in self._empty}
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Every tensor by its full name, read on each access: `items` and `values` read them all in turn."""
-        return self._files
+        return self._tensors
 
     def _prefix(self, block: int) -> str:
         return f"{self.family.groups[0].path}.{block}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,15 +21,18 @@ from torch import nn
 
 from ppclc.batches import Feed
 from ppclc.curves import Curve
+from ppclc.devices import Ranks, gradients_settle
 from ppclc.errors import UnavailableError
 from ppclc.interrupts import noted_interrupts
 from ppclc.records import write_tensors
+from ppclc.shards import forget_older, like, local, newest_step, shard_file, whole
 
 Progress = Callable[[float, str], None]
 Terms = Mapping[str, torch.Tensor]
 """A loss by its weighted terms, which add up to it."""
 CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 10
+ALONE = Ranks()
 BETAS = (0.9, 0.95)
 """Source: arXiv 2511.16156, training set-up; weight decay as well."""
 
@@ -63,11 +66,21 @@ class Trainer:
     """A module with all that its next step depends on. Its trainable parameters are those that require a gradient.
 
     losses: of every step so far. Parameters in half precision are raised to float32, which small steps need.
+    ranks: those that train it together, each on batches of its own; `blocks` are the units in which it is sharded.
     """
 
-    def __init__(self, module: nn.Module, steps: int, learning_rate: float, settings: TrainingSettings) -> None:
-        self.dtype = next(module.parameters()).dtype
-        self.module = module.float()
+    def __init__(
+        self,
+        module: nn.Module,
+        steps: int,
+        learning_rate: float,
+        settings: TrainingSettings,
+        ranks: Ranks = ALONE,
+        blocks: Sequence[nn.Module] = (),
+    ) -> None:
+        self.dtype, self.ranks = next(module.parameters()).dtype, ranks
+        self.module = module.float() if ranks.sharded else module.float().to(ranks.device)  # a shard moves alone
+        self.called: nn.Module = ranks.prepared(self.module, blocks)
         self.steps, self.learning_rate, self.settings = steps, learning_rate, settings
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(self.parameters.values(), settings)
@@ -81,21 +94,23 @@ class Trainer:
         return self.learning_rate * self.settings.rate(len(self.losses), self.steps)
 
     def step(self, losses: Iterable[Callable[[nn.Module], Terms]]) -> dict[str, float]:
-        """One step on the mean of some losses, each on a batch of its own; the mean of each term."""
+        """One step on the mean of some losses, each on a batch of its own; the mean of each term, over all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad()
         told: dict[str, float] = {}
         parts = list(losses)
-        for part in parts:
-            with self.autocast():
-                terms = part(self.module)
-            torch.stack([t / len(parts) for t in terms.values()]).sum().backward()
+        for n, part in enumerate(parts, start=1):
+            with gradients_settle(self.called, last=n == len(parts)):
+                with self.autocast():
+                    terms = part(self.called)
+                torch.stack([t / len(parts) for t in terms.values()]).sum().backward()
             for name, term in terms.items():
                 told[name] = told.get(name, 0.0) + term.item() / len(parts)
         self.clip()
         self.optimizer.step()
         self._follow()
+        told = dict(zip(told, self.ranks.mean(list(told.values())), strict=True))
         self.losses.append(sum(told.values()))
         return told
 
@@ -110,12 +125,19 @@ class Trainer:
         """Move the average towards the weights. Its decay rises with the steps, so that the start is soon forgotten."""
         decay = min(self.settings.ema, (1 + len(self.losses)) / (10 + len(self.losses)))
         for name, value in self.average.items():
-            value.lerp_(self.parameters[name], 1 - decay)
+            local(value).lerp_(local(self.parameters[name]), 1 - decay)
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """All tensors of the module as they are kept, in its own dtype: the average where there is one."""
-        state = self.module.state_dict() | self.average
-        return {k: v.detach().to(self.dtype, copy=True) if v.is_floating_point() else v.clone() for k, v in state.items()}
+        """All tensors of the module as they are kept, in its own dtype: the average where there is one.
+
+        Of a sharded module the main rank has them, and the others nothing; all have to ask.
+        """
+        kept: dict[str, torch.Tensor] = {}
+        for name, value in (self.module.state_dict() | self.average).items():
+            full = whole(value)
+            if self.ranks.is_main or not self.ranks.sharded:
+                kept[name] = full.to("cpu", self.dtype if full.is_floating_point() else full.dtype, copy=True)
+        return kept
 
     def window_losses(self) -> list[tuple[int, float]]:
         """The mean loss of every ten steps, with the last one's number."""
@@ -123,20 +145,36 @@ class Trainer:
         return [(i * LOG_EVERY + len(w), sum(w) / len(w)) for i, w in enumerate(windows)]
 
     def save(self, path: Path, generator_state: torch.Tensor) -> None:
-        """Write everything, whole or not at all; `generator_state` is that after the last batch that was used."""
+        """Write everything, whole or not at all; `generator_state` is that after the last batch that was used.
+
+        Ranks with a copy each leave this to the main one; with shards, each writes its own.
+        """
+        if not (self.ranks.is_main or self.ranks.sharded):
+            return
         tensors, numbers = {"generator": generator_state}, {}
         for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.data
+            tensors[f"weight.{name}"] = local(parameter)
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"state.{key}.{name}"] = value
+                    tensors[f"state.{key}.{name}"] = local(value)
                 else:
                     numbers[f"{key}.{name}"] = value
-        tensors |= {f"average.{n}": v for n, v in self.average.items()}
-        write_tensors(path, tensors, {"losses": json.dumps(self.losses), "numbers": json.dumps(numbers)})
+        tensors |= {f"average.{n}": local(v) for n, v in self.average.items()}
+        step = len(self.losses)
+        own = shard_file(path.parent, step, self.ranks) if self.ranks.sharded else path
+        write_tensors(own, tensors, {"losses": json.dumps(self.losses), "numbers": json.dumps(numbers)})
+        if self.ranks.sharded:
+            forget_older(path.parent, step, self.ranks)
 
     def load(self, path: Path) -> torch.Tensor | None:
-        """Go on from a checkpoint; the generator's state, None where there is no checkpoint."""
+        """Go on from a checkpoint; the generator's state, None where there is no checkpoint.
+
+        Raises:
+            UnavailableError: the checkpoint is sharded over another number of processes.
+        """
+        step = newest_step(path.parent, self.ranks)
+        if step is not None:
+            path = shard_file(path.parent, step, self.ranks)
         if not path.exists():
             return None
         with safe_open(path, "pt") as file:
@@ -145,13 +183,13 @@ class Trainer:
             numbers: dict[str, Any] = json.loads(metadata["numbers"])
             held = list(file.keys())
             for name, parameter in self.parameters.items():
-                parameter.data.copy_(file.get_tensor(f"weight.{name}"))
-                state = {_key(k, "state.", name): _like(file.get_tensor(k), parameter) for k in held if _is_of(k, "state.", name)}
+                local(parameter).copy_(file.get_tensor(f"weight.{name}"))
+                state = {_key(k, "state.", name): like(file.get_tensor(k), parameter) for k in held if _is_of(k, "state.", name)}
                 state |= {_key(k, "", name): v for k, v in numbers.items() if _is_of(k, "", name)}
                 if state:  # parameters that nothing reads get no gradient, and have no state
                     self.optimizer.state[parameter] = state
             for name, value in self.average.items():
-                value.copy_(file.get_tensor(f"average.{name}"))
+                local(value).copy_(file.get_tensor(f"average.{name}"))
             generator_: torch.Tensor = file.get_tensor("generator")
         return generator_
 
@@ -168,7 +206,7 @@ def train(
 ) -> None:
     """Train to the end, from the checkpoint in `work` if there is one; one more is left there every so many steps.
 
-    The first SIGINT or SIGTERM ends it after the step that is under way, with a checkpoint.
+    The first SIGINT or SIGTERM, on any rank, ends it after the step that is under way, with a checkpoint.
 
     Raises:
         KeyboardInterrupt: a stop was asked for.
@@ -183,12 +221,13 @@ def train(
             for step in chunk:
                 rate = trainer.rate
                 terms = trainer.step([partial(_loss_on, loss, batch) for batch in step.batches])
-                done = len(trainer.losses)
+                done, stop = len(trainer.losses), trainer.ranks.any(interrupt.asked)
                 if drawn_curve:
                     drawn_curve.add(done, terms, rate)
-                if done < trainer.steps and (done % every == 0 or interrupt.asked):
+                if done < trainer.steps and (done % every == 0 or stop):
                     trainer.save(path, step.state)
-                if interrupt.asked:
+                if stop:
+                    trainer.ranks.wait()  # a launcher ends all once one has left: not before every file is whole
                     raise KeyboardInterrupt
                 progress(done / trainer.steps, f"loss {trainer.losses[-1]:.4g}")
 
@@ -218,10 +257,6 @@ def _is_of(key: str, prefix: str, name: str) -> bool:
 
 def _key(key: str, prefix: str, name: str) -> str:
     return key[len(prefix) : -len(name) - 1]
-
-
-def _like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    return value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
 
 
 def _optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:

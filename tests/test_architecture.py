@@ -22,12 +22,12 @@ PACKAGE = ROOT / "ppclc"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # ppclc/__init__.py: the version, and public names on first use
     ("errors",),
-    ("interrupts", "plan"),
+    ("devices", "interrupts", "plan"),
     ("records",),
     ("plugins",),
     ("students",),
     ("families",),
-    ("batches", "curves"),
+    ("batches", "curves", "shards"),
     ("detection", "flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "weight_files"),
     ("block_costs", "predictions"),
     ("cache", "datasets", "encoding", "samples", "teachers", "ffn_maps"),

@@ -15,7 +15,7 @@ from ppclc.ffn_maps import FfnMoments
 from ppclc.models import Trace, blocks_of, trace
 from ppclc.moments import BANDS, CHUNKS, Moments, rows_of
 from ppclc.records import CalibrationStats
-from ppclc.samples import Sample, Samples, SourceKind
+from ppclc.samples import Sample, Samples, SourceKind, picked
 
 VERSION = 3
 BATCH = 64
@@ -88,15 +88,7 @@ def calibrate(
 
 def by_timestep(sample: Sample) -> Sample:
     """The samples in rising order of their timesteps, so that bands are contiguous rows."""
-    x, t, conditioning = sample
-    order = torch.argsort(t)
-
-    def sorted_(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value[order] if value.dim() and len(value) == len(order) else value
-        return [value[i] for i in order.tolist()] if isinstance(value, list) and len(value) == len(order) else value
-
-    return x[order], t[order], {k: sorted_(v) for k, v in conditioning.items()}
+    return picked(sample, torch.argsort(sample[1]).tolist())
 
 
 def grouped_bytes(seen: Trace) -> int:

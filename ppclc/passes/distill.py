@@ -16,14 +16,16 @@ from pydantic import Field
 from torch import nn
 
 from ppclc import flow
-from ppclc.batches import Feed
+from ppclc.batches import Feed, Share
 from ppclc.curves import Curve
+from ppclc.devices import Ranks
 from ppclc.local_edits import LocalEdit, Weights
 from ppclc.local_phase import LocalPhase, LocalSettings
+from ppclc.models import blocks_of
 from ppclc.records import Distilled
-from ppclc.samples import Sample, Samples
+from ppclc.samples import Sample, Samples, moved
 from ppclc.teachers import StreamedTeacher, Teacher
-from ppclc.training import Progress, Terms, Trainer, TrainingSettings, train
+from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, train
 
 VERSION = 3
 REFIT_BATCHES = 16
@@ -40,13 +42,13 @@ class DistillSettings(TrainingSettings):
     """Section `distill` of a recipe.
 
     steps: local steps of an interval; width_steps: of a text stream's or a feed-forward network's linear maps.
-    finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch. magnitude: weight of the magnitude
-    term beside direction; image_weight, text_weight: of the streams in the local phase; map_weight: of a linear map's
-    own error beside its block's. data_weight: share of the flow-matching loss on data in the fine-tune, where data are
-    given; the rest is the teacher's velocity. timestep_shift: above 1 moves the fine-tune's timesteps towards noise.
-    bank: which intervals are distilled, those of the plan or all that the analysis considered, so that other sizes can
-    be sliced later. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
-    checkpoint_every: steps between checkpoints.
+    finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch, in the fine-tune for each of the
+    processes. magnitude: weight of the magnitude term beside direction; image_weight, text_weight: of the streams in the
+    local phase; map_weight: of a linear map's own error beside its block's. data_weight: share of the flow-matching loss
+    on data in the fine-tune, where data are given; the rest is the teacher's velocity. timestep_shift: above 1 moves the
+    fine-tune's timesteps towards noise. bank: which intervals are distilled, those of the plan or all that the analysis
+    considered, so that other sizes can be sliced later. teacher: `streamed` reads its blocks one at a time from disk,
+    `chunk` samples a sweep. checkpoint_every: steps between checkpoints.
     """
 
     steps: Annotated[int, Field(ge=0)] = 150
@@ -88,10 +90,10 @@ class DistillSettings(TrainingSettings):
         return max(1, self.chunk // (self.batch * self.accumulate))
 
 
-def refit_samples(samples: Samples, settings: DistillSettings) -> list[Sample]:
+def refit_samples(samples: Samples, settings: DistillSettings, device: str = "cpu") -> list[Sample]:
     """What linear networks of distilled blocks are fitted to: the same batches in every run."""
     generator = torch.Generator().manual_seed(settings.seed + 2)
-    return [samples.draw(settings.batch, generator) for _ in range(REFIT_BATCHES)]
+    return [moved(samples.draw(settings.batch, generator), device) for _ in range(REFIT_BATCHES)]
 
 
 def distill_edits(
@@ -103,12 +105,14 @@ def distill_edits(
     progress: Progress,
     works: Sequence[Path],
     curves: Path | None = None,
+    device: str = "cpu",
 ) -> list[Distilled]:
-    """A record for each edit, all taught on the same batches."""
+    """A record for each edit, all taught on the same batches, on a device that the teacher is on."""
     local = LocalSettings(
         steps, settings.batch, settings.learning_rate, settings.checkpoint_every, settings.seed, settings.together, settings
     )
-    return LocalPhase(teacher, partial(_draw, samples, settings.batch), edits, works, local, progress, curves).run()
+    draw = partial(_draw, samples, settings.batch, device)
+    return LocalPhase(teacher, draw, edits, works, local, progress, curves, device).run()
 
 
 def finetune(
@@ -119,22 +123,27 @@ def finetune(
     progress: Progress,
     work: Path,
     curves: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Distilled:
-    """The whole student, trained end to end on the teacher's velocity and, by `data_weight`, on that of the data. Mean squared errors."""
+    """The whole student, trained end to end on the teacher's velocity and, by `data_weight`, on that of the data. Mean squared errors.
+
+    All ranks train it together, each on `batch` samples of a step's `world * batch`; the main one has the tensors.
+    """
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     student.requires_grad_(True).train()
-    trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings)
+    blocks = blocks_of(student, teacher.family)
+    trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings, ranks, blocks)
     streamed = isinstance(teacher, StreamedTeacher)
     shifted = samples.shifted(settings.timestep_shift)
     feed = Feed(
-        draw=partial(_draw_with_target, shifted, settings.batch),
-        ready=partial(_lessons, teacher),
+        draw=partial(_draw_with_target, shifted, settings.batch * ranks.world, Share(ranks.rank, ranks.world)),
+        ready=partial(_lessons, teacher, ranks.device),
         accumulate=settings.accumulate,
         together=settings.together if streamed else 1,
         ahead=not streamed,
     )
-    curve = partial(Curve, curves, "finetune") if curves and settings.finetune_steps else None
+    curve = partial(Curve, curves, "finetune") if curves and settings.finetune_steps and ranks.is_main else None
     train(trainer, feed, partial(velocity_terms, settings.data_weight), settings.seed + 1, settings.checkpoint_every, work, progress, curve)
     return Distilled(edit="finetune", steps=settings.finetune_steps, losses=trainer.window_losses(), tensors=trainer.trained())
 
@@ -152,15 +161,16 @@ def velocity_terms(data_weight: float, student: nn.Module, lesson: Lesson) -> Te
     return terms
 
 
-def _draw(samples: Samples, batch: int, generator: torch.Generator) -> Sample:
-    return samples.draw(batch, generator)
+def _draw(samples: Samples, batch: int, device: str, generator: torch.Generator) -> Sample:
+    return moved(samples.draw(batch, generator), device)
 
 
-def _draw_with_target(samples: Samples, batch: int, generator: torch.Generator) -> tuple[Sample, torch.Tensor | None]:
-    return samples.draw_with_target(batch, generator)
+def _draw_with_target(samples: Samples, batch: int, share: Share, generator: torch.Generator) -> tuple[Sample, torch.Tensor | None]:
+    return samples.draw_with_target(batch, generator, share)
 
 
 @torch.no_grad()
-def _lessons(teacher: Teacher, drawn: Sequence[tuple[Sample, torch.Tensor | None]]) -> list[Lesson]:
-    velocities = teacher.velocities([sample for sample, _ in drawn])
-    return [(sample, velocity, data) for (sample, data), velocity in zip(drawn, velocities, strict=True)]
+def _lessons(teacher: Teacher, device: str, drawn: Sequence[tuple[Sample, torch.Tensor | None]]) -> list[Lesson]:
+    samples = [moved(sample, device) for sample, _ in drawn]
+    targets = [data.to(device) if data is not None else None for _, data in drawn]
+    return list(zip(samples, teacher.velocities(samples), targets, strict=True))

@@ -1,0 +1,188 @@
+"""The processes of one run and the device of each: which rank this is, how ranks agree, wait, and share a model.
+
+One process needs nothing of this: `Ranks()` is alone, and all that it is asked is answered on the spot. Several
+are started by `accelerate launch` or `torchrun`; they share a file system.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from ppclc.errors import UnavailableError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=365)
+"""How long a rank waits for another: analysis takes hours, and a process that dies is noticed by its closed connection."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the `world` processes of a run.
+
+    device: where this process trains. sharded: each rank holds a share of a trained model (FSDP2) instead of a copy (DDP).
+    group: the process group for flags and numbers, on the CPU; None for a process that is alone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: str = "cpu"
+    sharded: bool = False
+    group: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that speaks, writes, and does what is not shared."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return once all ranks are here.
+
+        Raises:
+            UnavailableError: another process has ended.
+        """
+        self.any(False)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank; the same answer on all. Raises UnavailableError as `wait`."""
+        return sum(self.mean([float(flag)])) > 0
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Each value's mean over the ranks, the same bits on all. Raises UnavailableError as `wait`."""
+        if self.world == 1:
+            return list(values)
+        import torch
+
+        sums = torch.tensor(list(values), dtype=torch.float64)
+        with _lost_rank_told():
+            torch.distributed.all_reduce(sums, group=self.group)
+        means: list[float] = (sums / self.world).tolist()
+        return means
+
+    def told(self, value: T) -> T:
+        """The main rank's value, on all ranks; plain data alone. Raises UnavailableError as `wait`."""
+        if self.world == 1:
+            return value
+        import torch
+
+        box = [value]
+        with _lost_rank_told():
+            torch.distributed.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block on the main rank, then on the others. If it fails on the main rank, the others end in `wait`."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    def mine(self, items: Sequence[T]) -> list[T]:
+        """This rank's share of some work: every `world`-th item."""
+        return list(items[self.rank :: self.world])
+
+    def leave(self) -> Ranks:
+        """This process alone, once all ranks are here; they part for good."""
+        if self.world > 1:
+            import torch
+
+            self.wait()
+            torch.distributed.destroy_process_group()
+        return Ranks(device=self.device)
+
+    def prepared(self, module: Any, blocks: Sequence[Any]) -> Any:
+        """What is called in the place of a module that all ranks train: itself alone, as DDP, or sharded in place by its blocks.
+
+        Gradients are then means over the ranks. Its optimizer has to be made afterwards.
+        """
+        if self.world == 1:
+            return module
+        if self.sharded:
+            return _sharded(module, blocks, self)
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = None if self.device.startswith("cpu") else [self.device]
+        # The last block's text stream is computed and read by nobody: its parameters get no gradient.
+        return DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True, gradient_as_bucket_view=True)
+
+
+def gradients_settle(module: Any, last: bool) -> AbstractContextManager[None]:
+    """Around forward and backward of a batch: ranks exchange gradients in the last one of a step.
+
+    Sharded modules do so every time, which keeps the memory that whole gradients would take.
+    """
+    no_sync: Callable[[], AbstractContextManager[None]] | None = getattr(module, "no_sync", None)
+    return no_sync() if no_sync and not last else nullcontext()
+
+
+def open_ranks() -> Ranks:
+    """This process's rank and device, as the launcher's environment says; joins the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks(device=_own_device())
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+    return Ranks(accelerator.process_index, accelerator.num_processes, device, _is_set("ACCELERATE_USE_FSDP"), group)
+
+
+def launcher_warning() -> str | None:
+    """What to tell a user whose launcher has started one process where several may have been meant."""
+    if _is_set("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        return (
+            "warning: accelerate launch --cpu starts one process, whatever --num_processes says; for several on the CPU: "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m ppclc ..."
+        )
+    return None
+
+
+def local_world() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _own_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() and not _is_set("ACCELERATE_USE_CPU") else "cpu"
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def _sharded(module: Any, blocks: Sequence[Any], ranks: Ranks) -> Any:
+    """The module, its parameters sharded over the ranks in place: each block a unit, and the rest of it one.
+
+    By torch's `fully_shard` and not by Accelerate's wrapper of it, which knows no CPU: one way for all devices.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # A caution against changing a module's output in place, which nothing here does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(ranks.device.split(":")[0], (ranks.world,))
+    for unit in [*blocks, module]:
+        fully_shard(unit, mesh=mesh)
+        if ranks.device == "cpu":  # gloo knows no averages
+            unit.set_force_sum_reduction_for_comms(True)
+    return module
+
+
+@contextmanager
+def _lost_rank_told() -> Iterator[None]:
+    """Turn what the process group says when a connection is closed into a message."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UnavailableError(f"another process of this run has ended; what it said tells why ({str(error).splitlines()[0]})") from None
