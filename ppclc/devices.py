@@ -19,6 +19,11 @@ from ppclc.errors import UnavailableError
 T = TypeVar("T")
 PATIENCE = timedelta(days=365)
 """How long a rank waits for another: analysis takes hours, and a process that dies is noticed by its closed connection."""
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "FSDP_OFFLOAD_PARAMS": "parameters on the CPU (fsdp_offload_params)",
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,14 @@ def gradients_settle(module: Any, last: bool) -> AbstractContextManager[None]:
 
 
 def open_ranks() -> Ranks:
-    """This process's rank and device, as the launcher's environment says; joins the others."""
+    """This process's rank and device, as the launcher's environment says; joins the others.
+
+    Raises:
+        UnavailableError: the launcher asks for what is not done here.
+    """
+    for variable, name in REFUSED.items():
+        if _is_set(variable):
+            raise UnavailableError(f"the launcher asks for {name}, which distillation does not do; wanted plain processes or --use_fsdp")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks(device=_own_device())
     import torch

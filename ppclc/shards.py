@@ -1,15 +1,17 @@
 """Tensors of which each rank holds a shard (FSDP2), and the checkpoints that are made of them: a file a rank and step.
 
+A shard is told by what it can be asked for; `torch.distributed`, slow to import and not in every build, is not imported.
+
 <work>/checkpoint-<step>-<rank>-of-<world>.safetensors      whole when all ranks' files of a step are there
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from ppclc.devices import Ranks
 from ppclc.errors import UnavailableError
@@ -19,19 +21,19 @@ SHARD = re.compile(r"checkpoint-(\d+)-(\d+)-of-(\d+)\.safetensors")
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a tensor, sharing its memory; all of it where it is not sharded."""
-    held: torch.Tensor = tensor.detach()
-    return held.to_local() if isinstance(held, DTensor) else held
+    to_local: Callable[[], torch.Tensor] | None = getattr(tensor.detach(), "to_local", None)
+    return to_local() if to_local else tensor.detach()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; of a sharded one every rank has to ask at the same time."""
-    held: torch.Tensor = tensor.detach()
-    return held.full_tensor() if isinstance(held, DTensor) else held
+    full_tensor: Callable[[], torch.Tensor] | None = getattr(tensor.detach(), "full_tensor", None)
+    return full_tensor() if full_tensor else tensor.detach()
 
 
 def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A copy of a shard, or of a number, as it stands beside a parameter: sharded like it, on its device."""
-    if value.dim() and isinstance(parameter, DTensor):
+    if value.dim() and hasattr(parameter, "to_local"):
         made = torch.zeros_like(parameter, dtype=value.dtype)
         local(made).copy_(value)
         return made

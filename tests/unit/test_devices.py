@@ -20,7 +20,7 @@ from torch import nn
 from ppclc import cli
 from ppclc.batches import Share
 from ppclc.cache import Cache, open_cache
-from ppclc.devices import Ranks, launcher_warning
+from ppclc.devices import Ranks, launcher_warning, open_ranks
 from ppclc.errors import UnavailableError
 from ppclc.models import open_source
 from ppclc.records import Distilled, Job, Store
@@ -167,6 +167,13 @@ def test_a_launcher_that_starts_one_process_is_told(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert "--multi_gpu" in (launcher_warning() or "")
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "FSDP_OFFLOAD_PARAMS"])
+def test_what_is_not_done_is_refused(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UnavailableError, match="launcher asks for"):
+        open_ranks()
 
 
 class Told(Ranks):
