@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ppclc.errors import PpclcError
+from ppclc.interrupts import terminate_as_interrupt
 
 app = typer.Typer(
     name="ppclc",
@@ -174,15 +175,14 @@ def _show(document: dict[str, Any], as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns errors into one message and an exit code."""
+    terminate_as_interrupt()
     try:
         code = app(standalone_mode=False)
     except PpclcError as error:
         print(f"ppclc: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # typer turns the one into the other
         print("ppclc: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except typer.Abort:
         sys.exit(130)
     except Exception as error:
         show = getattr(error, "show", None)

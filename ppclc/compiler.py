@@ -283,13 +283,14 @@ def choose(run: Run, progress: Callable[[float, str], None]) -> None:
 def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
     """The plan to follow: `plan.json` as a person left it, else the analysis's own, which is then written there."""
     path, ours = run.out / "plan.json", run.out / "records" / "plan.json"
-    if path.is_file() and ours.is_file() and path.read_text("utf-8") != ours.read_text("utf-8"):
+    known = [plan.to_json(), ours.read_text("utf-8") if ours.is_file() else None]
+    if path.is_file() and ours.is_file() and path.read_text("utf-8") not in known:
         edited = CompressionPlan.read(path)
         if (edited.family, edited.num_blocks) != (plan.family, plan.num_blocks):
             raise PlanError(f"{path}: a plan for {edited.num_blocks} blocks of {edited.family}, wanted {plan.num_blocks} of {plan.family}")
         run.display.say(f"{path} was edited: it is followed; remove it to take the analysis's own plan")
         return edited
-    for file in (ours, path):
+    for file in (path, ours):  # the user's first: a run that is killed in between must not take an older plan for an edit
         if not file.is_file() or file.read_text("utf-8") != plan.to_json():
             write_text(file, plan.to_json())
     return plan

@@ -24,7 +24,11 @@ class Interrupt:
 def noted_interrupts() -> Iterator[Interrupt]:
     """Within the block the first signal sets `asked`; a second one raises KeyboardInterrupt where it stands.
 
-    Outside the main thread, where no handler can be set, nothing is ever asked.
+    A signal that the block did not look at any more is raised when it ends well: none is lost. Outside the main
+    thread, where no handler can be set, nothing is ever asked.
+
+    Raises:
+        KeyboardInterrupt: a stop was asked for.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():
@@ -42,10 +46,14 @@ def noted_interrupts() -> Iterator[Interrupt]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+    if interrupt.asked:
+        raise KeyboardInterrupt
 
 
 def terminate_as_interrupt() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt, as SIGINT does: both end in exit code 130."""
+    """From now on SIGTERM raises KeyboardInterrupt, as SIGINT does: both end in exit code 130. In the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

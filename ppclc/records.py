@@ -13,11 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -279,9 +278,11 @@ def check_writable(folder: Path) -> None:
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
+    trial = nearest / ".ppclc-trial"  # of one name, so that what a killed run left is taken away by the next
     try:
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".ppclc-"):
-            pass
+        trial.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # another run's trial was the same folder
+            trial.rmdir()
     except OSError as error:
         reason = "is a file" if nearest.is_file() else error.strerror
         raise OutputError(f"{folder}: cannot be written ({nearest}: {reason}); give another folder with -o") from None
@@ -436,6 +437,8 @@ class Store:
         found: dict[int, R] = {}
         if self.ranks.is_main:  # others might look when a record is there that this rank has just made
             found = {i: record for i, folder in enumerate(folders) if (record := self._found(kind, folder, valid, stage))}
+            for i in found:  # left by a run that was killed when the record was whole
+                shutil.rmtree(self._work(jobs[i].name, digests[i]), ignore_errors=True)
         left = self.ranks.told([i for i in range(len(jobs)) if i not in found])
         if left and self.frozen:
             raise OutputError(f"{folders[left[0]]}: no such record, wanted that of a finished run")
@@ -457,7 +460,7 @@ class Store:
         writes: bool,
     ) -> dict[int, R]:
         """The records of some jobs by number, built and written; of `among` jobs that are built at the same time."""
-        works = [self.out / "records" / f".{jobs[i].name}-{digests[i]}.work" for i in left]
+        works = [self._work(jobs[i].name, digests[i]) for i in left]
         for work in works:
             with disk_errors(work):
                 work.mkdir(parents=True, exist_ok=True)
@@ -469,10 +472,14 @@ class Store:
             part = cost[0].model_copy(update={"seconds": cost[0].seconds / among})
             with whole_folder(self.folder(jobs[i].name, digests[i])) as draft:
                 write_record(found[i], draft)
-                (draft / "stage.json").write_text(part.model_dump_json(), "utf-8")
+                write_text(draft / "stage.json", part.model_dump_json())
             shutil.rmtree(work, ignore_errors=True)
         self._remember(cost[0])
         return found
+
+    def _work(self, name: str, digest: str) -> Path:
+        """Where a record's checkpoints lie until it is whole."""
+        return self.out / "records" / f".{name}-{digest}.work"
 
     def _found(self, kind: type[R], folder: Path, valid: Callable[[R], bool], stage: str) -> R | None:
         """The record that lies in a folder, if it does and is valid."""
