@@ -34,6 +34,14 @@ settings.load_profile("ppclc")
 Tensors = dict[str, torch.Tensor]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what takes many minutes, unless it was asked for."""
+    if os.environ.get("PPCLC_LONG") != "1":
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes many minutes; PPCLC_LONG=1 runs it"))
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
