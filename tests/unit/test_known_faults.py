@@ -398,7 +398,7 @@ class Padded:
     def __init__(self, family: Family, config: Any, fill: float, touched: bool = False) -> None:
         self.family, self.config, self.fill, self.touched = family, config, fill, touched
 
-    def draw(self, count: int, generator: torch.Generator) -> Sample:
+    def draw(self, count: int, generator: torch.Generator, _: Any = None) -> Sample:
         given = self.family.example_inputs(self.config, batch=count, generator=generator)
         length = torch.randint(1, 6, (count, 1), generator=generator)
         mask = torch.arange(5)[None] < length
@@ -410,7 +410,7 @@ class Padded:
         given["encoder_hidden_states_mask"] = mask
         return given.pop("hidden_states"), given.pop("timestep"), given
 
-    def draw_with_target(self, count: int, generator: torch.Generator) -> tuple[Sample, None]:
+    def draw_with_target(self, count: int, generator: torch.Generator, _: Any = None) -> tuple[Sample, None]:
         return self.draw(count, generator), None
 
     def shifted(self, _: float) -> Padded:
