@@ -59,7 +59,13 @@ class Compiling:
         command = [sys.executable, "-m", "ppclc", "compress", "kills.yaml", "-o", self.out, "--json"]
         self.began = time.monotonic()
         self.process = subprocess.Popen(
-            command, cwd=self.folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=self.folder,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_heed_interrupts,
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -98,6 +104,11 @@ class Compiling:
                 self.process.send_signal(number)
                 return
             time.sleep(0.002)
+
+
+def _heed_interrupts() -> None:
+    """In a new process: SIGINT is ignored by whatever a shell has put in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,8 @@ from ppclc.recipe import Recipe, parse_recipe
 from ppclc.records import digest_of, file_digest
 
 WRITES = {"settle", "open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree", "shutil.copyfile"}
+TRAININGS = ("interval", "text", "ffn", "finetune")
+DISTILL = 1 + PASSES.index("distill")
 WEIGHTS = "model/transformer/diffusion_pytorch_model.safetensors"
 
 
@@ -41,10 +44,14 @@ class Killed(BaseException):
 
 @dataclass
 class Power:
-    """Counts what is written below a folder, by pass, and goes off at a chosen write of a chosen pass or the first one after it."""
+    """Counts what is written below a folder, by pass, and goes off at a chosen write of a chosen pass or the first one after it.
+
+    only: the kind of write that counts and what its path must hold, None for all.
+    """
 
     folder: Path | None = None
     at: tuple[int, int] | None = None
+    only: tuple[str, str] | None = None
     gone: bool = False
     passing: int = 0
     counts: dict[int, int] = field(default_factory=dict)
@@ -57,6 +64,8 @@ class Power:
             return
         if self.gone:
             raise Killed
+        if self.only and not (event == self.only[0] and self.only[1] in path):
+            return
         self.counts[self.passing] = self.counts.get(self.passing, 0) + 1
         if self.at and (self.passing, self.counts[self.passing]) >= self.at:
             self.gone = True
@@ -84,14 +93,16 @@ class Passes(Display):
         return super().stage(name)
 
 
-def run_until_killed(recipe: Recipe, out: Path, at: tuple[int, int] | None) -> Run | None:
+def run_until_killed(
+    recipe: Recipe, out: Path, at: tuple[int, int] | None, only: tuple[str, str] | None = None, until: str = "report"
+) -> Run | None:
     """A run that dies at the write `at` (pass, number), None if it did."""
-    POWER.folder, POWER.at, POWER.gone, POWER.passing, POWER.counts = out, at, False, 0, {}
+    POWER.folder, POWER.at, POWER.only, POWER.gone, POWER.passing, POWER.counts = out, at, only, False, 0, {}
     try:
         with pytest.MonkeyPatch.context() as patch:
             # Tensors are not written by Python, so that what is half there is the file that is about to be settled.
             patch.setattr(records, "_settle", lambda file: POWER.hook("settle", (file,)))
-            return compress(recipe, "tiny", out, Passes())
+            return compress(recipe, "tiny", out, Passes(), until)
     except Killed:
         return None
     finally:
@@ -109,7 +120,7 @@ def recipe(make_teacher: Callable[..., Any], tmp_path_factory: pytest.TempPathFa
         "analyze": {"probes": 16, "supernet_steps": 2, "supernet_sets": 2, "trials": 2, "trial_steps": 3},
         "target": {"parameters": 0.8},
         "plan": {"intervals": [[1, 2]], "text_stream": [3], "ffn": [{"block": 1, "stream": "image"}], "modulation_rank": 8},
-        "distill": {"steps": 4, "width_steps": 4, "finetune_steps": 4, "batch": 2, "checkpoint_every": 1},
+        "distill": {"steps": 6, "width_steps": 12, "finetune_steps": 6, "batch": 2, "checkpoint_every": 1},
         "export": [{"backend": "onnx"}],
         "bench": {"runs": 2},
     }
@@ -154,17 +165,21 @@ def unbroken(recipe: Recipe, lowered_once: None, tmp_path_factory: pytest.TempPa
 def test_a_run_killed_in_every_pass_ends_as_if_it_had_not_been(
     recipe: Recipe, unbroken: tuple[Path, dict[int, int]], tmp_path: Path, seed: int
 ) -> None:
-    """Each pass is killed at random writes, first where it is fresh, then on what the kill left."""
+    """Each pass is killed at random writes, first where it is fresh, then on what the kill left; each training at checkpoints too."""
     whole, counts = unbroken
-    rng, fell = random.Random(seed), []
+    rng, fell, trainings = random.Random(seed), [], set()
     for number in range(len(PASSES) + 1):
-        for share in (1.0, 0.3):
-            at = (number, rng.randint(1, max(1, round(share * counts[number]))))
-            if run_until_killed(recipe, tmp_path / "out", at) is None:
+        chosen: list[tuple[int, tuple[str, str] | None]] = []
+        if number == DISTILL:  # each training at two of its checkpoints, with one behind it
+            chosen += [(rng.randint(2, 3), ("settle", f"/.{kind}-")) for kind in TRAININGS for _ in range(2)]
+        chosen += [(rng.randint(1, max(1, counts[number] // n)), None) for n in (1, 3)]
+        for count, only in chosen:
+            if run_until_killed(recipe, tmp_path / "out", (number, count), only) is None:
                 fell.append(POWER.passing)
                 check_nothing_half(tmp_path / "out")
+                trainings |= {p.parent.name[1:].split("-")[0] for p in tmp_path.glob("out/records/.*.work/checkpoint.safetensors")}
     assert set(fell) == set(range(len(PASSES) + 1)) == set(counts)
-    assert len(fell) > 12
+    assert trainings == set(TRAININGS)  # each was stopped with a checkpoint behind it
     last = run_until_killed(recipe, tmp_path / "out", None)
     assert last
     check_same_end(tmp_path / "out", whole)
@@ -198,20 +213,20 @@ def check_nothing_half(out: Path) -> None:
 
 
 def test_a_kill_between_two_plans_makes_none_of_them_a_persons_edit(recipe: Recipe, tmp_path: Path) -> None:
-    """A recipe that changed, and a run that died when the first copy of the new plan was written."""
+    """A recipe that changed, and a run that dies at either copy of the new plan: an older plan is not taken for an edit."""
     other = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"intervals": [[0, 1]], "ffn": "none"})})
-    only = "analyze"
-    compress(recipe, "tiny", tmp_path, Display(2, -1), only)
-    for name in ("plan.json", "records/plan.json"):
-        before = {n: (tmp_path / n).read_text() for n in ("plan.json", "records/plan.json")}
-        wanted = compress(other, "tiny", tmp_path, Display(2, -1), only).plan
-        for n in before:
-            if n != name:
-                (tmp_path / n).write_text(before[n])  # as if only `name` had been reached
-        if name == "plan.json":
-            assert compress(other, "tiny", tmp_path, Display(2, -1), only).plan == wanted
-            assert (tmp_path / "records/plan.json").read_text() == (tmp_path / "plan.json").read_text()
-            compress(recipe, "tiny", tmp_path, Display(2, -1), only)
+    analyze = 1 + PASSES.index("analyze")
+    assert run_until_killed(recipe, tmp_path / "first", None, until="analyze")
+    shutil.copytree(tmp_path / "first", tmp_path / "whole")
+    wanted = run_until_killed(other, tmp_path / "whole", None, ("settle", ""), "analyze")
+    assert wanted
+    settled = POWER.counts[analyze]
+    for n in (settled - 1, settled):
+        out = Path(shutil.copytree(tmp_path / "first", tmp_path / str(n)))
+        assert run_until_killed(other, out, (analyze, n), ("settle", ""), "analyze") is None
+        again = run_until_killed(other, out, None, until="analyze")
+        assert again
+        assert again.plan == wanted.plan == CompressionPlan.read(out / "plan.json") == CompressionPlan.read(out / "records" / "plan.json")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -221,9 +236,10 @@ def test_a_signal_after_the_last_look_is_not_lost(number: int) -> None:
             os.kill(os.getpid(), number)
             assert interrupt.asked
 
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         block()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
 
 
 # -- the real process --------------------------------------------------------------------------------------------------
