@@ -363,7 +363,7 @@ def finetune(
 
     def whole(work: Path) -> Distilled:
         student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
-        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks)
+        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends)
 
     what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
     inputs = (_base(run), _made(run.stats), *edits)

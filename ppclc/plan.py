@@ -185,6 +185,11 @@ class CompressionPlan(BaseModel):
         """Whether the student is the teacher."""
         return not self.intervals and not self.has_width_edits
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Teacher block after the last one that each student block stands for: the number of the state that it should give."""
+        return tuple((i.last if (i := self.interval_at(block)) else block) + 1 for block in self.kept)
+
     def student_block(self, block: int) -> int:
         """Student number of a kept teacher block."""
         return self.kept.index(block)

@@ -159,14 +159,18 @@ class Teacher:
 
     def velocities(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """The velocity (B, S, C) of every batch, as `flow.predict` gives it."""
+        return [velocity for velocity, _ in self.outputs(samples)]
+
+    def outputs(self, samples: Sequence[Sample], stops: Collection[int] = ()) -> list[tuple[torch.Tensor, dict[int, States]]]:
+        """Every batch's velocity (B, S, C), as `flow.predict` gives it, with the states of these numbers."""
         if not samples:
             return []
-        (_, sweep), *_ = self.sweep(samples, {self.num_blocks})
-        outputs = []
-        for sample, states in zip(samples, sweep.states.pop(self.num_blocks), strict=True):
-            velocity = self._skeleton.finish(states, (), self._inputs(sample))[0]
-            outputs.append(velocity[:, : sample[0].shape[1]].to(sample[0]))
-        return outputs
+        *_, (_, sweep) = self.sweep(samples, {self.num_blocks, *stops})
+        found = []
+        for n, sample in enumerate(samples):
+            velocity = self._skeleton.finish(sweep.states[self.num_blocks][n], (), self._inputs(sample))[0]
+            found.append((velocity[:, : sample[0].shape[1]].to(sample[0]), {stop: sweep.states[stop][n] for stop in stops}))
+        return found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives, without gradients; a streamed teacher reads all of its blocks for it."""

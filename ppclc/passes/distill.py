@@ -7,6 +7,7 @@ that a distilled edit serves every plan that contains it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,8 @@ from ppclc import flow
 from ppclc.batches import Feed, Share
 from ppclc.curves import Curve
 from ppclc.devices import Ranks
-from ppclc.local_edits import LocalEdit, Weights
+from ppclc.families import Family
+from ppclc.local_edits import LocalEdit, Weights, state_loss
 from ppclc.local_phase import LocalPhase, LocalSettings
 from ppclc.models import blocks_of
 from ppclc.records import Distilled
@@ -31,11 +33,19 @@ VERSION = 3
 REFIT_BATCHES = 16
 LOCAL_KEYS = {"learning_rate", "batch", "seed", *TrainingSettings.model_fields}
 JOINT_KEYS = {
-    *("finetune_steps", "finetune_learning_rate", "data_weight", "timestep_shift", "batch", "seed"),
+    *("finetune_steps", "finetune_learning_rate", "data_weight", "state_weight", "magnitude", "timestep_shift", "batch", "seed"),
     *TrainingSettings.model_fields,
 }
-Lesson = tuple[Sample, torch.Tensor, torch.Tensor | None]
-"""A batch, the teacher's velocity on it, and that of the data, where there are data."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch, the teacher's velocity on it, that of the data where there are data, and the teacher's image states by student block, if asked for."""
+
+    sample: Sample
+    velocity: torch.Tensor
+    data: torch.Tensor | None
+    states: Sequence[torch.Tensor] = ()
 
 
 class DistillSettings(TrainingSettings):
@@ -45,10 +55,11 @@ class DistillSettings(TrainingSettings):
     finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch, in the fine-tune for each of the
     processes. magnitude: weight of the magnitude term beside direction; image_weight, text_weight: of the streams in the
     local phase; map_weight: of a linear map's own error beside its block's. data_weight: share of the flow-matching loss
-    on data in the fine-tune, where data are given; the rest is the teacher's velocity. timestep_shift: above 1 moves the
-    fine-tune's timesteps towards noise. bank: which intervals are distilled, those of the plan or all that the analysis
-    considered, so that other sizes can be sliced later. teacher: `streamed` reads its blocks one at a time from disk,
-    `chunk` samples a sweep. checkpoint_every: steps between checkpoints.
+    on data in the fine-tune, where data are given; the rest is the teacher's velocity. state_weight: in the fine-tune, of
+    the image states after every block beside both. timestep_shift: above 1 moves the fine-tune's timesteps towards noise.
+    bank: which intervals are distilled, those of the plan or all that the analysis considered, so that other sizes can
+    be sliced later. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
+    checkpoint_every: steps between checkpoints.
     """
 
     steps: Annotated[int, Field(ge=0)] = 150
@@ -62,6 +73,7 @@ class DistillSettings(TrainingSettings):
     text_weight: Annotated[float, Field(ge=0)] = 1.0
     map_weight: Annotated[float, Field(ge=0)] = 0.01
     data_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    state_weight: Annotated[float, Field(ge=0)] = 0.0
     timestep_shift: Annotated[float, Field(gt=0)] = 1.0
     gradient_checkpointing: bool = False
     bank: Literal["plan", "all"] = "plan"
@@ -124,41 +136,61 @@ def finetune(
     work: Path,
     curves: Path | None = None,
     ranks: Ranks = ALONE,
+    ends: Sequence[int] = (),
 ) -> Distilled:
     """The whole student, trained end to end on the teacher's velocity and, by `data_weight`, on that of the data. Mean squared errors.
 
-    All ranks train it together, each on `batch` samples of a step's `world * batch`; the main one has the tensors.
+    By `state_weight` also on the teacher's image states, whose numbers after every student block are `ends`. All ranks
+    train it together, each on `batch` samples of a step's `world * batch`; the main one has the tensors.
     """
     if settings.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     student.requires_grad_(True).train()
-    blocks = blocks_of(student, teacher.family)
+    blocks, followed = blocks_of(student, teacher.family), tuple(ends) if settings.state_weight else ()
+    states = image_states(blocks, teacher.family) if followed else []
     trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings, ranks, blocks)
     streamed = isinstance(teacher, StreamedTeacher)
     shifted = samples.shifted(settings.timestep_shift)
     feed = Feed(
         draw=partial(_draw_with_target, shifted, settings.batch * ranks.world, Share(ranks.rank, ranks.world)),
-        ready=partial(_lessons, teacher, ranks.device),
+        ready=partial(_lessons, teacher, ranks.device, followed),
         accumulate=settings.accumulate,
         together=settings.together if streamed else 1,
         ahead=not streamed,
     )
     curve = partial(Curve, curves, "finetune") if curves and settings.finetune_steps and ranks.is_main else None
-    train(trainer, feed, partial(velocity_terms, settings.data_weight), settings.seed + 1, settings.checkpoint_every, work, progress, curve)
+    train(trainer, feed, partial(joint_terms, settings, states), settings.seed + 1, settings.checkpoint_every, work, progress, curve)
     return Distilled(edit="finetune", steps=settings.finetune_steps, losses=trainer.window_losses(), tensors=trainer.trained())
 
 
-def velocity_terms(data_weight: float, student: nn.Module, lesson: Lesson) -> Terms:
-    """Mean squared distance from the teacher's velocity and from the data's, weighted."""
-    sample, wanted, data = lesson
-    velocity = flow.predict(student, *sample)
-    share = data_weight if data is not None else 0.0
+def joint_terms(settings: DistillSettings, states: list[torch.Tensor], student: nn.Module, lesson: Lesson) -> Terms:
+    """Mean squared distance from the teacher's velocity and from the data's, and the loss of image states, weighted.
+
+    `states` is filled by the forward: see `image_states`.
+    """
+    states.clear()
+    velocity = flow.predict(student, *lesson.sample)
+    share = settings.data_weight if lesson.data is not None else 0.0
     terms = {}
     if share < 1:
-        terms["velocity"] = (1 - share) * nn.functional.mse_loss(velocity, wanted)
-    if data is not None and share > 0:
-        terms["data"] = share * nn.functional.mse_loss(velocity, data)
+        terms["velocity"] = (1 - share) * nn.functional.mse_loss(velocity, lesson.velocity)
+    if lesson.data is not None and share > 0:
+        terms["data"] = share * nn.functional.mse_loss(velocity, lesson.data)
+    if lesson.states:
+        pairs = zip(states[: len(lesson.states)], lesson.states, strict=True)
+        losses = [state_loss(own, wanted, settings.magnitude) for own, wanted in pairs]
+        terms["states"] = settings.state_weight * torch.stack(losses).mean()
+    states.clear()
     return terms
+
+
+def image_states(blocks: Sequence[nn.Module], family: Family) -> list[torch.Tensor]:
+    """A list that every forward adds the image states after each block to."""
+    found: list[torch.Tensor] = []
+    place = family.groups[0].outputs.index("image")
+    for block in blocks:
+        block.register_forward_hook(lambda _, args, output: found.append(output[place]))
+    return found
 
 
 def _draw(samples: Samples, batch: int, device: str, generator: torch.Generator) -> Sample:
@@ -170,7 +202,11 @@ def _draw_with_target(samples: Samples, batch: int, share: Share, generator: tor
 
 
 @torch.no_grad()
-def _lessons(teacher: Teacher, device: str, drawn: Sequence[tuple[Sample, torch.Tensor | None]]) -> list[Lesson]:
+def _lessons(teacher: Teacher, device: str, ends: Sequence[int], drawn: Sequence[tuple[Sample, torch.Tensor | None]]) -> list[Lesson]:
     samples = [moved(sample, device) for sample, _ in drawn]
     targets = [data.to(device) if data is not None else None for _, data in drawn]
-    return list(zip(samples, teacher.velocities(samples), targets, strict=True))
+    outputs = teacher.outputs(samples, set(ends))
+    return [
+        Lesson(sample, velocity, data, [states[end]["image"] for end in ends])
+        for sample, data, (velocity, states) in zip(samples, targets, outputs, strict=True)
+    ]

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from ppclc import flow
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, state_loss
-from ppclc.models import apply_plan, block_state, open_source
+from ppclc.models import apply_plan, block_state, open_source, trace
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
-from ppclc.passes.distill import DistillSettings, distill_edits, finetune
+from ppclc.passes.distill import DistillSettings, Lesson, distill_edits, finetune, image_states, joint_terms
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.quality import velocity_error
 from ppclc.records import Distilled
@@ -210,3 +211,58 @@ def test_text_counts_unless_nothing_reads_it(
     other.transformer_blocks[interval.last].txt_mlp.net[2].weight.mul_(-3)
     plain = local(teacher, family, interval, samples, tmp_path / "plain", steps=3)
     assert same(plain, local(other, family, interval, samples, tmp_path / "other", steps=3)) != read
+
+
+# -- the joint loss ----------------------------------------------------------------------------------------------------
+
+
+def test_the_joint_loss_is_its_formula(teacher: Any, family: Family, samples: Samples) -> None:
+    """Velocity, data and image states, each against the states that a trace of the student finds."""
+    plan = CompressionPlan.of(NAME, 6, [(1, 2), (4, 5)])
+    assert plan.ends == (1, 3, 4, 6)
+    student = apply_plan(teacher, plan)
+    settings = DistillSettings(data_weight=0.25, state_weight=0.5, magnitude=0.3)
+    generator = torch.Generator().manual_seed(7)
+    sample = samples.draw(3, generator)
+    data = torch.randn(sample[0].shape, generator=generator)
+    ((velocity, found),) = ResidentTeacher(teacher, family).outputs([sample], set(plan.ends))
+    lesson = Lesson(sample, velocity, data, [found[end]["image"] for end in plan.ends])
+    states = image_states(list(student.transformer_blocks), family)
+    terms = joint_terms(settings, states, student, lesson)
+    assert states == []  # nothing of a step stays behind
+    inputs = flow.inputs_for(student, *sample)
+    seen, own = trace(student, family, inputs), trace(teacher, family, inputs)
+    assert terms["velocity"].item() == pytest.approx(0.75 * (seen.velocity - own.velocity).square().mean().item(), rel=1e-5)
+    assert terms["data"].item() == pytest.approx(0.25 * (seen.velocity - data).square().mean().item(), rel=1e-5)
+    pairs = [(seen.states["image"][n + 1], own.states["image"][end]) for n, end in enumerate(plan.ends)]
+    wanted = sum(state_loss(s, t, 0.3).item() for s, t in pairs) / 4
+    assert terms["states"].item() == pytest.approx(0.5 * wanted, rel=1e-5)
+
+
+def test_the_teacher_itself_has_no_joint_loss(teacher: Any, family: Family, samples: Samples) -> None:
+    copied = apply_plan(teacher, CompressionPlan.of(NAME, 6))
+    sample = samples.draw(3, torch.Generator().manual_seed(7))
+    ((velocity, found),) = ResidentTeacher(teacher, family).outputs([sample], range(1, 7))
+    lesson = Lesson(sample, velocity, None, [found[n]["image"] for n in range(1, 7)])
+    states = image_states(list(copied.transformer_blocks), family)
+    terms = joint_terms(DistillSettings(data_weight=0.5, state_weight=1.0), states, copied, lesson)
+    assert set(terms) == {"velocity", "states"}  # without data there is no share for them
+    assert terms["velocity"].item() == 0
+    assert terms["states"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_states_help_a_student_to_follow_its_teacher(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
+    plan = CompressionPlan.of(NAME, 6, [(1, 2), (4, 5)])
+    tuned = {}
+    for weight in (0.0, 1.0):
+        settings = DistillSettings(finetune_steps=20, batch=4, finetune_learning_rate=3e-3, state_weight=weight)
+        student = apply_plan(teacher, plan)
+        (tmp_path / str(weight)).mkdir()
+        trained = finetune(ResidentTeacher(teacher, family), student, samples, settings, quiet, tmp_path / str(weight), ends=plan.ends)
+        student.load_state_dict(trained.tensors)
+        x, t, conditioning = samples.draw(16, torch.Generator().manual_seed(1))
+        inputs = flow.inputs_for(student, x, t, conditioning)
+        seen, own = trace(student, family, inputs), trace(teacher, family, inputs)
+        pairs = zip(seen.states["image"][1:], (own.states["image"][end] for end in plan.ends), strict=True)
+        tuned[weight] = sum(state_loss(s, t, 0.1).item() for s, t in pairs)
+    assert tuned[1.0] < tuned[0.0]
