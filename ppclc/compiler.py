@@ -21,6 +21,7 @@ from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Bank, Family
 from ppclc.ffn_refits import refitted_ffns
+from ppclc.interrupts import raise_if_stopped
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, width_edits
 from ppclc.models import (
     Source,
@@ -149,6 +150,7 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     }
     display.stages = PASSES.index(until) + 1
     for step in PASSES[: display.stages]:
+        raise_if_stopped()
         if step == "slice":
             run.part()
             if not ranks.is_main:

@@ -50,12 +50,33 @@ def noted_interrupts() -> Iterator[Interrupt]:
         raise KeyboardInterrupt
 
 
+_stop = Interrupt()
+"""Signals come to the whole process, and so does what is remembered of them."""
+
+
 def terminate_as_interrupt() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt, as SIGINT does: both end in exit code 130. In the main thread alone."""
+    """From now on SIGTERM raises KeyboardInterrupt, as SIGINT does, and either is remembered: both end in exit code 130.
+
+    In the main thread alone; a signal that is ignored, as in a shell's background, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         return
+    _stop.asked = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        _stop.asked = True
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def raise_if_stopped() -> None:
+    """Raise KeyboardInterrupt where one was raised before and swallowed.
+
+    Python drops what is raised in a finalizer or a weak reference's callback, and a graph that was lowered to ONNX
+    leaves torch with seconds of them.
+    """
+    if _stop.asked:
+        raise KeyboardInterrupt

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import kills
-from ppclc import plugins, records
+from ppclc import compiler, plugins, records
 from ppclc.backends import ExportRequest
 from ppclc.compiler import PASSES, Run, compress
 from ppclc.display import Display
-from ppclc.interrupts import noted_interrupts
+from ppclc.interrupts import SIGNALS, noted_interrupts, terminate_as_interrupt
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe, parse_recipe
 from ppclc.records import digest_of, file_digest
@@ -240,6 +241,30 @@ def test_a_signal_after_the_last_look_is_not_lost(number: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         block()
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_swallows_ends_the_run_after_its_pass(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    calibrate, before = compiler.calibrate, [signal.getsignal(n) for n in SIGNALS]
+
+    def swallowing(*given: Any) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        calibrate(*given)
+
+    monkeypatch.setattr(compiler, "calibrate", swallowing)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminate_as_interrupt()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compress(recipe, "tiny", tmp_path, Display(2, -1), "analyze")
+    finally:
+        terminate_as_interrupt()  # forgets the signal
+        for n, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(n, handler)
+    assert [p.name.split("-")[0] for p in (tmp_path / "records").glob("*-*")] == ["calibrate"]
 
 
 # -- the real process --------------------------------------------------------------------------------------------------
