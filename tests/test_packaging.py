@@ -144,7 +144,7 @@ def test_metadata(metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["License-File"] == "LICENSE"
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "train", "report", "test"}
+    extras = {"onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "train", "adamw8bit", "report", "test"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
 
 

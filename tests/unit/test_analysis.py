@@ -528,7 +528,7 @@ def test_a_search_with_adapters_counts_them_and_says_where_their_blocks_start(pl
         check_target(planted, plan, 0.65 * count_parameters(planted.model))
     search = planted.search(only_depth)
     for interval in analysis.plan.intervals:
-        assert analysis.starts[interval.key] == search.costs.adapted(interval.first, interval.last)[1]
+        assert analysis.starts[analysis.plan.interval_key(interval)] == search.costs.adapted(interval.first, interval.last)[1]
     # An interval saves one adapter of each stream less; dead code would go with the first.
     width, whole = planted.model.inner_dim, only_depth | {"dead_code": False}
     saved = []
