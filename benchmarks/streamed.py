@@ -3,8 +3,9 @@
     python -m benchmarks.streamed [--blocks 12 24 48] [--heads 9] [--batches 2] [--batch 2] [--side 12] [--steps 10]
 
 Teachers of random weights, a shard a block, are swept to their last block's output, streamed and resident, each in
-a process of its own; once alone, and once with a student block trained on the way, on the states before and after
-two blocks in the middle. The files are dropped from the page cache first, so that the first sweep reads from the disk.
+a process of its own; once alone, and once as the local phase of `distill` runs it, with two intervals of two blocks, each
+in memory from its checkpoint to its checkpoint, and both results at the end. The files are dropped from the page
+cache first, so that the first sweep reads from the disk.
 
 peak: the highest resident set of the process, less its resident set after all imports and a whole run on a tiny model,
 with the free memory that these left given back to the system.
@@ -20,6 +21,7 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -28,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +44,13 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.results_file import write_results
 from ppclc.families import Family
+from ppclc.local_edits import Teaching, Weights, interval_edit
+from ppclc.local_phase import LocalPhase, LocalSettings
 from ppclc.models import WEIGHTS, blocks_of, empty_model, load_source, open_source, quiet_libraries, random_model, run_block
+from ppclc.plan import CompressionPlan
 from ppclc.samples import Sample
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Sweep, Teacher
+from ppclc.training import TrainingSettings
 
 BAR = 1.5
 HEAD = 64
@@ -156,6 +163,21 @@ def run_sweep(teacher: Teacher, samples: Sequence[Sample], steps: int, counter: 
     return results
 
 
+def local_phase(teacher: Teacher, samples: Sequence[Sample], steps: int) -> list[torch.Tensor]:
+    """The local phase of `distill` itself on two intervals, the samples over and over: what both edits come to."""
+    length, turns = teacher.num_blocks, itertools.cycle(samples)
+    plan = CompressionPlan.of(teacher.family.name, length, [(0, 1), (length // 2, length // 2 + 1)])
+    teaching = Teaching(teacher.family, teacher.config, teacher.block_tensors)
+    edits = [interval_edit(teaching, plan, i, partial(teacher.block_tensors, i.first), Weights()) for i in plan.intervals]
+    with tempfile.TemporaryDirectory() as work:
+        works = [Path(work) / e.key for e in edits]
+        for folder in works:
+            folder.mkdir()
+        settings = LocalSettings(steps, len(samples[0][0]), 1e-4, steps, 0, len(samples), TrainingSettings())
+        made = LocalPhase(teacher, lambda _: next(turns), edits, works, settings, lambda share, note: None).run()
+    return [t for record in made for _, t in sorted(record.tensors.items())]
+
+
 def digest(tensors: Sequence[torch.Tensor]) -> str:
     """SHA-256 over the bytes of some tensors."""
     sums = hashlib.sha256()
@@ -174,7 +196,8 @@ def warm_up(family: Family, steps: int) -> None:
     """A whole run on a tiny model, so that what libraries load on first use is there."""
     config = {"_class_name": family.class_name, **family.tiny_config}
     tiny = ResidentTeacher(random_model(family, config), family)
-    digest(run_sweep(tiny, draw(family, config, 1, 1, 2), steps))
+    samples = draw(family, config, 1, 1, 2)
+    digest(local_phase(tiny, samples, steps) if steps else run_sweep(tiny, samples, 0))
 
 
 def forget_the_past() -> None:
@@ -207,7 +230,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.sweeps):
         results.clear()
         start, earlier = time.perf_counter(), getattr(teacher, "read_seconds", 0.0)
-        results = run_sweep(teacher, samples, options.steps)
+        results = local_phase(teacher, samples, options.steps) if options.steps else run_sweep(teacher, samples, 0)
         took.append(time.perf_counter() - start)
         read.append(getattr(teacher, "read_seconds", 0.0) - earlier)
     peak = peak_resident()

@@ -76,9 +76,11 @@ class Teaching:
     block_tensors: Callable[[int], Mapping[str, torch.Tensor]]
 
     def block(self, plan: CompressionPlan, block: int, bank: Bank) -> nn.Module:
-        """A plan's student block, alone; from the bank, else from the teacher's block."""
+        """A plan's student block, alone; from the bank, else from the teacher's block, which is read only then."""
+        interval = plan.interval_at(block)
         prefix = f"{self.family.groups[0].path}.{block}."
-        tensors = {prefix + k: v for k, v in self.block_tensors(block).items()}
+        held = interval is not None and plan.interval_key(interval) in bank
+        tensors = {} if held else {prefix + k: v for k, v in self.block_tensors(block).items()}
         return student_block(self.family, self.config, plan, block, tensors, bank)
 
     def plan(self, whole: CompressionPlan, intervals: Sequence[Interval], **edits: Any) -> CompressionPlan:

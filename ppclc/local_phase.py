@@ -7,7 +7,9 @@ there, and written back; in memory are one block, one edit, and the states of a 
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +28,9 @@ from ppclc.records import Distilled
 from ppclc.samples import Sample
 from ppclc.teachers import StreamedTeacher, Sweep, Teacher
 from ppclc.training import CHECKPOINT, Progress, Terms, Trainer, TrainingSettings, generator_state, steps_done
+
+M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
+"""glibc's name of the option, and the size from which memory is the system's own."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ class LocalPhase:
         generator = torch.Generator().manual_seed(self.settings.seed)
         if first:
             generator.set_state(generator_state(next(paths[k] for k, n in self.done.items() if n == first)))
-        if not self.streamed:  # before any thread starts: modules are made under a patch that all threads would meet
+        if self.streamed:
+            keep_no_large_memory()
+        else:  # before any thread starts: modules are made under a patch that all threads would meet
             for edit in self.edits:
                 self._trainer(edit)
         with noted_interrupts() as interrupt:
@@ -119,6 +126,7 @@ class LocalPhase:
             for edit in [e for e in left.values() if e.stops[-1] == stop]:
                 n = self.settings.training.accumulate
                 states = [batch_states(sweep, samples, i) for i in range(len(samples))]
+                give_back_memory()  # of blocks and states that are gone
                 self._teach(edit, [Drawn(states[i * n : (i + 1) * n], step.state) for i, step in enumerate(chunk)], at)
                 del left[edit.key], states
                 self._put_away(edit, chunk[-1].state)
@@ -141,6 +149,8 @@ class LocalPhase:
         if edit.key not in self.trainers:
             settings = self.settings
             trainer = Trainer(edit.build().train(), settings.steps, settings.learning_rate, settings.training, Ranks(device=self.device))
+            if self.streamed:
+                give_back_memory()  # of the copies that the module was made from
             trainer.load(self.paths[edit.key])
             if self.curves is not None:
                 self.drawn_curves[edit.key] = Curve(self.curves, edit.key, len(trainer.losses))
@@ -153,7 +163,7 @@ class LocalPhase:
         if trainer is not None:
             trainer.save(self.paths[edit.key], state)
             del trainer
-            gc.collect()
+            give_back_memory()
         if edit.key in self.drawn_curves:
             self.drawn_curves.pop(edit.key).close()
 
@@ -171,8 +181,28 @@ class LocalPhase:
         record = Distilled(
             edit=edit.key, steps=self.settings.steps, losses=trainer.window_losses(), tensors=edit.tensors(trainer.trained())
         )
-        del self.trainers[edit.key]
+        del self.trainers[edit.key], trainer
+        if self.streamed:
+            give_back_memory()
         return record
+
+
+def keep_no_large_memory() -> None:
+    """From now on, have large pieces of memory go back to the system as they are let go (glibc alone).
+
+    Its allocator otherwise learns from pieces that are let go to keep larger ones, up to 32 MiB, and a block's come and go.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is not None:
+        option(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def give_back_memory() -> None:
+    """Return memory that was let go to the system, as far as its allocator knows how: small pieces would keep large ones."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def batch_states(sweep: Sweep, samples: Sequence[Sample], n: int) -> BatchStates:

@@ -391,7 +391,7 @@ def student_block(
     number = plan.student_block(block)
     module, prefix = blocks_of(student, family)[number], f"{family.groups[0].path}.{number}."
     state = {n: family.student_tensor(prefix + n, plan, tensors, bank) for n in module.state_dict()}
-    like = next(iter(tensors.values()))
+    like = next(iter(tensors.values() if tensors else state.values()))
     copies = {n: t.detach().to(like.device, like.dtype, copy=True).contiguous() for n, t in state.items()}
     module.load_state_dict(copies, strict=True, assign=True)
     return module.eval().requires_grad_(False)

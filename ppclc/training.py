@@ -26,6 +26,7 @@ from ppclc.errors import UnavailableError
 from ppclc.interrupts import noted_interrupts
 from ppclc.records import write_tensors
 from ppclc.shards import forget_older, like, local, newest_step, shard_file, whole
+from ppclc.weight_files import STATES, places_in, read_at
 
 Progress = Callable[[float, str], None]
 Terms = Mapping[str, torch.Tensor]
@@ -179,19 +180,19 @@ class Trainer:
             return None
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
-            self.losses = json.loads(metadata["losses"])
-            numbers: dict[str, Any] = json.loads(metadata["numbers"])
-            held = list(file.keys())
-            for name, parameter in self.parameters.items():
-                local(parameter).copy_(file.get_tensor(f"weight.{name}"))
-                state = {_key(k, "state.", name): like(file.get_tensor(k), parameter) for k in held if _is_of(k, "state.", name)}
-                state |= {_key(k, "", name): v for k, v in numbers.items() if _is_of(k, "", name)}
-                if state:  # parameters that nothing reads get no gradient, and have no state
-                    self.optimizer.state[parameter] = state
-            for name, value in self.average.items():
-                local(value).copy_(file.get_tensor(f"average.{name}"))
-            generator_: torch.Tensor = file.get_tensor("generator")
-        return generator_
+        self.losses = json.loads(metadata["losses"])
+        numbers: dict[str, Any] = json.loads(metadata["numbers"])
+        # Read and not mapped: pages of a mapped file count as memory of the process beside what is read from them.
+        held = places_in(path, STATES)
+        for name, parameter in self.parameters.items():
+            local(parameter).copy_(read_at(held[f"weight.{name}"]))
+            state = {_key(k, "state.", name): like(read_at(p), parameter) for k, p in held.items() if _is_of(k, "state.", name)}
+            state |= {_key(k, "", name): v for k, v in numbers.items() if _is_of(k, "", name)}
+            if state:  # parameters that nothing reads get no gradient, and have no state
+                self.optimizer.state[parameter] = state
+        for name, value in self.average.items():
+            local(value).copy_(read_at(held[f"average.{name}"]))
+        return read_at(held["generator"])
 
 
 def train(
@@ -246,9 +247,7 @@ def steps_done(path: Path) -> int:
 
 def generator_state(path: Path) -> torch.Tensor:
     """The generator's state that a checkpoint holds."""
-    with safe_open(path, "pt") as file:
-        state: torch.Tensor = file.get_tensor("generator")
-    return state
+    return read_at(places_in(path, STATES)["generator"])
 
 
 def _is_of(key: str, prefix: str, name: str) -> bool:

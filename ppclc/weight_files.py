@@ -28,6 +28,17 @@ STORED = {
 """Dtypes of the safetensors format that weights may have."""
 
 
+STATES = STORED | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Dtypes that the state of a training may have."""
+
+
 class Place(NamedTuple):
     """Where a tensor lies: its file, the byte at which it starts, and what it is."""
 
@@ -49,7 +60,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         self.folder, self.dtype, self.device = source.folder, dtype, device
         self.places: dict[str, Place] = {}
         for file in source.weight_files():
-            self.places |= _places(file)
+            self.places |= places_in(file)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, torch.empty(self.places[name].shape, dtype=self.dtype, device=self.device))
@@ -96,7 +107,14 @@ def _fill(tensor: torch.Tensor, place: Place) -> None:
         raise ModelError(f"{place.file}: cannot be read ({error}); fetch it again") from None
 
 
-def _places(file: Path) -> dict[str, Place]:
+def read_at(place: Place) -> torch.Tensor:
+    """A tensor as it lies in its file, read and not mapped."""
+    tensor = torch.empty(place.shape, dtype=place.dtype)
+    _fill(tensor, place)
+    return tensor
+
+
+def places_in(file: Path, kinds: Mapping[str, torch.dtype] = STORED) -> dict[str, Place]:
     """Place of every tensor of a file.
 
     Source: the format of safetensors, https://github.com/huggingface/safetensors#format: eight bytes that tell
@@ -109,8 +127,8 @@ def _places(file: Path) -> dict[str, Place]:
     places = {}
     for name, shape in shapes.items():
         kind, (first, last) = header[name]["dtype"], header[name]["data_offsets"]
-        if kind not in STORED:
-            raise ModelError(f"{file}: tensor {name} is stored as {kind}, wanted one of {', '.join(STORED)}")
-        assert last - first == math.prod(shape) * STORED[kind].itemsize
-        places[name] = Place(file, 8 + length + first, STORED[kind], shape)
+        if kind not in kinds:
+            raise ModelError(f"{file}: tensor {name} is stored as {kind}, wanted one of {', '.join(kinds)}")
+        assert last - first == math.prod(shape) * kinds[kind].itemsize
+        places[name] = Place(file, 8 + length + first, kinds[kind], shape)
     return places

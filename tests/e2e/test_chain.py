@@ -169,6 +169,7 @@ def test_an_edited_plan_is_followed(finished: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_resume_to_the_same_weights(finished: Path) -> None:
     """SIGKILL at several moments, from the first second to the last step; the end is that of an unbroken run."""
     weights = "model/transformer/diffusion_pytorch_model.safetensors"

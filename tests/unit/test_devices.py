@@ -283,7 +283,7 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TWO, SHARDED], ids=["copies", "sharded"])
+@pytest.mark.parametrize("launcher", [pytest.param(TWO, id="copies"), pytest.param(SHARDED, id="sharded", marks=pytest.mark.long)])
 def test_a_stop_on_one_rank_stops_all_and_resumes_to_the_same_bits(launcher: list[str], recipe: str, tmp_path: Path) -> None:
     args = [recipe, "--set", "distill.finetune_steps=14", "-o"]
     process = start(launcher, *args, str(tmp_path / "parts"))

@@ -18,6 +18,7 @@ from ppclc.records import (
     Record,
     Store,
     digest_of,
+    disk_errors,
     measured,
     read_record,
     whole_folder,
@@ -196,15 +197,33 @@ def test_a_full_disk_leaves_no_record(tmp_path: Path, monkeypatch: pytest.Monkey
     assert build.calls == 1
 
 
-def test_a_full_disk_is_told_from_what_safetensors_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_from_what_safetensors_says(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
-    def full(*_: Any, **__: Any) -> None:
+    with pytest.raises(UnavailableError, match="the disk is full"), disk_errors(tmp_path):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(UnavailableError, match="the disk is full"):
-        write_tensors(tmp_path / "t.safetensors", WEIGHTS)
+
+def test_tensors_are_written_as_the_library_reads_them(tmp_path: Path) -> None:
+    """Every dtype, odd sizes, one number, none at all, and memory that is not in order."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    dtypes = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    tensors = {f"t{n}": (100 * torch.randn(3, 2 * n + 1)).to(dtype) for n, dtype in enumerate(dtypes)}
+    tensors |= {"truth": torch.tensor([True, False, True]), "number": torch.tensor(3.5), "none": torch.zeros(0, 4)}
+    tensors["turned"] = torch.arange(12.0).reshape(3, 4).T
+    path = tmp_path / "t.safetensors"
+    write_tensors(path, tensors, {"losses": "[1, 2]"})
+    again = load_file(path)
+    assert again.keys() == tensors.keys()
+    assert all(again[k].dtype == v.dtype and again[k].shape == v.shape and torch.equal(again[k], v) for k, v in tensors.items())
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"losses": "[1, 2]"}
+    first = path.read_bytes()
+    write_tensors(path, dict(reversed(tensors.items())), {"losses": "[1, 2]"})
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
