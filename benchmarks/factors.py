@@ -33,7 +33,7 @@ from ppclc.samples import Samples, open_samples
 from ppclc.teachers import ResidentTeacher
 
 BLOCKS, GONE, RANK = 12, 6, 8
-DISTILL = {"steps": 100, "finetune_steps": 200, "finetune_learning_rate": 1.5e-3, "data_weight": 0.5}
+DISTILL = {"steps": 100, "finetune_steps": 200, "finetune_learning_rate": 3e-3}
 DEFAULT: dict[str, Any] = {"start": "best", "adapters": False, "ridge": 1e-4, "sequential": False, "local_shift": 1.0, "distill": {}}
 FACTORS: dict[str, dict[str, Any]] = {
     "start: first block": {"start": "first"},
@@ -51,7 +51,8 @@ FACTORS: dict[str, dict[str, Any]] = {
     "text weight 0.3": {"distill": {"text_weight": 0.3}},
     "no local phase": {"distill": {"steps": 0}},
     "no fine-tune": {"distill": {"finetune_steps": 0}},
-    "fine-tune on velocity alone": {"distill": {"data_weight": 0.0}},
+    "fine-tune half on data": {"distill": {"data_weight": 0.5}},
+    "fine-tune on image states too": {"distill": {"state_weight": 0.1}},
     "fine-tune on data alone": {"distill": {"data_weight": 1.0}},
 }
 

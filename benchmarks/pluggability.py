@@ -38,8 +38,7 @@ def recipe(seed: int) -> dict[str, Any]:
             "steps": 100,
             "width_steps": 50,
             "finetune_steps": 0,
-            "finetune_learning_rate": 1.5e-3,
-            "data_weight": 0.5,
+            "finetune_learning_rate": 3e-3,
             "seed": seed,
         },
     }

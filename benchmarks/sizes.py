@@ -3,8 +3,8 @@
     python -m benchmarks.sizes [--sizes p48 blocks7 p34 p25 control] [--training-seeds 0 1 2] [--scenes 2048] [--seeds 200 ... 207]
 
 `p48`: 52 % of the parameters gone; `blocks7`: 5 of 12 blocks gone and nothing else; `p34`, `p25`: 66 % and 75 % gone.
-One plan a size, three trainings of it. `control`: the teacher itself given the fine-tune's steps, batches and losses, which
-says what of a student's figure is continued training. Every model draws the same prompts and noise, on seeds that no
+One plan a size, three trainings of it. `control`: the teacher itself given the fine-tune's steps and batches, on data alone, which
+says what of a student's figure could be continued training. Every model draws the same prompts and noise, on seeds that no
 choice was made on. One results file a size.
 """
 
@@ -31,7 +31,9 @@ from ppclc.teachers import ResidentTeacher
 
 BLOCKS, GONE = 12, 5
 ANALYZE = {"supernet_steps": 80, "supernet_sets": 32, "trials": 6, "trial_steps": 40}
-DISTILL = {"steps": 100, "width_steps": 50, "finetune_steps": 1000, "finetune_learning_rate": 1.5e-3, "data_weight": 0.5}
+DISTILL = {"steps": 100, "width_steps": 50, "finetune_steps": 2000, "finetune_learning_rate": 3e-3}
+CONTROL = DISTILL | {"data_weight": 1.0}
+"""The teacher learns nothing from its own velocity: what is left to it is the data."""
 SHARES = {"p48": 0.48, "p34": 0.34, "p25": 0.25}
 
 
@@ -60,7 +62,7 @@ def student(size: str, seed: int, out: Path) -> Run:
 
 
 def control(seed: int, out: Path) -> Any:
-    """The teacher after the fine-tune's steps on the fine-tune's batches, its own first velocity in the place of a teacher's."""
+    """The teacher after the fine-tune's steps on the fine-tune's batches, learning from the data."""
     source = open_source("builtin:two-digits")
     set_threads(source)
     teacher, work = load_source(source), out / "control" / f"seed{seed}"
@@ -68,7 +70,7 @@ def control(seed: int, out: Path) -> Any:
     trained = work / "trained.safetensors"
     if not trained.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        settings = distill_pass.DistillSettings.model_validate(DISTILL | {"seed": seed})
+        settings = distill_pass.DistillSettings.model_validate(CONTROL | {"seed": seed})
         samples = open_samples("images", source, teacher, "train")
         by_blocks = ResidentTeacher(teacher, source.family)
         write_tensors(trained, distill_pass.finetune(by_blocks, model, samples, settings, lambda share, note: None, work).tensors)
@@ -110,7 +112,7 @@ def main() -> None:
         rows = {}
         for seed in options.training_seeds:
             if size == "control":
-                model, key, more = control(seed, options.out), f"control-{seed}-{DISTILL}", {}
+                model, key, more = control(seed, options.out), f"control-{seed}-{CONTROL}", {}
             else:
                 run = student(size, seed, options.out)
                 assert run.student
