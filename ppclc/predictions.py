@@ -23,21 +23,9 @@ from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import DTYPES, count_parameters, empty_model, model_class, student_config
 from ppclc.plan import CompressionPlan
+from ppclc.records import STORED_AS
 
 METADATA = {"format": "pt"}
-SAFETENSORS_NAMES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-}
 TRACED_BLOCKS = 2
 """Blocks of a group that activations are followed through: the peak of a forward does not grow with depth."""
 
@@ -119,7 +107,7 @@ def _file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        kind = SAFETENSORS_NAMES[str(tensor.dtype).removeprefix("torch.")]
+        kind = STORED_AS[str(tensor.dtype).removeprefix("torch.")]
         header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
     return 8 + -(-length // 8) * 8 + end

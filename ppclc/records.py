@@ -342,8 +342,9 @@ STORED_AS = {
     "int8": "I8",
     "uint8": "U8",
     "bool": "BOOL",
+    "complex64": "C64",
 }
-"""Names of dtypes in safetensors files."""
+"""Names in safetensors files by torch's own names of dtypes."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:

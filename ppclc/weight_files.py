@@ -16,27 +16,12 @@ import torch
 
 from ppclc.errors import ModelError
 from ppclc.models import Source, compare_tensors, stored_shapes
+from ppclc.records import STORED_AS
 
-STORED = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Dtypes of the safetensors format that weights may have."""
-
-
-STATES = STORED | {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes that the state of a training may have."""
+STATES = {name: getattr(torch, dtype) for dtype, name in STORED_AS.items()}
+"""Dtypes of the safetensors format, all of which the state of a training may have."""
+STORED = {name: dtype for name, dtype in STATES.items() if dtype.is_floating_point}
+"""Those that weights may have."""
 
 
 class Place(NamedTuple):
