@@ -320,11 +320,16 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     trained = _train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
     own = trained[: len(plan.intervals)]
     bank = joined(stats, ridge, plan, family, own)
-    bank |= refitted_ffns(teacher, teaching, plan, bank, distill_pass.refit_samples(samples, settings, run.ranks.device), ridge)
+
+    def refit() -> None:
+        if any(plan.interval_at(edit.block) for edit in plan.ffn):
+            drawn = distill_pass.refit_samples(samples, settings, run.ranks.device)
+            bank.update(refitted_ffns(teacher, teaching, plan, bank, drawn, ridge))
+
     widths = width_edits(teaching, plan, bank, settings.weights)
     under = {e.edit: e for e in own}
     jobs = [width_job(e.key, settings, samples.identity, _base(run), stats, ridge, [under[k] for k in e.stands_on]) for e in widths]
-    own += _train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"))
+    own += _train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"), refit)
     bank |= {e.edit: e.tensors for e in own}
     tuned = finetune(run, plan, bank, own, settings, part(settings.steps + settings.width_steps, settings.finetune_steps, "fine-tune"))
     run.edits = [*own, *(e.model_copy(update={"tensors": {}}) for e in trained[len(plan.intervals) :]), tuned]
@@ -338,11 +343,19 @@ def _interval_start(
     return teacher.block_tensors(start) | adapters
 
 
-def _train_edits(run: Run, edits: list[LocalEdit], jobs: list[Job], steps: int, progress: Callable[[float, str], None]) -> list[Distilled]:
-    """The records of some edits, those that are not there trained beside each other."""
+def _train_edits(
+    run: Run,
+    edits: list[LocalEdit],
+    jobs: list[Job],
+    steps: int,
+    progress: Callable[[float, str], None],
+    before: Callable[[], None] = lambda: None,
+) -> list[Distilled]:
+    """The records of some edits, those that are not there trained beside each other. before: what is done once there are any."""
     settings, samples = run.recipe.distill, _samples(run, "train")
 
     def build(left: list[int], works: list[Path]) -> list[Distilled]:
+        before()
         chosen = [edits[i] for i in left]
         return distill_pass.distill_edits(
             run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves", run.ranks.device

@@ -194,8 +194,7 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
                 text = options.text(k, spans)
                 if text is None:
                     continue
-                # Intervals made by hand stand under 0, whatever they remove.
-                value = saving.base - sum(v - u for u, v in spans) * saving.block - saving.text(k)
+                value = saving.base - removed * saving.block - saving.text(k)
                 value += saving.adapters(len(options.adapted(spans)))
                 dead = 0.0 if text else saving.dead
                 for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY, dead):

@@ -438,3 +438,16 @@ def test_a_name_tells_the_size() -> None:
     assert sizes.size_name(plan, None, 0).startswith("plan-")
     with pytest.raises(RecipeError):
         sizes.target_of(-1)
+
+
+def test_a_run_that_is_read_again_fits_and_draws_nothing(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network on an interval's block is fitted anew before it is trained, and not where its record is there."""
+    by_hand = {"intervals": [[0, 1], [2, 3], [4, 5]], "text_stream": "none", "ffn": [{"block": 2, "stream": "image"}]}
+    fitted: list[int] = []
+    own = compiler.refitted_ffns
+    monkeypatch.setattr(compiler, "refitted_ffns", lambda *given: (fitted.append(1), own(*given))[1])
+    first = compress(teacher_folder, tmp_path / "out", distill={"bank": "plan"}, plan=by_hand)
+    assert fitted == [1]
+    assert "ffn-2-3-image" in {e.edit for e in first.edits}
+    compress(teacher_folder, tmp_path / "out", distill={"bank": "plan"}, plan=by_hand)
+    assert fitted == [1]

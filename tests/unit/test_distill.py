@@ -266,3 +266,28 @@ def test_states_help_a_student_to_follow_its_teacher(teacher: Any, family: Famil
         pairs = zip(seen.states["image"][1:], (own.states["image"][end] for end in plan.ends), strict=True)
         tuned[weight] = sum(state_loss(s, t, 0.1).item() for s, t in pairs)
     assert tuned[1.0] < tuned[0.0]
+
+
+@pytest.mark.parametrize("edits", [{}, {"text_stream": [3], "modulation_rank": 6, "dead_code": True}], ids=["stock", "narrow"])
+def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing(
+    teacher: Any, family: Family, samples: Samples, tmp_path: Path, edits: dict[str, Any]
+) -> None:
+    plan = CompressionPlan.of(NAME, 6, [(1, 2)], **edits)
+    stats = calibrate(teacher, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
+    bank = closed_form_bank(stats, 1e-4, plan, family.text_key)
+    tuned, calls = [], []
+    for kept in (True, False):
+        student, count = apply_plan(teacher, plan, bank), [0]
+
+        def counted(*_: Any, count: list[int] = count) -> None:
+            count[0] += 1
+
+        student.transformer_blocks[0].register_forward_pre_hook(counted)
+        settings = SHORT.model_copy(update={"gradient_checkpointing": not kept, "state_weight": 0.1})
+        (tmp_path / str(kept)).mkdir()
+        work = tmp_path / str(kept)
+        tuned.append(finetune(ResidentTeacher(teacher, family), student, samples, settings, quiet, work, ends=plan.ends))
+        calls.append(count[0])
+    assert calls == [9, 18]
+    assert [n for n, _ in tuned[0].losses] == [n for n, _ in tuned[1].losses]
+    assert all(torch.allclose(v, tuned[1].tensors[k], rtol=1e-5, atol=1e-6) for k, v in tuned[0].tensors.items())
