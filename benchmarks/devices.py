@@ -1,10 +1,10 @@
 """The fine-tune in two processes on the CPU against one process with twice the batch: the same losses, in how much of the time.
 
-    python -m benchmarks.devices [--batch 32] [--steps 20] [--repeats 4]
+    python -m benchmarks.devices [--batch 64] [--steps 20] [--repeats 3]
 
-Each process computes in one thread; one that makes its next batch ready `ahead` does so in a second one, so that a
-single process then keeps up to two cores busy. All runs are interleaved, and the best time of each kind counts.
-`cpu_seconds` is what each process used of a core, in all of its threads, which other work on the machine changes little.
+A process computes in one thread, and makes its next batch ready in a second one where a core is left for it: a single
+process keeps two cores busy by itself. `one_core` is a single process that has one core. All runs are interleaved, and the
+best time of each kind counts. `cpu_seconds` is what each process used of a core, in all of its threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from benchmarks.results_file import write_results
-from ppclc.batches import Feed
 from ppclc.devices import open_ranks
 from ppclc.models import apply_plan, load_source, open_source, quiet_libraries
 from ppclc.passes import distill
@@ -34,16 +33,14 @@ INTERVALS = [(3, 4), (6, 7), (9, 10)]
 BAR = 0.65
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-KINDS = {"one": (1, True), "two": (2, True), "one_not_ahead": (1, False), "two_not_ahead": (2, False)}
-"""Processes, and whether batches are made ready ahead."""
+KINDS = {"one": (1, None), "one_core": (1, 1), "two": (2, None)}
+"""Processes, and the cores that they have among them; None for all."""
 
 
-def train(batch: int, steps: int, ahead: bool) -> dict[str, Any] | None:
+def train(batch: int, steps: int) -> dict[str, Any] | None:
     """Losses by step, seconds by the clock, and of a core on each rank; None where this is not the main rank."""
     quiet_libraries()
     ranks, source = open_ranks(), open_source("builtin:two-digits")
-    if not ahead:
-        distill.Feed = lambda **given: Feed(**given | {"ahead": False})  # type: ignore[misc, assignment]
     model = load_source(source)
     student = apply_plan(model, CompressionPlan.of(source.family.name, 12, INTERVALS))
     settings = distill.DistillSettings(batch=batch, finetune_steps=steps)
@@ -62,12 +59,17 @@ def train(batch: int, steps: int, ahead: bool) -> dict[str, Any] | None:
     return {"losses": losses, "seconds": seconds, "cpu_seconds": cpu} if ranks.is_main else None
 
 
-def measure(processes: int, ahead: bool, batch: int, steps: int) -> dict[str, Any]:
+def measure(processes: int, cores: int | None, batch: int, steps: int) -> dict[str, Any]:
     """One run in processes of its own; `batch` is that of a step."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     own = ["-m", "benchmarks.devices", "--worker", "--batch", str(batch // processes), "--steps", str(steps)]
-    command = [sys.executable, *(LAUNCH if processes > 1 else []), *own, *([] if ahead else ["--not-ahead"])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, *(LAUNCH if processes > 1 else []), *own]
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(everywhere)[:cores])
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    finally:
+        os.sched_setaffinity(0, everywhere)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -81,12 +83,11 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "bar": BAR,
         "ratio": best["two"] / best["one"],
-        "ratio_not_ahead": best["two_not_ahead"] / best["one_not_ahead"],
-        "ratio_two_not_ahead_to_one_ahead": best["two_not_ahead"] / best["one"],
+        "ratio_to_one_core": best["two"] / best["one_core"],
         "cpu_ratio": cpu["two"] / cpu["one"],
         "largest_relative_loss_difference": ((others - one) / one).abs().max().item(),
         "kinds": {
-            kind: {"processes": KINDS[kind][0], "ahead": KINDS[kind][1], "best_seconds": best[kind]}
+            kind: {"processes": KINDS[kind][0], "cores": KINDS[kind][1], "best_seconds": best[kind]}
             | {key: [r[key] for r in found] for key in ("seconds", "cpu_seconds")}
             for kind, found in runs.items()
         },
@@ -96,22 +97,21 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 def main() -> None:
     """Run every kind in turn, several times, and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32, help="samples a process, where there are two")
+    parser.add_argument("--batch", type=int, default=64, help="samples a process, where there are two")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--not-ahead", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        result = train(options.batch, options.steps, not options.not_ahead)
+        result = train(options.batch, options.steps)
         if result:
             print(json.dumps(result))
         return
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     load = [os.getloadavg()[0]]
     for _ in range(options.repeats):
-        for kind, (processes, ahead) in KINDS.items():
-            runs[kind].append(measure(processes, ahead, 2 * options.batch, options.steps))
+        for kind, (processes, cores) in KINDS.items():
+            runs[kind].append(measure(processes, cores, 2 * options.batch, options.steps))
         load.append(os.getloadavg()[0])
     setting = {"batch_of_a_step": 2 * options.batch, "steps": options.steps, "intervals": INTERVALS, "load_average": load}
     print(write_results("devices", setting | summary(runs)))

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ppclc.models import Source, cores
+from ppclc.devices import cores
+from ppclc.models import Source
 from ppclc.passes.verify import VerifySettings
 from ppclc.records import digest_of, write_tensors
 

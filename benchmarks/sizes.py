@@ -32,9 +32,17 @@ from ppclc.teachers import ResidentTeacher
 BLOCKS, GONE = 12, 5
 ANALYZE = {"supernet_steps": 80, "supernet_sets": 32, "trials": 6, "trial_steps": 40}
 DISTILL = {"steps": 100, "width_steps": 50, "finetune_steps": 2000, "finetune_learning_rate": 3e-3}
-CONTROL = DISTILL | {"data_weight": 1.0}
-"""The teacher learns nothing from its own velocity: what is left to it is the data."""
+BY_SIZE = {
+    "blocks7": {"finetune_steps": 3000},
+    # The teacher learns nothing from its own velocity: what is left to it is the data.
+    "control": {"data_weight": 1.0},
+}
 SHARES = {"p48": 0.48, "p34": 0.34, "p25": 0.25}
+
+
+def distill(size: str) -> dict[str, Any]:
+    """Section `distill` of a size's recipe, less its seed."""
+    return DISTILL | BY_SIZE.get(size, {})
 
 
 def recipe(size: str, seed: int) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def recipe(size: str, seed: int) -> dict[str, Any]:
         "analyze": ANALYZE,
         "target": target,
         "plan": plan,
-        "distill": DISTILL | {"seed": seed},
+        "distill": distill(size) | {"seed": seed},
     }
 
 
@@ -70,7 +78,7 @@ def control(seed: int, out: Path) -> Any:
     trained = work / "trained.safetensors"
     if not trained.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        settings = distill_pass.DistillSettings.model_validate(CONTROL | {"seed": seed})
+        settings = distill_pass.DistillSettings.model_validate(distill("control") | {"seed": seed})
         samples = open_samples("images", source, teacher, "train")
         by_blocks = ResidentTeacher(teacher, source.family)
         write_tensors(trained, distill_pass.finetune(by_blocks, model, samples, settings, lambda share, note: None, work).tensors)
@@ -112,14 +120,14 @@ def main() -> None:
         rows = {}
         for seed in options.training_seeds:
             if size == "control":
-                model, key, more = control(seed, options.out), f"control-{seed}-{CONTROL}", {}
+                model, key, more = control(seed, options.out), f"control-{seed}-{distill(size)}", {}
             else:
                 run = student(size, seed, options.out)
                 assert run.student
                 model, key, more = load_model(run.out / "model"), run.student.digest, told(run)
             rows[str(seed)] = row(judge, teacher, model, key, options.guidance) | more
             print(size, seed, {k: (q["student"], q["drop_percent"], q["ci95"]) for k, q in rows[str(seed)]["quality"].items()}, flush=True)
-        settings = {"scenes": options.scenes, "seeds": options.seeds, "distill": DISTILL, "analyze": ANALYZE}
+        settings = {"scenes": options.scenes, "seeds": options.seeds, "distill": distill(size), "analyze": ANALYZE}
         results = {"size": size, "teacher_parameters": count_parameters(whole), "settings": settings, "training_seeds": rows}
         print(write_results(f"sizes-{size}", results), flush=True)
 

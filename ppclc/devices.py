@@ -158,9 +158,19 @@ def launcher_warning() -> str | None:
     return None
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def local_world() -> int:
     """Processes of this run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def has_spare_core(device: str) -> bool:
+    """Whether batches can be made ready beside the training on a device without taking its time."""
+    return device != "cpu" or cores() > local_world()
 
 
 def _own_device() -> str:

@@ -20,10 +20,9 @@ from torch import nn
 
 from ppclc.batches import Drawn, Feed
 from ppclc.curves import Curve
-from ppclc.devices import Ranks, local_world
+from ppclc.devices import Ranks, cores, has_spare_core, local_world
 from ppclc.interrupts import noted_interrupts
 from ppclc.local_edits import BatchStates, LocalEdit
-from ppclc.models import cores
 from ppclc.records import Distilled
 from ppclc.samples import Sample
 from ppclc.teachers import StreamedTeacher, Sweep, Teacher
@@ -102,7 +101,7 @@ class LocalPhase:
     def _feed(self) -> Feed:
         together, count = (self.settings.together if self.streamed else 1), self.settings.training.accumulate
         ready = list if self.streamed else self._sweep_whole
-        return Feed(self.draw, ready, count, together, ahead=not self.streamed)
+        return Feed(self.draw, ready, count, together, ahead=not self.streamed and has_spare_core(self.device))
 
     @property
     def _wanted(self) -> tuple[set[int], set[int]]:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ppclc import families, plugins
+from ppclc.devices import cores
 from ppclc.errors import ModelError, PlanError, UnavailableError
 from ppclc.families import Bank, Family
 from ppclc.plan import CompressionPlan
@@ -593,11 +594,6 @@ def _linear_output(
         return (*output[:place], result, *output[place + 1 :])
 
     return after
-
-
-def cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(source: Source | None = None) -> int:

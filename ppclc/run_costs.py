@@ -22,9 +22,10 @@ from pydantic import BaseModel, ConfigDict
 from ppclc import trials
 from ppclc.block_costs import Call, default_size, example_call, width_of
 from ppclc.budget import allows
+from ppclc.devices import cores
 from ppclc.edit_costs import kept_choices
 from ppclc.families import Family
-from ppclc.models import DTYPES, Source, cores, count_parameters, empty_model, random_model, student_config
+from ppclc.models import DTYPES, Source, count_parameters, empty_model, random_model, student_config
 from ppclc.moments import BANDS, CHUNKS
 from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan

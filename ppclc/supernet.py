@@ -21,8 +21,9 @@ from torch import nn
 
 from ppclc import flow, selection
 from ppclc.detection import Span, spans_of_dropped
+from ppclc.devices import cores
 from ppclc.families import Family
-from ppclc.models import cores, replaced
+from ppclc.models import replaced
 from ppclc.quality import SampledDistance
 from ppclc.trials import WARMUP, Lesson
 

@@ -19,7 +19,7 @@ from torch import nn
 from ppclc import flow
 from ppclc.batches import Feed, Share
 from ppclc.curves import Curve
-from ppclc.devices import Ranks
+from ppclc.devices import Ranks, has_spare_core
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Weights, state_loss
 from ppclc.local_phase import LocalPhase, LocalSettings
@@ -40,10 +40,13 @@ JOINT_KEYS = {
 
 @dataclass(frozen=True)
 class Lesson:
-    """A batch, the teacher's velocity on it, that of the data where there are data, and the teacher's image states by student block, if asked for."""
+    """A batch, the teacher's velocity on it, that of the data where there are data, and the teacher's image states by student block, if asked for.
+
+    The velocity is None where nothing learns from it.
+    """
 
     sample: Sample
-    velocity: torch.Tensor
+    velocity: torch.Tensor | None
     data: torch.Tensor | None
     states: Sequence[torch.Tensor] = ()
 
@@ -153,10 +156,10 @@ def finetune(
     shifted = samples.shifted(settings.timestep_shift)
     feed = Feed(
         draw=partial(_draw_with_target, shifted, settings.batch * ranks.world, Share(ranks.rank, ranks.world)),
-        ready=partial(_lessons, teacher, ranks.device, followed),
+        ready=partial(_lessons, teacher, ranks.device, followed, settings.data_weight < 1),
         accumulate=settings.accumulate,
         together=settings.together if streamed else 1,
-        ahead=not streamed,
+        ahead=not streamed and has_spare_core(ranks.device),
     )
     curve = partial(Curve, curves, "finetune") if curves and settings.finetune_steps and ranks.is_main else None
     train(trainer, feed, partial(joint_terms, settings, states), settings.seed + 1, settings.checkpoint_every, work, progress, curve)
@@ -172,7 +175,7 @@ def joint_terms(settings: DistillSettings, states: list[torch.Tensor], student: 
     velocity = flow.predict(student, *lesson.sample)
     share = settings.data_weight if lesson.data is not None else 0.0
     terms = {}
-    if share < 1:
+    if lesson.velocity is not None and share < 1:
         terms["velocity"] = (1 - share) * nn.functional.mse_loss(velocity, lesson.velocity)
     if lesson.data is not None and share > 0:
         terms["data"] = share * nn.functional.mse_loss(velocity, lesson.data)
@@ -202,9 +205,14 @@ def _draw_with_target(samples: Samples, batch: int, share: Share, generator: tor
 
 
 @torch.no_grad()
-def _lessons(teacher: Teacher, device: str, ends: Sequence[int], drawn: Sequence[tuple[Sample, torch.Tensor | None]]) -> list[Lesson]:
+def _lessons(
+    teacher: Teacher, device: str, ends: Sequence[int], velocity_counts: bool, drawn: Sequence[tuple[Sample, torch.Tensor | None]]
+) -> list[Lesson]:
+    """What each batch teaches; the teacher is not asked where data alone count."""
     samples = [moved(sample, device) for sample, _ in drawn]
     targets = [data.to(device) if data is not None else None for _, data in drawn]
+    if not (velocity_counts or ends) and all(data is not None for data in targets):
+        return [Lesson(sample, None, data, []) for sample, data in zip(samples, targets, strict=True)]
     outputs = teacher.outputs(samples, set(ends))
     return [
         Lesson(sample, velocity, data, [states[end]["image"] for end in ends])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ppclc import flow
-from ppclc.models import cores
+from ppclc.devices import cores
 from ppclc.quality import MeasureSettings, paired_quality
 from ppclc.records import Quality
 from ppclc.scenes import data, judge

@@ -20,7 +20,7 @@ from torch import nn
 from ppclc import cli
 from ppclc.batches import Share
 from ppclc.cache import Cache, open_cache
-from ppclc.devices import Ranks, launcher_warning, open_ranks
+from ppclc.devices import Ranks, has_spare_core, launcher_warning, open_ranks
 from ppclc.errors import UnavailableError
 from ppclc.models import open_source
 from ppclc.records import Distilled, Job, Store
@@ -39,6 +39,14 @@ calibrate: {samples: 64, longest: 2}
 plan: {intervals: [[3, 4], [6, 7], [9, 10]], text_stream: none, ffn: [{block: 1, stream: image}], modulation_rank: none}
 distill: {steps: 0, width_steps: 0, finetune_steps: 6, batch: 8, checkpoint_every: 4}
 """
+
+
+@pytest.mark.parametrize(("cores", "processes", "spare"), [({0}, 1, False), ({0, 1}, 1, True), ({0, 1}, 2, False), ({0, 1, 2}, 2, True)])
+def test_batches_are_made_ahead_where_a_core_is_left(cores: set[int], processes: int, spare: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert has_spare_core("cpu") is spare
+    assert has_spare_core("cuda:0")
 
 
 def start(launcher: Sequence[str], *args: str) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ppclc import flow
+from ppclc.batches import WHOLE
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, state_loss
@@ -249,6 +250,32 @@ def test_the_teacher_itself_has_no_joint_loss(teacher: Any, family: Family, samp
     assert set(terms) == {"velocity", "states"}  # without data there is no share for them
     assert terms["velocity"].item() == 0
     assert terms["states"].item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("data_weight", "asked"), [(0.5, True), (1.0, False)])
+def test_the_teacher_is_not_asked_where_data_alone_teach(
+    data_weight: float, asked: bool, teacher: Any, family: Family, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses are those that they are with its answers."""
+    without = Samples.draw_with_target
+
+    def with_data(self: Samples, batch: int, generator: torch.Generator, share: Any = WHOLE) -> tuple[Any, torch.Tensor]:
+        sample, _ = without(self, batch, generator, share)
+        return sample, torch.randn(sample[0].shape, generator=generator)
+
+    monkeypatch.setattr(Samples, "draw_with_target", with_data)
+    calls: list[int] = []
+    by_blocks = ResidentTeacher(teacher, family)
+    monkeypatch.setattr(
+        by_blocks, "outputs", lambda batches, stops: calls.append(1) or ResidentTeacher(teacher, family).outputs(batches, stops)
+    )
+    settings, plan = DistillSettings(finetune_steps=1, batch=2, data_weight=data_weight), CompressionPlan.of(NAME, 6, [(1, 2)])
+    trained = finetune(by_blocks, apply_plan(teacher, plan), samples, settings, quiet, tmp_path)
+    assert bool(calls) is asked
+    sample, data = samples.draw_with_target(2, torch.Generator().manual_seed(settings.seed + 1))
+    lesson = Lesson(sample, by_blocks.outputs([sample], set())[0][0], data)
+    terms = joint_terms(settings, [], apply_plan(teacher, plan), lesson)
+    assert trained.losses == [(1, pytest.approx(sum(t.item() for t in terms.values())))]
 
 
 def test_states_help_a_student_to_follow_its_teacher(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:

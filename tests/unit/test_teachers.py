@@ -293,7 +293,7 @@ def test_memory_does_not_grow_with_the_number_of_blocks(family: Family, tmp_path
     files = {blocks: sum(f.stat().st_size for f in (tmp_path / str(blocks)).glob("*.safetensors")) for blocks in (4, 12)}
     block = (files[12] - files[4]) / 8
     shallow, deep = (benchmark.in_process("streamed", tmp_path / str(blocks), options, steps=2) for blocks in (4, 12))
-    assert deep["peak_bytes"] < shallow["peak_bytes"] + block / 2
+    assert deep["peak_bytes"] < shallow["peak_bytes"] + block, "eight more blocks take less than one"
     alone = benchmark.in_process("streamed", tmp_path / "12", options, steps=0)
     assert alone["peak_bytes"] < 1.5 * 3 * block
     resident = benchmark.in_process("resident", tmp_path / "12", options, steps=2)
