@@ -19,7 +19,7 @@ import torch
 from benchmarks.judging import Judge, better_by
 from benchmarks.results_file import write_results
 from ppclc.closed_forms import closed_form_bank, interval_adapters
-from ppclc.compiler import Run, compress
+from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit
 from ppclc.local_phase import LocalPhase, LocalSettings
@@ -29,6 +29,7 @@ from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.quality import velocity_error
 from ppclc.recipe import parse_recipe
+from ppclc.run import Run
 from ppclc.samples import Samples, open_samples
 from ppclc.teachers import ResidentTeacher
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from ppclc.compiler import versions
+from ppclc.environment import versions
 
 RESULTS = Path(__file__).parent / "results"
 

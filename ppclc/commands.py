@@ -19,6 +19,7 @@ from ppclc.budget import even_plan
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
+from ppclc.environment import versions
 from ppclc.errors import ModelError, OutputError, RecipeError, UnavailableError
 from ppclc.models import (
     BUILTIN,
@@ -36,6 +37,7 @@ from ppclc.models import (
 )
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
+from ppclc.passes.bench import bench_models
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.recipe import Recipe, find_recipe, read_recipe
@@ -298,7 +300,7 @@ def bench(
     if random_weights:
         models[random_weights] = _random_weights(sources[random_weights], dtype)
     with display.stage("bench") as progress:
-        result = compiler.bench_models(next(iter(sources.values())), models, exports, 1, runs, progress)
+        result = bench_models(next(iter(sources.values())), models, exports, 1, runs, progress)
     return [row.model_dump(mode="json") for row in result.rows]
 
 
@@ -366,7 +368,7 @@ def doctor() -> dict[str, Any]:
         backends[name] = "ready" if not missing else f"pip install 'ppclc[{missing[0]}]'"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: everything runs on the CPU"
     return {
-        "versions": compiler.versions(),
+        "versions": versions(),
         "python": sys.executable,
         "machine": f"{platform.machine()}, {set_threads()} threads",
         "gpu": gpu,

@@ -17,10 +17,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ppclc import compiler, selection
+from ppclc import compiler, distilling, selection
 from ppclc.bank import EditBank
 from ppclc.budget import PlanSettings, TargetSettings, allows, budget_of, by_hand
-from ppclc.compiler import Run
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.models import apply_plan, quiet_libraries, rebuild_student, student_config
@@ -29,6 +28,7 @@ from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.recipe import Recipe, read_recipe
 from ppclc.records import Analysis, Distilled, Student, check_writable, digest_of, file_digest, whole_folder, write_text
+from ppclc.run import Run
 from ppclc.search import RANK_TOLERANCE
 from ppclc.selection import Budget, Options, Span
 
@@ -297,7 +297,7 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
     tuned: list[Distilled] = []
     if steps:
         with display.stage("fine-tune") as progress:
-            tuned = [compiler.finetune(run, plan, tensors, edits, settings, progress)]
+            tuned = [distilling.finetune(run, plan, tensors, edits, settings, progress)]
     document: dict[str, Any] = {
         "teacher": compiler.teacher_size(run),
         "student": {},
@@ -356,7 +356,7 @@ def summary(document: Mapping[str, Any], teacher_path: str, home: Path) -> list[
 
 def _open_bank(run: Run) -> EditBank:
     """The bank of a reopened run. Raises OutputError when nothing was distilled yet."""
-    folders = compiler.bank_of(run)
+    folders = distilling.bank_of(run)
     if not folders and not (run.out / "model" / "transformer" / "config.json").is_file():
         raise OutputError(
             f"{run.out}: the run is not finished, its bank is empty; go on with: ppclc compress {run.out / 'recipe.yaml'} -o {run.out}"

@@ -15,6 +15,7 @@ import numpy as np
 from ppclc import plugins
 from ppclc.backends import Reference, Tensors
 from ppclc.errors import RecipeError
+from ppclc.models import Source
 from ppclc.records import Benchmark, BenchRow, measured
 from ppclc.timing import Clock, interleaved
 
@@ -124,3 +125,25 @@ def _speedup(row: BenchRow, rows: Sequence[BenchRow]) -> float | None:
     """The teacher's p50 over this row's, in the same back end; None where the teacher was not run there."""
     teacher = next((r for r in rows if r.target == TEACHER and r.backend == row.backend), None)
     return teacher.p50_ms / row.p50_ms if teacher and row.p50_ms > 0 else None
+
+
+def bench_models(
+    source: Source, models: dict[str, Any], exports: dict[str, list[Path]], batch: int, runs: int, progress: Callable[[float, str], None]
+) -> Benchmark:
+    """Latency of models by label, eager and as the artefacts in `exports`, on one set of inputs.
+
+    Raises:
+        RecipeError: models that do not take the same inputs.
+    """
+    lowered = {label: source.family.lowered(model) for label, model in models.items()}
+    widths = {label: (model.config["in_channels"], model.config["joint_attention_dim"]) for label, model in models.items()}
+    if len(set(widths.values())) > 1:
+        raise RecipeError(f"bench: {', '.join(models)} take inputs of different widths; wanted a teacher and its students")
+    first = next(iter(lowered.values()))
+    size = {**first.sizes[0], "batch": batch}
+    targets = [eager_target(label, low.reference) for label, low in lowered.items()]
+    for label, low in lowered.items():
+        found = [f for f in exports.get(label, []) if (f / ONNX_MODEL).is_file()]
+        targets += [onnxruntime_target(label, folder, low.reference) for folder in found]
+    dtype = str(next(next(iter(models.values())).parameters()).dtype).removeprefix("torch.")
+    return run_bench(targets, first.inputs(**size), size, runs, "cpu", dtype, progress)

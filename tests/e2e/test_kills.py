@@ -26,12 +26,13 @@ from safetensors.torch import load_file
 from benchmarks import kills
 from ppclc import compiler, plugins, records
 from ppclc.backends import ExportRequest
-from ppclc.compiler import PASSES, Run, compress
+from ppclc.compiler import PASSES, compress
 from ppclc.display import Display
 from ppclc.interrupts import SIGNALS, noted_interrupts, terminate_as_interrupt
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe, parse_recipe
 from ppclc.records import digest_of, file_digest
+from ppclc.run import Run
 
 WRITES = {"settle", "open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree", "shutil.copyfile"}
 TRAININGS = ("interval", "text", "ffn", "finetune")

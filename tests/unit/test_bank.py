@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from ppclc import bank as bank_module
-from ppclc import cli, compiler, run_costs, sizes
+from ppclc import cli, compiler, distilling, run_costs, sizes
 from ppclc.bank import EditBank, interval_job, intervals_to_distill, needed
 from ppclc.budget import PlanSettings
 from ppclc.closed_forms import closed_form_bank
-from ppclc.compiler import Run
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
@@ -28,6 +27,7 @@ from ppclc.plan import CompressionPlan, Interval
 from ppclc.predictions import predict
 from ppclc.recipe import Recipe, parse_recipe, read_recipe
 from ppclc.records import Distilled, Record, read_record
+from ppclc.run import Run
 from ppclc.run_costs import Speeds, Work
 
 SMALL: dict[str, Any] = {
@@ -444,8 +444,8 @@ def test_a_run_that_is_read_again_fits_and_draws_nothing(teacher_folder: Path, t
     """A network on an interval's block is fitted anew before it is trained, and not where its record is there."""
     by_hand = {"intervals": [[0, 1], [2, 3], [4, 5]], "text_stream": "none", "ffn": [{"block": 2, "stream": "image"}]}
     fitted: list[int] = []
-    own = compiler.refitted_ffns
-    monkeypatch.setattr(compiler, "refitted_ffns", lambda *given: (fitted.append(1), own(*given))[1])
+    own = distilling.refitted_ffns
+    monkeypatch.setattr(distilling, "refitted_ffns", lambda *given: (fitted.append(1), own(*given))[1])
     first = compress(teacher_folder, tmp_path / "out", distill={"bank": "plan"}, plan=by_hand)
     assert fitted == [1]
     assert "ffn-2-3-image" in {e.edit for e in first.edits}

@@ -26,10 +26,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ppclc import compiler, encoding
+from ppclc import encoding
+from ppclc import run as run_module
 from ppclc.cache import open_cache
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
-from ppclc.compiler import Run, compress
+from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.families import Family
 from ppclc.ffn_refits import refitted_ffns
@@ -42,6 +43,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.quality import velocity_error
 from ppclc.recipe import parse_recipe
 from ppclc.records import Distilled, read_record
+from ppclc.run import Run
 from ppclc.samples import Sample, Samples, open_samples
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.training import TrainingSettings
@@ -522,7 +524,7 @@ def test_8_distillation_with_a_streamed_teacher_never_loads_the_whole(
     for out in ("streamed", "resident"):
         compile_small(teacher_folder, tmp_path / out, "analyze", plan=plan)
     whole = compile_small(teacher_folder, tmp_path / "resident", "distill", plan=plan)
-    monkeypatch.setattr(compiler, "load_source", None)  # calling it would fail
+    monkeypatch.setattr(run_module, "load_source", None)  # calling it would fail
     run = compile_small(teacher_folder, tmp_path / "streamed", "distill", plan=plan, distill={"teacher": "streamed", "chunk": 8})
     assert same(run.edits[-1].tensors, whole.edits[-1].tensors)
 
@@ -553,7 +555,7 @@ def test_8_prompts_are_encoded_and_the_encoder_is_gone_before_the_teacher_is_loa
         return load_source(*given)
 
     monkeypatch.setattr(encoding, "_pipeline", pipeline)
-    monkeypatch.setattr(compiler, "load_source", load)
+    monkeypatch.setattr(run_module, "load_source", load)
     data = {"source": "prompts", "path": str(tmp_path / "prompts.txt"), "resolution": 32}
     run = compile_small(root, tmp_path / "out", "calibrate", calibrate={**data, "longest": 2})
     assert run.cache

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ppclc import commands, encoding, flow
 from ppclc.cache import Cache, open_cache
-from ppclc.compiler import Run, compress
+from ppclc.compiler import compress
 from ppclc.datasets import pixels, read_pictures
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data, kind_at
@@ -27,6 +27,7 @@ from ppclc.families import Family
 from ppclc.models import Source, open_source
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.recipe import parse_recipe
+from ppclc.run import Run
 from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
 
 TEMPLATE = (

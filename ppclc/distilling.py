@@ -1,0 +1,113 @@
+"""The records of the distill pass, in the order in which they stand on each other: intervals, width edits, the fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ppclc.bank import held_edits, interval_job, intervals_to_distill, joined, start_of, width_job
+from ppclc.closed_forms import interval_adapters
+from ppclc.families import Bank
+from ppclc.ffn_refits import refitted_ffns
+from ppclc.local_edits import LocalEdit, Teaching, interval_edit, width_edits
+from ppclc.models import build_student
+from ppclc.passes import distill as distill_pass
+from ppclc.plan import CompressionPlan, Interval
+from ppclc.records import CalibrationStats, Distilled, Job
+from ppclc.run import Run, made
+from ppclc.teachers import Teacher
+
+
+def distill(run: Run, progress: Callable[[float, str], None]) -> None:
+    """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole.
+
+    Of intervals that are not the plan's no tensors are kept in memory.
+    """
+    plan, settings, ridge, stats = made(run.plan), run.recipe.distill, run.recipe.analyze.ridge, made(run.stats)
+    samples, family, teacher = run.samples("train"), run.source.family, run.by_blocks
+    teaching = Teaching(family, run.source.config, teacher.block_tensors)
+    total = max(1, settings.steps + settings.width_steps + settings.finetune_steps)
+
+    def part(before: int, steps: int, name: str) -> Callable[[float, str], None]:
+        return lambda share, note: progress((before + share * steps) / total, f"{name}: {note}")
+
+    jobs, edits = [], []
+    for interval in intervals_to_distill(made(run.analysis), plan, settings):
+        start = start_of(made(run.analysis), plan.interval_key(interval), interval)
+        given = partial(_interval_start, teacher, stats, ridge, plan, interval, start)
+        edits.append(interval_edit(teaching, plan, interval, given, settings.weights))
+        jobs.append(interval_job(edits[-1].key, start, settings, samples.identity, run.base))
+    trained = train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
+    own = trained[: len(plan.intervals)]
+    bank = joined(stats, ridge, plan, family, own)
+
+    def refit() -> None:
+        if any(plan.interval_at(edit.block) for edit in plan.ffn):
+            drawn = distill_pass.refit_samples(samples, settings, run.ranks.device)
+            bank.update(refitted_ffns(teacher, teaching, plan, bank, drawn, ridge))
+
+    widths = width_edits(teaching, plan, bank, settings.weights)
+    under = {e.edit: e for e in own}
+    jobs = [width_job(e.key, settings, samples.identity, run.base, stats, ridge, [under[k] for k in e.stands_on]) for e in widths]
+    own += train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"), refit)
+    bank |= {e.edit: e.tensors for e in own}
+    tuned = finetune(run, plan, bank, own, settings, part(settings.steps + settings.width_steps, settings.finetune_steps, "fine-tune"))
+    run.edits = [*own, *(e.model_copy(update={"tensors": {}}) for e in trained[len(plan.intervals) :]), tuned]
+
+
+def _interval_start(
+    teacher: Teacher, stats: CalibrationStats, ridge: float, plan: CompressionPlan, interval: Interval, start: int
+) -> dict[str, Any]:
+    """What an interval's block starts from: a teacher's block, with adapters in closed form where the plan has them."""
+    adapters = interval_adapters(stats, ridge, interval.first, start) if interval in plan.adapters else {}
+    return teacher.block_tensors(start) | adapters
+
+
+def train_edits(
+    run: Run,
+    edits: list[LocalEdit],
+    jobs: list[Job],
+    steps: int,
+    progress: Callable[[float, str], None],
+    before: Callable[[], None] = lambda: None,
+) -> list[Distilled]:
+    """The records of some edits, those that are not there trained beside each other. before: what is done once there are any."""
+    settings, samples = run.recipe.distill, run.samples("train")
+
+    def build(left: list[int], works: list[Path]) -> list[Distilled]:
+        before()
+        chosen = [edits[i] for i in left]
+        return distill_pass.distill_edits(
+            run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves", run.ranks.device
+        )
+
+    return run.store.make_all(Distilled, jobs, build, "distill", on="each") if edits else []
+
+
+def finetune(
+    run: Run,
+    plan: CompressionPlan,
+    bank: Bank,
+    edits: Sequence[Distilled],
+    settings: distill_pass.DistillSettings,
+    progress: Callable[[float, str], None],
+) -> Distilled:
+    """The whole student of a plan, trained end to end from the bank and the plan's distilled edits."""
+    samples, ridge, teacher = run.samples("train"), run.recipe.analyze.ridge, run.by_blocks
+    told = settings.model_copy(update={"finetune_steps": 0 if plan.is_empty else settings.finetune_steps})
+
+    def whole(work: Path) -> Distilled:
+        student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
+        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends)
+
+    what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
+    inputs = (run.base, made(run.stats), *edits)
+    return run.store.make(Distilled, "finetune", distill_pass.VERSION, what, inputs, whole, stage="distill", on="all")
+
+
+def bank_of(run: Run) -> dict[str, Path]:
+    """Folder by key of every distilled edit that a run's recipe holds."""
+    settings, ridge = run.recipe.distill, run.recipe.analyze.ridge
+    return held_edits(run.store, made(run.analysis), made(run.stats), ridge, settings, run.samples("train").identity, run.base)

@@ -1,0 +1,28 @@
+"""What a result depends on beside its recipe: the machine, and the versions of libraries."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from ppclc.models import Source, set_threads
+
+LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
+
+
+def machine(source: Source) -> dict[str, Any]:
+    """What latencies depend on: processor, cores, and the threads of an operator."""
+    return {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "threads": set_threads(source)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every library that has a say in the result."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

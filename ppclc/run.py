@@ -1,0 +1,154 @@
+"""One compilation: what it is made from, what has been made so far, and how it is opened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ppclc.budget import budget_of
+from ppclc.cache import FEW, Cache
+from ppclc.devices import Ranks
+from ppclc.display import Display
+from ppclc.encoding import Unencoded, cached, find_data
+from ppclc.errors import OutputError
+from ppclc.models import Source, check_teacher, load_source, open_source, set_threads
+from ppclc.passes import export as export_pass
+from ppclc.passes import verify as verify_pass
+from ppclc.plan import CompressionPlan
+from ppclc.recipe import Recipe
+from ppclc.records import (
+    Analysis,
+    Benchmark,
+    CalibrationStats,
+    Distilled,
+    Export,
+    Record,
+    Stage,
+    Store,
+    Student,
+    Verdict,
+    check_writable,
+    digest_of,
+    measured,
+    write_text,
+)
+from ppclc.samples import Samples, open_samples
+from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
+
+
+@dataclass
+class Run:
+    """One compilation: recipe, output folder, store, and what has been made so far; `ranks` are the processes that share it."""
+
+    recipe: Recipe
+    name: str
+    out: Path
+    display: Display
+    source: Source
+    cache: Cache | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    store: Store = field(init=False)
+    stats: CalibrationStats | None = None
+    analysis: Analysis | None = None
+    plan: CompressionPlan | None = None
+    edits: list[Distilled] = field(default_factory=list)
+    student: Student | None = None
+    verdict: Verdict | None = None
+    exports: list[Export] = field(default_factory=list)
+    teacher_exports: list[Export] = field(default_factory=list)
+    benchmark: Benchmark | None = None
+    report: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.store = Store(self.out, ranks=self.ranks)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """The whole model, loaded once it is first needed."""
+        return load_source(self.source, self.recipe.model.dtype)
+
+    @cached_property
+    def by_blocks(self) -> Teacher:
+        """The teacher as distillation runs it, on the device that trains; a streamed one is never in memory as a whole."""
+        if self.recipe.distill.teacher == "streamed":
+            return StreamedTeacher(self.source, self.recipe.model.dtype, self.ranks.device)
+        return ResidentTeacher(self.teacher.to(self.ranks.device), self.source.family)
+
+    def part(self) -> None:
+        """Leave the other ranks, and bring the teacher back from the device: what follows is for one process, on the CPU."""
+        self.ranks = self.store.ranks = self.ranks.leave()
+        if "teacher" in self.__dict__:
+            self.teacher.to("cpu")
+        self.__dict__.pop("by_blocks", None)
+
+    @property
+    def called(self) -> Any:
+        """What can be called as the teacher is."""
+        return self.by_blocks if self.recipe.distill.teacher == "streamed" else self.teacher
+
+    @property
+    def base(self) -> Record:
+        """The root of all digests: the teacher and its dtype."""
+        return Record(digest=digest_of([self.source.digest(), self.recipe.model.dtype]))
+
+    def samples(self, split: str) -> Samples:
+        """A split of the calibration samples; with the first one, `choose`, what is weak about them is said."""
+        samples = open_samples(self.recipe.calibrate.source, self.source, self.called, split, self.cache)
+        if samples.cache and samples.cache.shares_rows and split == "choose":
+            self.display.say(
+                f"warning: {samples.cache.rows} samples are too few to be kept apart (wanted {FEW}): calibration, training and judging share all of them"
+            )
+        if samples.kind == "noise" and split == "choose":
+            self.display.say(
+                "warning: calibrating on random embeddings and latents; what is measured on them says little about real prompts"
+            )
+        return samples
+
+
+def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks) -> Run:
+    """Check all that can be checked before work begins, load the teacher, claim the output folder."""
+    for target in recipe.export:
+        export_pass.check_backend(target.backend, target.dtype)
+    source = open_source(recipe.model.path, recipe.model.revision)
+    check_teacher(source)
+    set_threads(source)
+    verify_pass.check_gates(recipe.verify, source)
+    budget_of(source, recipe.target, recipe.model.dtype)
+    wanted = recipe.calibrate
+    found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
+    check_writable(out)
+    mark = check_mark(out, source, "give another folder with -o")
+    cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
+    run = Run(recipe, name, out, display, source, cache, ranks)
+    _ = run.called  # weights that are not whole are refused before anything is written
+    run.store.stages += encoding
+    if not mark.is_file():
+        write_text(mark, f"{source.digest()} {recipe.model.path}\n")
+    if ranks.is_main:
+        write_text(out / "recipe.yaml", recipe.to_yaml())
+    return run
+
+
+def check_mark(out: Path, source: Source, way_out: str) -> Path:
+    """The file that says whose work a folder holds. Raises OutputError when that is another teacher's."""
+    mark = out / "records" / "teacher"
+    if mark.is_file() and mark.read_text("utf-8").split()[:1] != [source.digest()]:
+        raise OutputError(f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; {way_out}")
+    return mark
+
+
+def cached_samples(found: Cache | Unencoded | None, records: Path, dtype: str, display: Display) -> tuple[Cache | None, list[Stage]]:
+    """The user's samples, and what encoding them took, which counts as calibration, when they are not there yet."""
+    if not isinstance(found, Unencoded) or found.folder(records, dtype).is_dir():
+        return cached(found, records, dtype, display.say), []
+    with measured("calibrate") as cost:
+        cache = cached(found, records, dtype, display.say)
+    return cache, cost
+
+
+def made(value: Any) -> Any:
+    """What a pass has made; a mistake of ours where it has not run yet."""
+    assert value is not None, "a pass ran before the one that it reads"
+    return value
