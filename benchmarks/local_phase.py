@@ -1,6 +1,6 @@
 """Local and joint training against joint training alone, and against PPCL as printed: the same cut, the same time.
 
-    python -m benchmarks.local_phase [--training-seeds 0 1 2] [--scenes 1024] [--seeds 220 221 222 223]
+    python -m benchmarks.local_phase [--training-seeds 0 1 2] [--scenes 2048] [--seeds 220 ... 227]
 
 Six of twelve blocks gone at modulation rank 8. `ours`: our plan, 100 local and 200 joint steps. `joint`: our plan, from the same
 start, joint steps alone, as many as take the time of ours. `ppcl`: the paper's intervals trimmed to as many blocks, each started
@@ -42,8 +42,8 @@ def main() -> None:
     """Train and judge the three; one results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--training-seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[220, 221, 222, 223])
+    parser.add_argument("--scenes", type=int, default=2048)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(220, 228)))
     parser.add_argument("--out", type=Path, default=Path("out/local_phase"))
     options = parser.parse_args()
     source = open_source("builtin:two-digits")

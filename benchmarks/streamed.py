@@ -174,7 +174,7 @@ def local_phase(teacher: Teacher, samples: Sequence[Sample], steps: int) -> list
         for folder in works:
             folder.mkdir()
         settings = LocalSettings(steps, len(samples[0][0]), 1e-4, steps, 0, len(samples), TrainingSettings())
-        made = LocalPhase(teacher, lambda _: next(turns), edits, works, settings, lambda share, note: None).run()
+        made = list(LocalPhase(teacher, lambda _: next(turns), edits, works, settings, lambda share, note: None).run())
     return [t for record in made for _, t in sorted(record.tensors.items())]
 
 

@@ -21,23 +21,28 @@ from ppclc.records import Analysis, CalibrationStats, Distilled, Job, Record, St
 
 RECORD = re.compile(r"(?P<key>(?:interval|text|ffn)-[\w-]+)-(?P<digest>[0-9a-f]{16})")
 INTERVAL = re.compile(r"interval-(\d+)-(\d+)(-adapted)?")
-WIDTH = re.compile(r"(?:ffn|text)-(\d+)-(\d+)-")
-"""A width edit's own block, first and last: `ffn-2-image` stands on a block of the teacher's."""
+WIDTH = re.compile(r"(?:ffn|text)-(?P<first>\d+)-(?:(?P<last>\d+a?)-)?(?:(?P<ref>\d+)-(?P<ref_last>\d+a?)|image|text)")
+"""A width edit's own block, first and last, and a text stream's reference; `ffn-2-image` stands on a block of the teacher's, an `a`
+stands for adapters."""
 MODULATION = "modulation"
+ADAPTED = "-adapted"
 
 
-def interval_job(key: str, start: int, settings: DistillSettings, source: str, base: Record) -> Job:
+def interval_job(key: str, start: int, settings: DistillSettings, source: str, base: Record, stats: Record, ridge: float) -> Job:
     """What an interval's record is made from. start: the teacher block that the student block starts from.
 
     Here and in `width_job` is said, and nowhere else, what a distilled edit depends on. source: identity of the
-    samples. base: teacher and dtype.
+    samples. base: teacher and dtype. Adapters start in closed form, from the moments.
     """
-    return Job(key, distill.VERSION, settings.local() | {"source": source, "start": start}, (base,))
+    told = settings.local() | {"source": source, "start": start}
+    adapted = key.endswith(ADAPTED)
+    return Job(key, distill.VERSION, told | {"ridge": ridge} if adapted else told, (base, stats) if adapted else (base,))
 
 
 def width_job(key: str, settings: DistillSettings, source: str, base: Record, stats: Record, ridge: float, under: Sequence[Record]) -> Job:
     """What the record of a text stream's or a feed-forward network's maps is made from. under: the interval that its block stands for."""
-    return Job(key, distill.VERSION, [settings.local(width=True) | {"source": source}, ridge], (base, stats, *under))
+    told = settings.local("ffn" if key.startswith("ffn-") else "text") | {"source": source}
+    return Job(key, distill.VERSION, [told, ridge], (base, stats, *under))
 
 
 def start_of(analysis: Analysis, key: str, interval: Interval) -> int:
@@ -71,20 +76,22 @@ def held_edits(
     for name, folder in folders:
         if span := INTERVAL.fullmatch(name["key"]):
             start = start_of(analysis, name["key"], Interval(first=int(span[1]), last=int(span[2])))
-            if _is_of(store, interval_job(name["key"], start, settings, source, base), name["digest"]):
+            if _is_of(store, interval_job(name["key"], start, settings, source, base, stats, ridge), name["digest"]):
                 found[name["key"]] = folder
     for name, folder in folders:
         if not INTERVAL.fullmatch(name["key"]):
-            below = [[]] if (span := WIDTH.match(name["key"])) is None or span[1] == span[2] else _below(found, span[1], span[2])
-            if any(_is_of(store, width_job(name["key"], settings, source, base, stats, ridge, u), name["digest"]) for u in below):
+            below = _below(found, name["key"])
+            if below is not None and _is_of(store, width_job(name["key"], settings, source, base, stats, ridge, below), name["digest"]):
                 found[name["key"]] = folder
     return found
 
 
-def _below(found: Mapping[str, Path], first: str, last: str) -> list[list[Record]]:
-    """The records that a width edit of an interval's block may stand on: with adapters and without."""
-    keys = (f"interval-{first}-{last}", f"interval-{first}-{last}-adapted")
-    return [[Record(digest=found[k].name.rpartition("-")[2])] for k in keys if k in found]
+def _below(found: Mapping[str, Path], key: str) -> list[Record] | None:
+    """The records of the intervals that a width edit stands on, reference first; None where one is not there."""
+    match = WIDTH.fullmatch(key)
+    spans = [(match["ref"], match["ref_last"]), (match["first"], match["last"])] if match else []
+    keys = [f"interval-{u}-{v.rstrip('a')}{ADAPTED if v.endswith('a') else ''}" for u, v in spans if v and u != v]
+    return [Record(digest=found[k].name.rpartition("-")[2]) for k in keys] if set(keys) <= set(found) else None
 
 
 def _is_of(store: Store, job: Job, digest: str) -> bool:
@@ -129,6 +136,6 @@ class EditBank:
 
 def joined(
     stats: CalibrationStats, ridge: float, plan: CompressionPlan, family: Family, edits: Iterable[Distilled]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Mapping[str, Any]]:
     """The bank of a plan: closed forms, and distilled edits over them."""
     return closed_form_bank(stats, ridge, plan, family.text_key) | {e.edit: e.tensors for e in edits}

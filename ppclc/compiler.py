@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ppclc.devices import Ranks
+from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
 from ppclc.encoding import Unencoded, cached, find_data
@@ -62,6 +62,8 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     display.stages = PASSES.index(until) + 1
     for step in PASSES[: display.stages]:
         raise_if_stopped()
+        if step == "distill" and recipe.distill.teacher == "streamed":
+            run.forget_teacher()
         if step == "slice":
             run.part()
             if not ranks.is_main:
@@ -87,7 +89,7 @@ def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     if isinstance(found, Unencoded) and not found.folder(out / "records", recipe.model.dtype).is_dir():
         raise OutputError(f"{out}: the run is not finished, its samples are not encoded; {again}")
     cache = cached(found, out / "records", recipe.model.dtype, display.say)
-    run = Run(recipe, name, out, display, source, cache)
+    run = Run(recipe, name, out, display, source, cache, alone_here())
     run.store.frozen = True
     try:
         calibrate(run, lambda *_: None)

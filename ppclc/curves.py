@@ -30,11 +30,12 @@ class Curve:
     def add(self, step: int, terms: Mapping[str, float], learning_rate: float) -> None:
         """One step, counted from 1; its loss is the sum of the terms."""
         row = {"step": step, "loss": sum(terms.values()), **terms, "learning_rate": learning_rate}
-        print(json.dumps(row | {"seconds": round(time.perf_counter() - self.start, 3)}), file=self.file, flush=True)
-        if self.board is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self.board.add_scalar(key, value, step)
+        with disk_errors(self.path):
+            print(json.dumps(row | {"seconds": round(time.perf_counter() - self.start, 3)}), file=self.file, flush=True)
+            if self.board is not None:
+                for key, value in row.items():
+                    if key != "step":
+                        self.board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Write out what is left."""

@@ -127,6 +127,11 @@ def gradients_settle(module: Any, last: bool) -> AbstractContextManager[None]:
     return no_sync() if no_sync and not last else nullcontext()
 
 
+def alone_here() -> Ranks:
+    """One process on its own, on the device that it trains on."""
+    return Ranks(device=_own_device())
+
+
 def open_ranks() -> Ranks:
     """This process's rank and device, as the launcher's environment says; joins the others.
 
@@ -137,7 +142,7 @@ def open_ranks() -> Ranks:
         if _is_set(variable):
             raise UnavailableError(f"the launcher asks for {name}, which distillation does not do; wanted plain processes or --use_fsdp")
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Ranks(device=_own_device())
+        return alone_here()
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs

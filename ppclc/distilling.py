@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ppclc.bank import held_edits, interval_job, intervals_to_distill, joined, start_of, width_job
 from ppclc.closed_forms import interval_adapters
 from ppclc.families import Bank
-from ppclc.ffn_refits import refitted_ffns
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, width_edits
 from ppclc.models import build_student
 from ppclc.passes import distill as distill_pass
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import CalibrationStats, Distilled, Job
+from ppclc.refits import refitted, text_blocks
 from ppclc.run import Run, made
 from ppclc.teachers import Teacher
 
 
 def distill(run: Run, progress: Callable[[float, str], None]) -> None:
-    """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole.
-
-    Of intervals that are not the plan's no tensors are kept in memory.
-    """
+    """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole."""
     plan, settings, ridge, stats = made(run.plan), run.recipe.distill, run.recipe.analyze.ridge, made(run.stats)
     samples, family, teacher = run.samples("train"), run.source.family, run.by_blocks
     teaching = Teaching(family, run.source.config, teacher.block_tensors)
@@ -38,23 +37,31 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
         start = start_of(made(run.analysis), plan.interval_key(interval), interval)
         given = partial(_interval_start, teacher, stats, ridge, plan, interval, start)
         edits.append(interval_edit(teaching, plan, interval, given, settings.weights))
-        jobs.append(interval_job(edits[-1].key, start, settings, samples.identity, run.base))
+        jobs.append(interval_job(edits[-1].key, start, settings, samples.identity, run.base, stats, ridge))
     trained = train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
     own = trained[: len(plan.intervals)]
-    bank = joined(stats, ridge, plan, family, own)
+    bank = dict(joined(stats, ridge, plan, family, own))
 
     def refit() -> None:
-        if any(plan.interval_at(edit.block) for edit in plan.ffn):
+        if any(e.stands_on for e in widths):
             drawn = distill_pass.refit_samples(samples, settings, run.ranks.device)
-            bank.update(refitted_ffns(teacher, teaching, plan, bank, drawn, ridge))
+            bank.update(refitted(teacher, teaching, plan, bank, drawn, ridge, max(1, settings.chunk // settings.batch)))
 
     widths = width_edits(teaching, plan, bank, settings.weights)
     under = {e.edit: e for e in own}
     jobs = [width_job(e.key, settings, samples.identity, run.base, stats, ridge, [under[k] for k in e.stands_on]) for e in widths]
-    own += train_edits(run, widths, jobs, settings.width_steps, part(settings.steps, settings.width_steps, "width"), refit)
+    own += train_edits(
+        run,
+        widths,
+        jobs,
+        settings.width_steps,
+        part(settings.steps, settings.width_steps, "width"),
+        refit,
+        text_blocks(teaching, plan, bank),
+    )
     bank |= {e.edit: e.tensors for e in own}
     tuned = finetune(run, plan, bank, own, settings, part(settings.steps + settings.width_steps, settings.finetune_steps, "fine-tune"))
-    run.edits = [*own, *(e.model_copy(update={"tensors": {}}) for e in trained[len(plan.intervals) :]), tuned]
+    run.edits = [*own, *trained[len(plan.intervals) :], tuned]
 
 
 def _interval_start(
@@ -72,15 +79,19 @@ def train_edits(
     steps: int,
     progress: Callable[[float, str], None],
     before: Callable[[], None] = lambda: None,
+    text_blocks: Callable[[int], nn.Module | None] = lambda _: None,
 ) -> list[Distilled]:
-    """The records of some edits, those that are not there trained beside each other. before: what is done once there are any."""
+    """The records of some edits, those that are not there trained beside each other. before: what is done once there are any.
+
+    text_blocks: as `Teacher.sweep` takes it.
+    """
     settings, samples = run.recipe.distill, run.samples("train")
 
-    def build(left: list[int], works: list[Path]) -> list[Distilled]:
+    def build(left: list[int], works: list[Path]) -> Iterable[Distilled]:
         before()
         chosen = [edits[i] for i in left]
         return distill_pass.distill_edits(
-            run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves", run.ranks.device
+            run.by_blocks, chosen, steps, samples, settings, progress, works, run.out / "curves", run.ranks.device, text_blocks
         )
 
     return run.store.make_all(Distilled, jobs, build, "distill", on="each") if edits else []
@@ -93,6 +104,7 @@ def finetune(
     edits: Sequence[Distilled],
     settings: distill_pass.DistillSettings,
     progress: Callable[[float, str], None],
+    curve_name: str = "finetune",
 ) -> Distilled:
     """The whole student of a plan, trained end to end from the bank and the plan's distilled edits."""
     samples, ridge, teacher = run.samples("train"), run.recipe.analyze.ridge, run.by_blocks
@@ -100,7 +112,7 @@ def finetune(
 
     def whole(work: Path) -> Distilled:
         student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
-        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends)
+        return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends, curve_name)
 
     what = [told.joint() | {"source": samples.identity}, plan.model_dump(), ridge]
     inputs = (run.base, made(run.stats), *edits)

@@ -25,7 +25,7 @@ def noted_interrupts() -> Iterator[Interrupt]:
     """Within the block the first signal sets `asked`; a second one raises KeyboardInterrupt where it stands.
 
     A signal that the block did not look at any more is raised when it ends well: none is lost. Outside the main
-    thread, where no handler can be set, nothing is ever asked.
+    thread, where no handler can be set, nothing is ever asked, and neither is by a signal that is ignored.
 
     Raises:
         KeyboardInterrupt: a stop was asked for.
@@ -40,7 +40,8 @@ def noted_interrupts() -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         interrupt.asked = True
 
-    earlier: dict[signal.Signals, Any] = {s: signal.signal(s, note) for s in SIGNALS}
+    minded = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+    earlier: dict[signal.Signals, Any] = {s: signal.signal(s, note) for s in minded}
     try:
         yield interrupt
     finally:

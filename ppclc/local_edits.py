@@ -175,8 +175,8 @@ def ffn_edit(teaching: Teaching, plan: CompressionPlan, edit: FfnEdit, bank: Ban
 def text_edit(teaching: Teaching, plan: CompressionPlan, edit: TextStreamEdit, bank: Bank, weights: Weights) -> LocalEdit:
     """The maps between a reference block's text states and those of a block whose text stream is gone.
 
-    Both map the teacher's own states; through the block, the map of keys and values also learns what the image
-    stream needs of it.
+    Both map the teacher's own states, as the student's own blocks modulate them; through the block, the map of keys
+    and values also learns what the image stream needs of it.
     """
     family = teaching.family
     between = [b for b in plan.kept if edit.reference < b <= edit.block]
@@ -202,7 +202,7 @@ def text_edit(teaching: Teaching, plan: CompressionPlan, edit: TextStreamEdit, b
         build=lambda: _learning(teaching.block(own, edit.block, bank), modules),
         loss=loss,
         tensors=lambda state: {k: v for k, v in state.items() if k.split(".")[0] in modules},
-        stands_on=_below(plan, edit.block),
+        stands_on=(*_below(plan, edit.reference), *_below(plan, edit.block)),
     )
 
 

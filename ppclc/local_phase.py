@@ -10,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from torch import nn
 from ppclc.batches import Drawn, Feed
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, cores, has_spare_core, local_world
-from ppclc.interrupts import noted_interrupts
+from ppclc.interrupts import Interrupt, noted_interrupts
 from ppclc.local_edits import BatchStates, LocalEdit
 from ppclc.records import Distilled
 from ppclc.samples import Sample
@@ -47,7 +48,7 @@ class LocalSettings:
 
 @dataclass
 class LocalPhase:
-    """Edits that learn, each with a folder of its own for its checkpoints."""
+    """Edits that learn, each with a folder of its own for its checkpoints. text_blocks: as `Teacher.sweep` takes it."""
 
     teacher: Teacher
     draw: Callable[[torch.Generator], Sample]
@@ -57,6 +58,7 @@ class LocalPhase:
     progress: Progress
     curves: Path | None = None
     device: str = "cpu"
+    text_blocks: Callable[[int], nn.Module | None] = lambda _: None
     trainers: dict[str, Trainer] = field(default_factory=dict)
     drawn_curves: dict[str, Curve] = field(default_factory=dict)
 
@@ -65,15 +67,21 @@ class LocalPhase:
         """Whether blocks and edits are in memory one at a time."""
         return isinstance(self.teacher, StreamedTeacher)
 
-    def run(self) -> list[Distilled]:
-        """Every edit's record, from where its checkpoint left it. Raises KeyboardInterrupt when a stop was asked for."""
+    def run(self) -> Iterator[Distilled]:
+        """Every edit's record, from where its checkpoint left it, one after the other once all have learned.
+
+        Raises:
+            KeyboardInterrupt: a stop was asked for.
+        """
         try:
-            return self._run()
+            self._train()
         finally:
             for curve in self.drawn_curves.values():
                 curve.close()
+        for edit in self.edits:
+            yield self._finished(edit)
 
-    def _run(self) -> list[Distilled]:
+    def _train(self) -> None:
         paths = {e.key: w / CHECKPOINT for e, w in zip(self.edits, self.works, strict=True)}
         self.done = {e.key: steps_done(paths[e.key]) for e in self.edits}
         self.paths = paths
@@ -89,14 +97,13 @@ class LocalPhase:
         with noted_interrupts() as interrupt:
             at = first
             for chunk in self._feed().chunks(generator, steps - first):
-                self._learn(chunk, at)
+                self._learn(chunk, at, interrupt)
                 at += len(chunk)
-                if not self.streamed and at < steps and (at % self.settings.every == 0 or interrupt.asked):
+                if not self.streamed and (interrupt.asked or (at < steps and at % self.settings.every == 0)):
                     self._save(chunk[-1].state, at)
                 if interrupt.asked:
                     raise KeyboardInterrupt
                 self.progress(at / steps, self._note())
-        return [self._finished(e) for e in self.edits]
 
     def _feed(self) -> Feed:
         together, count = (self.settings.together if self.streamed else 1), self.settings.training.accumulate
@@ -109,10 +116,11 @@ class LocalPhase:
 
     def _sweep_whole(self, samples: Sequence[Sample]) -> list[BatchStates]:
         """The states that any edit reads, of every batch."""
-        _, sweep = list(self.teacher.sweep(samples, *self._wanted))[-1]
+        _, sweep = list(self.teacher.sweep(samples, *self._wanted, self.text_blocks))[-1]
         return [batch_states(sweep, samples, n) for n in range(len(samples))]
 
-    def _learn(self, chunk: Sequence[Drawn], at: int) -> None:
+    def _learn(self, chunk: Sequence[Drawn], at: int, interrupt: Interrupt) -> None:
+        """The steps of a chunk by all edits; streamed, those that a stop leaves out catch up when the run goes on."""
         if not self.streamed:
             lanes = max(1, cores() // local_world() // torch.get_num_threads()) if _on_cpu(chunk) else 1
             with ThreadPoolExecutor(min(lanes, len(self.edits))) as pool:
@@ -121,7 +129,7 @@ class LocalPhase:
             return
         samples = [b for step in chunk for b in step.batches]
         left = {e.key: e for e in self.edits}
-        for stop, sweep in self.teacher.sweep(samples, *self._wanted):
+        for stop, sweep in self.teacher.sweep(samples, *self._wanted, self.text_blocks):
             for edit in [e for e in left.values() if e.stops[-1] == stop]:
                 n = self.settings.training.accumulate
                 states = [batch_states(sweep, samples, i) for i in range(len(samples))]
@@ -129,6 +137,8 @@ class LocalPhase:
                 self._teach(edit, [Drawn(states[i * n : (i + 1) * n], step.state) for i, step in enumerate(chunk)], at)
                 del left[edit.key], states
                 self._put_away(edit, chunk[-1].state)
+                if interrupt.asked:
+                    raise KeyboardInterrupt
             for old in sweep.states.keys() - {s for e in left.values() for s in e.stops}:
                 del sweep.states[old]
 
@@ -139,7 +149,7 @@ class LocalPhase:
         trainer = self._trainer(edit)
         for step in chunk[max(0, len(trainer.losses) - at) :]:
             rate = trainer.rate
-            terms = trainer.step([_loss_on(edit, batch) for batch in step.batches])
+            terms = trainer.step([_loss_on(edit, batch, trainer.precision) for batch in step.batches])
             if edit.key in self.drawn_curves:
                 self.drawn_curves[edit.key].add(len(trainer.losses), terms, rate)
         self.done[edit.key] = len(trainer.losses)
@@ -147,11 +157,13 @@ class LocalPhase:
     def _trainer(self, edit: LocalEdit) -> Trainer:
         if edit.key not in self.trainers:
             settings = self.settings
-            trainer = Trainer(edit.build().train(), settings.steps, settings.learning_rate, settings.training, Ranks(device=self.device))
+            trainer = Trainer(
+                edit.build().train(), settings.steps, settings.learning_rate, settings.training, Ranks(device=self.device), name=edit.key
+            )
             if self.streamed:
                 give_back_memory()  # of the copies that the module was made from
             trainer.load(self.paths[edit.key])
-            if self.curves is not None:
+            if self.curves is not None and len(trainer.losses) < settings.steps:
                 self.drawn_curves[edit.key] = Curve(self.curves, edit.key, len(trainer.losses))
             self.trainers[edit.key] = trainer
         return self.trainers[edit.key]
@@ -210,8 +222,22 @@ def batch_states(sweep: Sweep, samples: Sequence[Sample], n: int) -> BatchStates
     return BatchStates(states, sweep.shared[n], samples[n][2].get("encoder_hidden_states_mask"))
 
 
-def _loss_on(edit: LocalEdit, batch: BatchStates) -> Callable[[nn.Module], Terms]:
-    return lambda module: edit.loss(module, batch)
+def _loss_on(edit: LocalEdit, batch: BatchStates, precision: torch.dtype) -> Callable[[nn.Module], Terms]:
+    """A batch's loss; what a teacher in half precision gives is raised for a module whose products are not."""
+    return lambda module: edit.loss(module, raised(batch) if precision == torch.float32 else batch)
+
+
+def raised(batch: BatchStates) -> BatchStates:
+    """A batch with its half-precision tensors in float32."""
+
+    def single(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+        if isinstance(value, Mapping):
+            return {k: single(v) for k, v in value.items()}
+        return type(value)(map(single, value)) if isinstance(value, list | tuple) else value
+
+    return BatchStates(single(batch.states), single(batch.shared), batch.mask)
 
 
 def _on_cpu(chunk: Sequence[Drawn]) -> bool:

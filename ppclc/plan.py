@@ -207,8 +207,12 @@ class CompressionPlan(BaseModel):
 
     def ffn_key(self, block: int, stream: str) -> str:
         """Name in the bank of a linear feed-forward network: its block, or both ends of the interval that starts there."""
+        return f"ffn-{block}-{self.end_name(block)}-{stream}" if self.interval_at(block) else f"ffn-{block}-{stream}"
+
+    def end_name(self, block: int) -> str:
+        """How a name in the bank tells where a student block ends: the interval's last block, with `a` behind it for adapters."""
         span = self.interval_at(block)
-        return f"ffn-{block}-{span.last}-{stream}" if span else f"ffn-{block}-{stream}"
+        return f"{span.last}{'a' if span in self.adapters else ''}" if span else str(block)
 
     def without(self, edit: Edit) -> CompressionPlan:
         """The same plan with one edit put back; text-stream references follow, and adapters go with their interval."""

@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).parent / "recipes"
 class Section(BaseModel):
     """Base of the sections that belong to no single pass."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSettings(Section):

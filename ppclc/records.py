@@ -15,11 +15,12 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,8 +33,10 @@ class Record(BaseModel):
     """Base of all records. `tensors` goes to safetensors, everything else to JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    stays_on_disk: ClassVar[bool] = False
+    """Whether a record that was made or found holds its tensors as `StoredTensors`, not in memory."""
     digest: str = ""
-    tensors: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    tensors: Mapping[str, Any] = Field(default_factory=dict, exclude=True)
 
 
 class CalibrationStats(Record):
@@ -125,6 +128,7 @@ class Analysis(Record):
 class Distilled(Record):
     """One trained edit, or the whole student after the fine-tune; `tensors` are its weights."""
 
+    stays_on_disk: ClassVar[bool] = True
     edit: str
     steps: int
     losses: list[tuple[int, float]]
@@ -347,7 +351,7 @@ STORED_AS = {
 """Names in safetensors files by torch's own names of dtypes."""
 
 
-def write_tensors(path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, whole or not at all, one after the other from where they lie.
 
     The library's own writer copies all of them into memory first, which doubles what a checkpoint takes.
@@ -390,9 +394,40 @@ def read_record(kind: type[R], folder: Path) -> R:
     try:
         record = kind.model_validate_json((folder / "record.json").read_text("utf-8"))
         tensors = folder / "tensors.safetensors"
-        return record.model_copy(update={"tensors": load_file(tensors)}) if tensors.exists() else record
+        if not tensors.exists():
+            return record
+        return record.model_copy(update={"tensors": StoredTensors(tensors) if kind.stays_on_disk else load_file(tensors)})
     except (OSError, ValueError, SafetensorError) as error:
         raise OutputError(f"{folder}: no readable {kind.__name__} record ({error}); remove the folder and run again") from None
+
+
+class StoredTensors(Mapping[str, Any]):
+    """The tensors of a safetensors file by name, each read anew when it is asked for.
+
+    Raises:
+        SafetensorError: not a whole file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self._path = path
+        with safe_open(path, "pt") as file:
+            self._names = tuple(file.keys())
+
+    def __getitem__(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -456,14 +491,15 @@ class Store:
         self,
         kind: type[R],
         jobs: Sequence[Job],
-        build: Callable[[list[int], list[Path]], list[R]],
+        build: Callable[[list[int], list[Path]], Iterable[R]],
         stage: str,
         valid: Callable[[R], bool] = lambda _: True,
         on: Builders = "main",
     ) -> list[R]:
         """Records that are made together: those that are there (and `valid`) are read, the others built in one go.
 
-        `build` is given the numbers of the jobs that are left and a work folder for each. Its cost is shared out evenly.
+        `build` is given the numbers of the jobs that are left and a work folder for each; what it makes is written as it
+        comes. Its cost, up to the first record, is shared out evenly.
         on: the ranks that build: the main one alone, `each` a share of what is left, or `all` of them together, of
         which the main one has the records.
         """
@@ -489,7 +525,7 @@ class Store:
         jobs: Sequence[Job],
         left: list[int],
         digests: Sequence[str],
-        build: Callable[[list[int], list[Path]], list[R]],
+        build: Callable[[list[int], list[Path]], Iterable[R]],
         stage: str,
         among: int,
         writes: bool,
@@ -500,14 +536,20 @@ class Store:
             with disk_errors(work):
                 work.mkdir(parents=True, exist_ok=True)
         with measured(stage) as cost:
-            built = build(left, works)
+            built = iter(build(left, works))
+            first = list(islice(built, 1))
         found: dict[int, R] = {}
-        for i, work, record in zip(left, works, built, strict=True) if writes else ():
-            found[i] = record.model_copy(update={"digest": digests[i]})
-            part = cost[0].model_copy(update={"seconds": cost[0].seconds / among})
-            with whole_folder(self.folder(jobs[i].name, digests[i])) as draft:
-                write_record(found[i], draft)
+        for i, work, record in zip(left, works, chain(first, built), strict=True):
+            first.clear()
+            if not writes:
+                continue
+            part, folder = cost[0].model_copy(update={"seconds": cost[0].seconds / among}), self.folder(jobs[i].name, digests[i])
+            made = record.model_copy(update={"digest": digests[i]})
+            with whole_folder(folder) as draft:
+                write_record(made, draft)
                 write_text(draft / "stage.json", part.model_dump_json())
+            found[i] = read_record(type(made), folder) if made.stays_on_disk else made
+            del record, made
             shutil.rmtree(work, ignore_errors=True)
         self._remember(cost[0])
         return found

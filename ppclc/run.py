@@ -13,6 +13,7 @@ from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError
+from ppclc.local_phase import give_back_memory
 from ppclc.models import Source, check_teacher, load_source, open_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
@@ -36,6 +37,7 @@ from ppclc.records import (
 )
 from ppclc.samples import Samples, open_samples
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
+from ppclc.training import check_optimizer
 
 
 @dataclass
@@ -83,6 +85,11 @@ class Run:
             self.teacher.to("cpu")
         self.__dict__.pop("by_blocks", None)
 
+    def forget_teacher(self) -> None:
+        """Let go of the whole model, where it was loaded; who needs it again loads it again."""
+        self.__dict__.pop("teacher", None)
+        give_back_memory()
+
     @property
     def called(self) -> Any:
         """What can be called as the teacher is."""
@@ -122,6 +129,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     mark = check_mark(out, source, "give another folder with -o")
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     run = Run(recipe, name, out, display, source, cache, ranks)
+    check_optimizer(recipe.distill)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():

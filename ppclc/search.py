@@ -49,7 +49,7 @@ class AnalyzeSettings(BaseModel):
     taken as it is.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     reading: Literal["equation", "caption"] = "equation"
     ridge: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     strategy: Strategy = "output_error"

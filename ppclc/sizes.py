@@ -263,7 +263,8 @@ def finetune_settings(out: Path, recipe: Recipe, changes: list[str]) -> DistillS
     changed = read_recipe(out / "recipe.yaml", ["distill.finetune_steps=0", *changes])
     old, new = recipe.model_dump(), changed.model_dump()
     sections = [s for s in old if s != "distill" and old[s] != new[s]]
-    local = [f"distill.{k}" for k in (*recipe.distill.local(), "bank") if old["distill"][k] != new["distill"][k]]
+    free = {*recipe.distill.joint(), "gradient_checkpointing", "checkpoint_every", "chunk"}
+    local = [f"distill.{k}" for k in old["distill"] if k not in free and old["distill"][k] != new["distill"][k]]
     if wrong := [*sections, *local]:
         raise RecipeError(
             f"--set {wrong[0]}: a slice takes the edits of {out} as they are; wanted distill.finetune_steps and what that training is set by; "
@@ -297,7 +298,8 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
     tuned: list[Distilled] = []
     if steps:
         with display.stage("fine-tune") as progress:
-            tuned = [distilling.finetune(run, plan, tensors, edits, settings, progress)]
+            tuned = [distilling.finetune(run, plan, tensors, edits, settings, progress, f"finetune-{home.name}")]
+        run.part()
     document: dict[str, Any] = {
         "teacher": compiler.teacher_size(run),
         "student": {},

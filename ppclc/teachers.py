@@ -129,11 +129,17 @@ class Teacher:
         self.num_blocks = family.num_blocks(config)
         self._skeleton = skeleton
 
-    def sweep(self, samples: Sequence[Sample], stops: Collection[int], text_inputs: Collection[int] = ()) -> Iterator[tuple[int, Sweep]]:
+    def sweep(
+        self,
+        samples: Sequence[Sample],
+        stops: Collection[int],
+        text_inputs: Collection[int] = (),
+        text_blocks: Callable[[int], nn.Module | None] = lambda _: None,
+    ) -> Iterator[tuple[int, Sweep]]:
         """Each state number of `stops`, in rising order, with the sweep whose `states` hold it by then.
 
         No block after the last stop is run. For stops that are in `text_inputs`, `text_input` is among the
-        states. A streamed teacher holds no block while it waits for its caller.
+        states: modulated by the block that `text_blocks` has for that number, else by the teacher's own. A streamed teacher holds no block while it waits for its caller.
 
         Raises:
             ValueError: a state number that is not there, or a text input that is no stop.
@@ -149,7 +155,7 @@ class Teacher:
             if number in stops:
                 kept = [dict(states) for states in current]
                 if number in text_inputs:
-                    self._add_text_inputs(number, kept, tembs)
+                    self._add_text_inputs(text_blocks(number), number, kept, tembs)
                 sweep.states[number] = kept
                 del kept
                 self._release()
@@ -208,8 +214,8 @@ class Teacher:
             current[n] = run_block(module, self.family, current[n], shared[n])
 
     @torch.no_grad()
-    def _add_text_inputs(self, block: int, states: list[States], tembs: Sequence[torch.Tensor]) -> None:
-        module = self._block(block)
+    def _add_text_inputs(self, other: nn.Module | None, block: int, states: list[States], tembs: Sequence[torch.Tensor]) -> None:
+        module = self._block(block) if other is None else other.to(self.device)
         for batch, temb in zip(states, tembs, strict=True):
             batch[TEXT_INPUT] = self.family.text_input(module, batch["text"], temb)
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,7 @@ from torch import nn
 from ppclc.batches import Feed
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, gradients_settle
-from ppclc.errors import UnavailableError
+from ppclc.errors import RecipeError, UnavailableError
 from ppclc.interrupts import noted_interrupts
 from ppclc.records import write_tensors
 from ppclc.shards import forget_older, like, local, newest_step, shard_file, whole
@@ -47,7 +48,7 @@ class TrainingSettings(BaseModel):
     model's own dtype. clip: largest norm of the gradient.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     accumulate: Annotated[int, Field(ge=1)] = 1
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup: Annotated[int, Field(ge=1)] = 20
@@ -66,7 +67,7 @@ class TrainingSettings(BaseModel):
 class Trainer:
     """A module with all that its next step depends on. Its trainable parameters are those that require a gradient.
 
-    losses: of every step so far. Parameters in half precision are raised to float32, which small steps need.
+    name: what a message calls it. losses: of every step so far. Parameters in half precision are raised to float32, which small steps need.
     ranks: those that train it together, each on batches of its own; `blocks` are the units in which it is sharded.
     """
 
@@ -78,7 +79,9 @@ class Trainer:
         settings: TrainingSettings,
         ranks: Ranks = ALONE,
         blocks: Sequence[nn.Module] = (),
+        name: str = "training",
     ) -> None:
+        self.name = name
         self.dtype, self.ranks = next(module.parameters()).dtype, ranks
         self.module = module.float() if ranks.sharded else module.float().to(ranks.device)  # a shard moves alone
         self.called: nn.Module = ranks.prepared(self.module, blocks)
@@ -95,7 +98,11 @@ class Trainer:
         return self.learning_rate * self.settings.rate(len(self.losses), self.steps)
 
     def step(self, losses: Iterable[Callable[[nn.Module], Terms]]) -> dict[str, float]:
-        """One step on the mean of some losses, each on a batch of its own; the mean of each term, over all ranks."""
+        """One step on the mean of some losses, each on a batch of its own; the mean of each term, over all ranks.
+
+        Raises:
+            RecipeError: a loss or a gradient that is not finite.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad()
@@ -108,16 +115,26 @@ class Trainer:
                 torch.stack([t / len(parts) for t in terms.values()]).sum().backward()
             for name, term in terms.items():
                 told[name] = told.get(name, 0.0) + term.item() / len(parts)
-        self.clip()
+        norm = whole(self.clip())  # of all ranks' gradients: all find the same
+        if not math.isfinite(norm.item()):
+            raise RecipeError(
+                f"{self.name}: loss {sum(told.values()):.4g} with a gradient of norm {norm.item():.4g} at step {len(self.losses) + 1} of "
+                f"{self.steps}, learning rate {self.rate:.3g}: the training diverged; wanted a smaller learning rate, or more warmup"
+            )
         self.optimizer.step()
         self._follow()
         told = dict(zip(told, self.ranks.mean(list(told.values())), strict=True))
         self.losses.append(sum(told.values()))
         return told
 
+    @property
+    def precision(self) -> torch.dtype:
+        """What products of the forward are made in."""
+        return {"auto": self.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.settings.precision]
+
     def autocast(self) -> torch.autocast:
-        """The precision that products of the forward are made in."""
-        wanted = {"auto": self.dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}[self.settings.precision]
+        """The forward's context: float32 weights, products in `precision`."""
+        wanted = self.precision
         device = next(iter(self.module.parameters())).device.type
         return torch.autocast(device, torch.bfloat16 if wanted == torch.float32 else wanted, enabled=wanted != torch.float32)
 
@@ -171,13 +188,17 @@ class Trainer:
         """Go on from a checkpoint; the generator's state, None where there is no checkpoint.
 
         Raises:
-            UnavailableError: the checkpoint is sharded over another number of processes.
+            UnavailableError: the checkpoint is sharded over another number of processes, or not sharded where this is.
         """
         step = newest_step(path.parent, self.ranks)
         if step is not None:
             path = shard_file(path.parent, step, self.ranks)
         if not path.exists():
             return None
+        if step is None and self.ranks.sharded:
+            raise UnavailableError(
+                f"{path.parent}: holds a checkpoint of whole weights; go on without --use_fsdp, or remove that folder to begin anew"
+            )
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         self.losses = json.loads(metadata["losses"])
@@ -225,7 +246,7 @@ def train(
                 done, stop = len(trainer.losses), trainer.ranks.any(interrupt.asked)
                 if drawn_curve:
                     drawn_curve.add(done, terms, rate)
-                if done < trainer.steps and (done % every == 0 or stop):
+                if stop or (done < trainer.steps and done % every == 0):
                     trainer.save(path, step.state)
                 if stop:
                     trainer.ranks.wait()  # a launcher ends all once one has left: not before every file is whole
@@ -258,13 +279,18 @@ def _key(key: str, prefix: str, name: str) -> str:
     return key[len(prefix) : -len(name) - 1]
 
 
+def check_optimizer(settings: TrainingSettings) -> None:
+    """Raise UnavailableError when the optimizer's library is not there."""
+    if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UnavailableError("distill.optimizer = 'adamw8bit': pip install 'ppclc[adamw8bit]', or take adamw")
+
+
 def _optimizer(parameters: Iterable[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """AdamW in float32 or with 8-bit moments. Raises UnavailableError when its library is not there."""
+    """AdamW in float32 or with 8-bit moments. Raises UnavailableError as `check_optimizer`."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, weight_decay=settings.weight_decay, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise UnavailableError("distill.optimizer = 'adamw8bit': pip install 'ppclc[adamw8bit]', or take adamw") from None
+    check_optimizer(settings)
+    from bitsandbytes.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(list(parameters), lr=0.0, betas=BETAS, weight_decay=settings.weight_decay)
     return optimizer

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("block_costs", "predictions"),
     ("cache", "datasets", "encoding", "samples", "teachers", "ffn_maps"),
     ("closed_forms", "local_edits", "trials"),
-    ("ffn_refits", "local_phase"),
+    ("local_phase", "refits"),
     ("budget", "edit_costs", "supernet"),
     ("search",),
     ("backends",),

@@ -98,8 +98,7 @@ def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Ban
 def text_key(plan: CompressionPlan, block: int) -> str:
     """Name in the bank of a text-stream edit's maps: block and reference with the ends of their intervals."""
     reference = next(e.reference for e in plan.text_stream if e.block == block)
-    ends = [(i.last if (i := plan.interval_at(b)) else b) for b in (block, reference)]
-    return f"text-{block}-{ends[0]}-{reference}-{ends[1]}"
+    return f"text-{block}-{plan.end_name(block)}-{reference}-{plan.end_name(reference)}"
 
 
 def _modulation(part: str, plan: CompressionPlan, source: Tensors, bank: Bank, block: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ class CalibrateSettings(BaseModel):
     size of the images, and for prompts the size at which the teacher samples.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     source: SourceKind = "auto"
     path: Annotated[str, Field(min_length=1)] | None = None
     resolution: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] = 256

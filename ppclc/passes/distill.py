@@ -6,7 +6,7 @@ that a distilled edit serves every plan that contains it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from ppclc.samples import Sample, Samples, moved
 from ppclc.teachers import StreamedTeacher, Teacher
 from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, train
 
-VERSION = 3
+VERSION = 4
 REFIT_BATCHES = 16
 LOCAL_KEYS = {"learning_rate", "batch", "seed", *TrainingSettings.model_fields}
 JOINT_KEYS = {
@@ -90,10 +90,14 @@ class DistillSettings(TrainingSettings):
         """What the terms of a local loss count."""
         return Weights(self.magnitude, self.image_weight, self.text_weight, self.map_weight)
 
-    def local(self, width: bool = False) -> dict[str, Any]:
-        """The settings on which a local edit depends."""
-        own = {"width_steps", "map_weight"} if width else {"steps"}
-        return self.model_dump(include={*own, "magnitude", "image_weight", "text_weight", *LOCAL_KEYS})
+    def local(self, kind: Literal["interval", "text", "ffn"] = "interval") -> dict[str, Any]:
+        """The settings on which a local edit of a kind depends."""
+        own = {
+            "interval": {"steps", "image_weight", "text_weight"},
+            "text": {"width_steps", "map_weight", "image_weight", "text_weight"},
+            "ffn": {"width_steps", "map_weight"},
+        }
+        return self.model_dump(include={*own[kind], "magnitude", *LOCAL_KEYS})
 
     def joint(self) -> dict[str, Any]:
         """The settings on which the fine-tune depends."""
@@ -121,13 +125,14 @@ def distill_edits(
     works: Sequence[Path],
     curves: Path | None = None,
     device: str = "cpu",
-) -> list[Distilled]:
-    """A record for each edit, all taught on the same batches, on a device that the teacher is on."""
+    text_blocks: Callable[[int], nn.Module | None] = lambda _: None,
+) -> Iterator[Distilled]:
+    """A record for each edit, all taught on the same batches, on a device that the teacher is on; one after the other once all are."""
     local = LocalSettings(
         steps, settings.batch, settings.learning_rate, settings.checkpoint_every, settings.seed, settings.together, settings
     )
     draw = partial(_draw, samples, settings.batch, device)
-    return LocalPhase(teacher, draw, edits, works, local, progress, curves, device).run()
+    return LocalPhase(teacher, draw, edits, works, local, progress, curves, device, text_blocks).run()
 
 
 def finetune(
@@ -140,6 +145,7 @@ def finetune(
     curves: Path | None = None,
     ranks: Ranks = ALONE,
     ends: Sequence[int] = (),
+    curve_name: str = "finetune",
 ) -> Distilled:
     """The whole student, trained end to end on the teacher's velocity and, by `data_weight`, on that of the data. Mean squared errors.
 
@@ -151,7 +157,7 @@ def finetune(
     student.requires_grad_(True).train()
     blocks, followed = blocks_of(student, teacher.family), tuple(ends) if settings.state_weight else ()
     states = image_states(blocks, teacher.family) if followed else []
-    trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings, ranks, blocks)
+    trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings, ranks, blocks, "fine-tune")
     streamed = isinstance(teacher, StreamedTeacher)
     shifted = samples.shifted(settings.timestep_shift)
     feed = Feed(
@@ -161,7 +167,7 @@ def finetune(
         together=settings.together if streamed else 1,
         ahead=not streamed and has_spare_core(ranks.device),
     )
-    curve = partial(Curve, curves, "finetune") if curves and settings.finetune_steps and ranks.is_main else None
+    curve = partial(Curve, curves, curve_name) if curves and settings.finetune_steps and ranks.is_main else None
     train(trainer, feed, partial(joint_terms, settings, states), settings.seed + 1, settings.checkpoint_every, work, progress, curve)
     return Distilled(edit="finetune", steps=settings.finetune_steps, losses=trainer.window_losses(), tensors=trainer.trained())
 

@@ -327,10 +327,10 @@ def edit_words(name: str) -> str:
     """A key of the bank in words: `blocks 3–4 as one` for `interval-3-4`; others as they are."""
     if match := re.fullmatch(r"interval-(\d+)-(\d+)(-adapted)?", name):
         return f"blocks {match[1]}–{match[2]} as one" + (", with adapters" if match[3] else "")
-    if match := re.fullmatch(r"text-(\d+)-(\d+)-(\d+)-(\d+)", name):
+    if match := re.fullmatch(r"text-(\d+)-(\d+)a?-(\d+)-(\d+)a?", name):
         own, reference = (f"{a}–{b}" if a != b else a for a, b in (match.group(1, 2), match.group(3, 4)))
         return f"text stream of {own} from {reference}"
-    if match := re.fullmatch(r"ffn-(\d+)(-\d+)?-(\w+)", name):
+    if match := re.fullmatch(r"ffn-(\d+)(?:(-\d+)a?)?-(\w+)", name):
         return f"{match[3]} feed-forward network of {match[1]}{(match[2] or '').replace('-', '–')}"
     return "fine-tune of the whole student" if name == "finetune" else name
 

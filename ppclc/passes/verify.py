@@ -23,7 +23,7 @@ Limit = Annotated[float, Field()] | Annotated[int, Field()]
 class GateSettings(BaseModel):
     """Limits of one metric: its drop, and the upper end of the drop's 95 % interval, in percent."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     drop_percent: Limit | None = None
     upper_percent: Limit | None = None
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ppclc import bank as bank_module
 from ppclc import cli, compiler, distilling, run_costs, sizes
-from ppclc.bank import EditBank, interval_job, intervals_to_distill, needed
+from ppclc.bank import EditBank, interval_job, intervals_to_distill, needed, width_job
 from ppclc.budget import PlanSettings
 from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
@@ -26,7 +26,7 @@ from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.predictions import predict
 from ppclc.recipe import Recipe, parse_recipe, read_recipe
-from ppclc.records import Distilled, Record, read_record
+from ppclc.records import Distilled, Job, Record, StoredTensors, read_record
 from ppclc.run import Run
 from ppclc.run_costs import Speeds, Work
 
@@ -223,7 +223,9 @@ def test_edits_of_other_settings_are_not_held(out: Path) -> None:
     assert read_recipe(out / "recipe.yaml").distill.steps == 5
     _, bank = opened(out)
     assert bank.intervals == []
-    assert not [k for k in bank.folders if (m := bank_module.WIDTH.match(k)) and m[1] != m[2]]  # what stands on an interval goes with it
+    assert not [
+        k for k in bank.folders if (m := bank_module.WIDTH.fullmatch(k)) and m["last"] not in (None, m["first"])
+    ]  # what stands on an interval goes with it
 
 
 def test_a_wider_bank_is_made_without_doing_anything_twice(teacher_folder: Path, tmp_path: Path) -> None:
@@ -236,25 +238,33 @@ def test_a_wider_bank_is_made_without_doing_anything_twice(teacher_folder: Path,
     assert len(list((out / "records").glob("finetune-*"))) == 1
     assert len(list((out / "records").glob("interval-*"))) == len(second.edits) - 1 == 12
     own = {i.key for i in second.plan.intervals}  # type: ignore[union-attr]
-    assert {e.edit for e in second.edits if e.tensors} == own | {"finetune"}
+    assert {e.edit for e in second.edits} > own | {"finetune"}
+    assert all(isinstance(e.tensors, StoredTensors) for e in second.edits)  # in memory when asked for, and not before
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
 
 
 def test_an_edit_s_record_depends_on_its_start_its_training_and_the_teacher() -> None:
-    settings, base = DistillSettings(), Record(digest="a")
-    known = interval_job("interval-1-2", 1, settings, "noise", base)
-    others = [
-        interval_job("interval-1-3", 1, settings, "noise", base),
-        interval_job("interval-1-2", 2, settings, "noise", base),
-        interval_job("interval-1-2", 1, settings.model_copy(update={"steps": 3}), "noise", base),
-        interval_job("interval-1-2", 1, settings, "images", base),
-        interval_job("interval-1-2", 1, settings, "noise", Record(digest="b")),
-    ]
-    assert known not in others
-    joint = settings.model_copy(update={"finetune_steps": 1, "bank": "all", "finetune_learning_rate": 0.5})
-    assert interval_job("interval-1-2", 1, joint, "noise", base) == known
+    settings, base, stats = DistillSettings(), Record(digest="a"), Record(digest="s")
+
+    def job(key: str = "interval-1-2", start: int = 1, source: str = "noise", base: Record = base, **changed: Any) -> Job:
+        given = settings.model_copy(update={k: v for k, v in changed.items() if k in DistillSettings.model_fields})
+        return interval_job(key, start, given, source, base, changed.get("stats", stats), changed.get("ridge", 1e-4))
+
+    assert job() not in [job("interval-1-3"), job(start=2), job(steps=3), job(source="images"), job(base=Record(digest="b"))]
+    assert job(finetune_steps=1, bank="all", finetune_learning_rate=0.5, width_steps=7, map_weight=0.5) == job()
+    assert job(stats=Record(digest="t"), ridge=0.5) == job()
+    adapted = job("interval-1-2-adapted")  # which start in closed form
+    assert adapted not in [job("interval-1-2-adapted", stats=Record(digest="t")), job("interval-1-2-adapted", ridge=0.5)]
+
+
+def test_a_network_s_record_does_not_depend_on_weights_of_streams() -> None:
+    """Its loss has its own stream alone; that of a text stream has both."""
+    base, stats = Record(digest="a"), Record(digest="s")
+    for key, equal in (("ffn-1-image", True), ("text-3-3-1-1", False)):
+        jobs = [width_job(key, DistillSettings(text_weight=w), "noise", base, stats, 1e-4, []) for w in (1.0, 0.5)]
+        assert (jobs[0] == jobs[1]) is equal
 
 
 def test_the_plan_s_intervals_are_distilled_first_and_each_once(whole: Path) -> None:
@@ -444,8 +454,8 @@ def test_a_run_that_is_read_again_fits_and_draws_nothing(teacher_folder: Path, t
     """A network on an interval's block is fitted anew before it is trained, and not where its record is there."""
     by_hand = {"intervals": [[0, 1], [2, 3], [4, 5]], "text_stream": "none", "ffn": [{"block": 2, "stream": "image"}]}
     fitted: list[int] = []
-    own = distilling.refitted_ffns
-    monkeypatch.setattr(distilling, "refitted_ffns", lambda *given: (fitted.append(1), own(*given))[1])
+    own = distilling.refitted
+    monkeypatch.setattr(distilling, "refitted", lambda *given: (fitted.append(1), own(*given))[1])
     first = compress(teacher_folder, tmp_path / "out", distill={"bank": "plan"}, plan=by_hand)
     assert fitted == [1]
     assert "ffn-2-3-image" in {e.edit for e in first.edits}

@@ -51,7 +51,7 @@ def local(model: Any, family: Family, interval: Interval, samples: Samples, work
     progress = changes.pop("progress", quiet)
     chosen = SHORT.model_copy(update=changes)
     edits = [edit_of(model, family, interval, chosen)]
-    return distill_edits(ResidentTeacher(model, family), edits, chosen.steps, samples, chosen, progress, [work])[0]
+    return distill_edits(ResidentTeacher(model, family), edits, chosen.steps, samples, chosen, progress, [work]).__next__()
 
 
 def tune(

@@ -26,14 +26,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ppclc import encoding
+from ppclc import compiler, distilling, encoding
 from ppclc import run as run_module
 from ppclc.cache import open_cache
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
 from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.families import Family
-from ppclc.ffn_refits import refitted_ffns
 from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit, width_edits
 from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
 from ppclc.models import apply_plan, block_state, blocks_of, load_model, load_source, open_source, save_model
@@ -43,6 +42,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.quality import velocity_error
 from ppclc.recipe import parse_recipe
 from ppclc.records import Distilled, read_record
+from ppclc.refits import refitted
 from ppclc.run import Run
 from ppclc.samples import Sample, Samples, open_samples
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
@@ -253,7 +253,7 @@ def test_3_linear_maps_are_trained_and_get_better_on_samples_that_were_not_seen(
     works = [tmp_path / e.key for e in edits]
     for work in works:
         work.mkdir()
-    made = distill_edits(ResidentTeacher(teacher, family), edits, 60, samples, settings, quiet, works)
+    made = list(distill_edits(ResidentTeacher(teacher, family), edits, 60, samples, settings, quiet, works))
     held_out = [states_for(teacher, family, edits, samples.draw(32, torch.Generator().manual_seed(1000 + n))) for n in range(4)]
     assert len(made) == 5
     for edit, record in zip(edits, made, strict=True):
@@ -375,7 +375,7 @@ def test_6_a_batch_passes_every_student_block_once_and_the_teacher_once(
     hooks = [b.register_forward_pre_hook(lambda *_, i=i: counts.update([f"teacher {i}"])) for i, b in enumerate(blocks_of(teacher, family))]
     try:
         settings = DistillSettings(batch=2, accumulate=accumulate)
-        distill_edits(ResidentTeacher(teacher, family), edits, 4, samples, settings, quiet, [tmp_path / e.key for e in edits])
+        list(distill_edits(ResidentTeacher(teacher, family), edits, 4, samples, settings, quiet, [tmp_path / e.key for e in edits]))
     finally:
         for hook in hooks:
             hook.remove()
@@ -433,7 +433,7 @@ def test_7_padded_text_enters_no_closed_form(teacher: Any, family: Family, padde
         closed = closed_form_bank(stats, RIDGE, EDITS, family.text_key)
         drawn = [source.draw(8, torch.Generator().manual_seed(n)) for n in range(6)]
         plan = CompressionPlan.of(NAME, 6, [(1, 2)], ffn=[(1, "image"), (1, "text")])
-        refits = refitted_ffns(ResidentTeacher(teacher, family), teaching_of(teacher, family), plan, {}, drawn, RIDGE)
+        refits = refitted(ResidentTeacher(teacher, family), teaching_of(teacher, family), plan, {}, drawn, RIDGE, 6)
         made.append({f"{k}.{n}": v for entries in (closed, refits) for k, t in entries.items() for n, v in t.items()})
     assert len(made[0]) == 2 + 2 * 4 + 3 * 2 + 1 * 2
     assert same(made[0], made[1])
@@ -500,7 +500,7 @@ def test_8_a_streamed_teacher_holds_no_block_while_an_edit_learns_and_one_edit_l
     edits = [watched(e) for e in edits_of(teacher, family, EDITS, bank)]
     settings = LocalSettings(4, 4, 1e-3, 2, 0, 2, TrainingSettings())
     draw = partial(_draw, samples)
-    made = LocalPhase(streamed, draw, edits, [tmp_path / e.key for e in edits], settings, quiet).run()
+    made = list(LocalPhase(streamed, draw, edits, [tmp_path / e.key for e in edits], settings, quiet).run())
     assert most == 1
     assert len(alive) > 2 * len(edits)  # each was put away and built again
     (tmp_path / "resident").mkdir()
@@ -508,7 +508,7 @@ def test_8_a_streamed_teacher_holds_no_block_while_an_edit_learns_and_one_edit_l
     for work in works:
         work.mkdir()
     plain = edits_of(teacher, family, EDITS, bank)
-    resident = LocalPhase(ResidentTeacher(teacher, family), draw, plain, works, settings, quiet).run()
+    resident = list(LocalPhase(ResidentTeacher(teacher, family), draw, plain, works, settings, quiet).run())
     assert all(same(a.tensors, b.tensors) for a, b in zip(made, resident, strict=True))
 
 
@@ -527,6 +527,29 @@ def test_8_distillation_with_a_streamed_teacher_never_loads_the_whole(
     monkeypatch.setattr(run_module, "load_source", None)  # calling it would fail
     run = compile_small(teacher_folder, tmp_path / "streamed", "distill", plan=plan, distill={"teacher": "streamed", "chunk": 8})
     assert same(run.edits[-1].tensors, whole.edits[-1].tensors)
+
+
+def test_8_a_teacher_that_the_analysis_loaded_is_gone_when_distillation_streams(
+    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 8: in one command, in which calibrate and analyze have the whole teacher."""
+    loaded: list[weakref.ref[nn.Module]] = []
+    own = distilling.distill
+
+    def load(*given: Any) -> Any:
+        model = load_source(*given)
+        loaded.append(weakref.ref(model))
+        return model
+
+    def distill(run: Run, *given: Any) -> None:
+        assert len(loaded) == 1
+        assert loaded[0]() is None
+        own(run, *given)
+
+    monkeypatch.setattr(run_module, "load_source", load)
+    monkeypatch.setattr(compiler, "distill", distill)
+    run = compile_small(teacher_folder, tmp_path, "distill", plan=EDITED, distill={"teacher": "streamed"})
+    assert run.edits
 
 
 def test_8_prompts_are_encoded_and_the_encoder_is_gone_before_the_teacher_is_loaded(
@@ -657,7 +680,7 @@ def test_what_is_made_from_a_frozen_teacher_can_train(
         (tmp_path / edit.key).mkdir()
     before = {e.key: e.tensors({k: v.clone() for k, v in e.build().state_dict().items()}) for e in edits}
     settings = DistillSettings(batch=2)
-    made = distill_edits(ResidentTeacher(teacher, family), edits, 2, samples, settings, quiet, [tmp_path / e.key for e in edits])
+    made = list(distill_edits(ResidentTeacher(teacher, family), edits, 2, samples, settings, quiet, [tmp_path / e.key for e in edits]))
     for record in made:
         still = [k for k, v in record.tensors.items() if torch.equal(v, before[record.edit][k])]
         assert not still, (record.edit, still)

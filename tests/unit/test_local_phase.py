@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 
 from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.families import Family
-from ppclc.ffn_refits import refitted_ffns
 from ppclc.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
 from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
 from ppclc.models import apply_plan, open_source
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats, Distilled
+from ppclc.refits import refitted, text_blocks
 from ppclc.samples import Sample, Samples, open_samples
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.training import CHECKPOINT, TrainingSettings
@@ -110,9 +111,9 @@ def stop_at(step: int) -> Callable[[float, str], None]:
 
 
 def test_every_edit_of_the_plan_is_there(wanted: dict[str, Distilled]) -> None:
-    assert set(wanted) == {"interval-1-2", "interval-3-4-adapted", "text-3-4-1-2", "ffn-0-text", "ffn-1-2-image", "ffn-5-image"}
+    assert set(wanted) == {"interval-1-2", "interval-3-4-adapted", "text-3-4a-1-2", "ffn-0-text", "ffn-1-2-image", "ffn-5-image"}
     assert set(wanted["ffn-5-image"].tensors) == {"weight", "bias"}
-    assert set(wanted["text-3-4-1-2"].tensors) == {"text_in.weight", "text_in.bias", "text_out.weight", "text_out.bias"}
+    assert set(wanted["text-3-4a-1-2"].tensors) == {"text_in.weight", "text_in.bias", "text_out.weight", "text_out.bias"}
     assert {k for k in wanted["interval-3-4-adapted"].tensors if "adapter" in k} == {
         f"{s}_adapter.{p}" for s in ("image", "text") for p in ("weight", "bias")
     }
@@ -199,7 +200,7 @@ def test_trained_edits_are_what_a_student_is_made_of(
     student = apply_plan(teacher, PLAN, bank).state_dict()
     for name, key in (("1.img_ffn", "ffn-1-2-image"), ("0.txt_ffn", "ffn-0-text"), ("3.img_ffn", "ffn-5-image")):
         assert torch.equal(student[f"transformer_blocks.{name}.weight"], wanted[key].tensors["weight"])
-    assert torch.equal(student["transformer_blocks.2.text_in.bias"], wanted["text-3-4-1-2"].tensors["text_in.bias"])
+    assert torch.equal(student["transformer_blocks.2.text_in.bias"], wanted["text-3-4a-1-2"].tensors["text_in.bias"])
     adapted = wanted["interval-3-4-adapted"].tensors
     assert torch.equal(student["transformer_blocks.2.image_adapter.weight"], adapted["image_adapter.weight"])
     assert torch.equal(student["transformer_blocks.2.attn.to_q.weight"], adapted["attn.to_q.weight"])
@@ -213,8 +214,8 @@ def test_networks_of_distilled_blocks_are_refitted(
     bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN, family.text_key)) | {k: d.tensors for k, d in wanted.items()}
     generator = torch.Generator().manual_seed(3)
     drawn = [samples.draw(16, generator) for _ in range(6)]
-    made = refitted_ffns(resident, teaching, PLAN, bank, drawn, 1e-9)
-    assert set(made) == {"ffn-1-2-image"}
+    made = refitted(resident, teaching, PLAN, bank, drawn, 1e-9, 4)
+    assert set(made) == {"ffn-1-2-image", "text-3-4a-1-2"}
     block, mids, targets = teaching.block(teaching.plan(PLAN, [PLAN.intervals[0]]), 1, bank), [], []
     block.img_norm2.register_forward_pre_hook(lambda _, args: mids.append(args[0]))
     _, sweep = list(resident.sweep(drawn, {1, 3}))[-1]
@@ -232,3 +233,72 @@ def test_networks_of_distilled_blocks_are_refitted(
         return relative_error(mid + mid @ maps["weight"].double().T + maps["bias"].double(), target).item()
 
     assert error(made["ffn-1-2-image"]) < error(closed_form_bank(stats, 1e-4, PLAN, family.text_key)["ffn-1-2-image"])
+
+
+def test_text_maps_of_distilled_blocks_are_refitted(
+    resident: Teacher, family: Family, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled]
+) -> None:
+    """Between what the student's own blocks make of the teacher's text states: against least squares on the rows themselves."""
+    teaching = Teaching(family, resident.config, resident.block_tensors)
+    closed = closed_form_bank(stats, 1e-4, PLAN, family.text_key)
+    bank: dict[str, Any] = dict(closed) | {k: d.tensors for k, d in wanted.items() if k.startswith("interval")}
+    generator = torch.Generator().manual_seed(3)
+    drawn = [samples.draw(16, generator) for _ in range(6)]
+    made = refitted(resident, teaching, PLAN, bank, drawn, 1e-12, 4)["text-3-4a-1-2"]
+    assert torch.equal(made["text_out.weight"], closed["text-3-4a-1-2"]["text_out.weight"])  # between the teacher's states in any case
+    blocks = {i.first: teaching.block(teaching.plan(PLAN, [i]), i.first, bank) for i in PLAN.intervals}
+    _, sweep = list(resident.sweep(drawn, {1, 3}))[-1]
+    rows: dict[int, list[torch.Tensor]] = {1: [], 3: []}
+    for n, (x, t, conditioning) in enumerate(drawn):
+        with torch.no_grad():
+            temb = resident.model.time_text_embed(t.to(x), x)  # type: ignore[attr-defined]
+            mask = conditioning.get("encoder_hidden_states_mask")
+            for number, block in blocks.items():
+                own = family.text_input(block, sweep.states[number][n]["text"], temb).flatten(0, 1)
+                rows[number].append(own if mask is None else own[mask.flatten().bool()])
+    x, y = (torch.cat(rows[number]).double() for number in (1, 3))
+    solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1), y).solution
+    assert torch.allclose(made["text_in.weight"].double(), solution[:-1].T, atol=1e-3)
+    assert torch.allclose(made["text_in.bias"].double(), solution[-1], atol=1e-3)
+
+
+def test_text_edits_learn_between_what_the_students_own_blocks_make(
+    resident: Teacher, streamed: Teacher, family: Family, samples: Samples, wanted: dict[str, Distilled]
+) -> None:
+    """The modulated text in a sweep is that of the student's block where an interval begins, else of the teacher's."""
+    teaching = Teaching(family, resident.config, resident.block_tensors)
+    blocks = text_blocks(teaching, PLAN, {k: d.tensors for k, d in wanted.items()})
+    drawn = [samples.draw(4, torch.Generator().manual_seed(3))]
+    seen = {}
+    for name, teacher, given in (("own", resident, blocks), ("teacher", resident, lambda _: None), ("streamed", streamed, blocks)):
+        _, sweep = list(teacher.sweep(drawn, {0, 1, 3}, {0, 1, 3}, given))[-1]
+        seen[name] = {n: sweep.states[n][0]["text_input"] for n in (0, 1, 3)}
+    assert torch.equal(seen["own"][0], seen["teacher"][0])
+    assert all(torch.equal(seen["own"][n], seen["streamed"][n]) for n in (0, 1, 3))
+    assert not any(torch.allclose(seen["own"][n], seen["teacher"][n], rtol=1e-3) for n in (1, 3))
+
+
+@pytest.mark.parametrize("precision", ["float32", "auto", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_in_half_precision_teaches_in_every_precision(
+    dtype: torch.dtype, precision: str, make_teacher: Callable[..., Any], family: Family, samples: Samples, tmp_path: Path
+) -> None:
+    """Float32 products of the same rounded weights and states: the loss is near that of the model raised to float32."""
+    losses = []
+    half = make_teacher(6).to(dtype)
+    for model in (half, copy.deepcopy(half).float()):
+        teacher = ResidentTeacher(model, family)
+        edit = interval_edit(
+            Teaching(family, teacher.config, teacher.block_tensors),
+            PLAN,
+            PLAN.intervals[0],
+            lambda t=teacher: t.block_tensors(1),
+            Weights(),
+        )
+        settings = LocalSettings(1, 4, 1e-3, 10, 5, 1, TrainingSettings(precision=precision if model is half else "float32"))
+        work = tmp_path / str(len(losses))
+        work.mkdir()
+        (made,) = LocalPhase(teacher, lambda g: samples.draw(4, g), [edit], [work], settings, lambda share, note: None).run()
+        losses.append(made.losses[0][1])
+        assert all(t.dtype == model.dtype for t in made.tensors.values())
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)

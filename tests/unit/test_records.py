@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import torch
 from ppclc.errors import OutputError, UnavailableError
 from ppclc.records import (
     Distilled,
+    Job,
     Measured,
     Record,
     Store,
+    StoredTensors,
     digest_of,
     disk_errors,
     measured,
@@ -253,6 +255,35 @@ def test_stages_of_one_name_add_up_and_are_reused_only_together(tmp_path: Path) 
     assert second.stages[0].reused
     second.make(Distilled, "edit9", 1, {}, (), Builder(), stage="distill")
     assert not second.stages[0].reused
+
+
+def test_tensors_that_stay_on_disk_are_read_when_asked_for(tmp_path: Path) -> None:
+    """Of a record that was just made, as of one that is found again: equal bits, and not the same memory twice."""
+    tensors = {"a": torch.randn(3, 2), "b": torch.arange(4).to(torch.bfloat16)}
+    record = Distilled(edit="edit", steps=1, losses=[], tensors=tensors)
+    for _ in range(2):
+        made = Store(tmp_path).make(Distilled, "edit", 1, {}, (), lambda _: record)
+        assert isinstance(made.tensors, StoredTensors)
+        assert list(made.tensors) == ["a", "b"]
+        assert all(torch.equal(made.tensors[k], v) and made.tensors[k].dtype == v.dtype for k, v in tensors.items())
+        assert made.tensors["a"].data_ptr() != made.tensors["a"].data_ptr()
+        with pytest.raises(KeyError):
+            made.tensors["c"]
+
+
+def test_records_are_written_as_they_come(tmp_path: Path) -> None:
+    """So that what many edits take in memory is what one takes."""
+    jobs = [Job(f"edit{n}", 1, {}, ()) for n in range(3)]
+    there: list[int] = []
+
+    def build(left: list[int], works: list[Path]) -> Iterator[Distilled]:
+        for n in left:
+            yield Distilled(edit=f"edit{n}", steps=1, losses=[], tensors={"a": torch.full((2,), float(n))})
+            there.append(len(list((tmp_path / "records").glob("edit*/record.json"))))
+
+    made = Store(tmp_path).make_all(Distilled, jobs, build, "distill")
+    assert there == [1, 2, 3]
+    assert [m.tensors["a"][0].item() for m in made] == [0, 1, 2]
 
 
 def test_measured_sees_time_and_the_memory_of_the_block() -> None:

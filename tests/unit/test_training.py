@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import signal
@@ -16,8 +17,10 @@ from torch import nn
 
 from ppclc.batches import Feed
 from ppclc.curves import Curve
-from ppclc.errors import UnavailableError
-from ppclc.training import CHECKPOINT, Trainer, TrainingSettings, train
+from ppclc.devices import Ranks
+from ppclc.errors import RecipeError, UnavailableError
+from ppclc.interrupts import noted_interrupts
+from ppclc.training import CHECKPOINT, Trainer, TrainingSettings, steps_done, train
 
 STEPS = 30
 
@@ -214,3 +217,69 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(data: torch.Tensor, tmp_pat
     run(data, tmp_path, TrainingSettings())
     assert (tmp_path / CHECKPOINT).is_file()
     assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_a_training_that_diverges_ends_in_a_message(data: torch.Tensor, tmp_path: Path) -> None:
+    """Told at the first step whose gradient is not finite; nothing of it reaches the weights or a checkpoint."""
+
+    def explodes(module: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        terms = loss(module, rows)
+        return terms if len(trainer.losses) < 9 else {k: v * float("inf") for k, v in terms.items()}
+
+    trainer = Trainer(module(), STEPS, 0.05, TrainingSettings(), name="interval-1-2")
+    with pytest.raises(RecipeError, match=r"interval-1-2: loss inf .* at step 10 of 30, learning rate 0\.0\d+: .* smaller learning rate"):
+        train(trainer, feed(data), explodes, 3, 7, tmp_path, quiet)
+    assert len(trainer.losses) == 9
+    assert all(p.isfinite().all() for p in trainer.parameters.values())
+    assert steps_done(tmp_path / CHECKPOINT) == 7
+
+
+def test_a_stop_in_the_last_step_loses_nothing(data: torch.Tensor, tmp_path: Path) -> None:
+    def last(done: int) -> Callable[[nn.Module, torch.Tensor], dict[str, torch.Tensor]]:
+        def stopping(module: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+            if len(trainer.losses) == done:
+                os.kill(os.getpid(), signal.SIGINT)
+            return loss(module, rows)
+
+        return stopping
+
+    trainer = Trainer(module(), STEPS, 0.05, TrainingSettings())
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, feed(data), last(STEPS - 1), 3, 7, tmp_path, quiet)
+    assert steps_done(tmp_path / CHECKPOINT) == STEPS
+    again = Trainer(module(), STEPS, 0.05, TrainingSettings())
+    train(again, feed(data), loss, 3, 7, tmp_path, quiet)
+    whole = run(data, tmp_path / "whole", TrainingSettings())
+    assert again.losses == whole.losses
+    assert all(torch.equal(v, whole.trained()[k]) for k, v in again.trained().items())
+
+
+def test_a_signal_that_is_ignored_stays_so(data: torch.Tensor, tmp_path: Path) -> None:
+    """As a shell has it for what runs in the background."""
+    earlier = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with noted_interrupts() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not interrupt.asked
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+
+
+def test_whole_weights_are_no_start_for_shards(data: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        run(data, tmp_path, TrainingSettings(), stop_at(8))
+    trainer = Trainer(module(), STEPS, 0.05, TrainingSettings())
+    trainer.ranks = Ranks(world=2, sharded=True)
+    with pytest.raises(UnavailableError, match="whole weights; go on without --use_fsdp"):
+        trainer.load(tmp_path / CHECKPOINT)
+
+
+def test_a_full_disk_under_a_curve_is_a_message(tmp_path: Path) -> None:
+    curve = Curve(tmp_path, "a", 0)
+    curve.close()
+    with os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb", buffering=0) as full:
+        curve.board, curve.file = None, io.TextIOWrapper(full, write_through=True)  # type: ignore[arg-type]
+        with pytest.raises(UnavailableError, match="the disk is full"):
+            curve.add(1, {"a": 1.0}, 0.1)
+        curve.file.detach()
