@@ -35,6 +35,8 @@ ANALYZE = {"supernet_steps": 80, "supernet_sets": 32, "trials": 6, "trial_steps"
 DISTILL = {"steps": 100, "width_steps": 50, "finetune_steps": 2000, "finetune_learning_rate": 3e-3}
 BY_SIZE = {
     "blocks7": {"finetune_steps": 3000},
+    "p34": {"finetune_steps": 1500},
+    "p25": {"finetune_steps": 1500},
     # The teacher learns nothing from its own velocity: what is left to it is the data.
     "control": {"data_weight": 1.0},
 }

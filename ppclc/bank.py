@@ -7,11 +7,12 @@ plan that contains it. Width edits that were not trained follow from the calibra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppclc.budget import PlanSettings, adapted_spans
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Bank, Family
 from ppclc.passes import distill
@@ -47,15 +48,29 @@ def width_job(key: str, settings: DistillSettings, source: str, base: Record, st
 
 def start_of(analysis: Analysis, key: str, interval: Interval) -> int:
     """The teacher block that an interval's student block starts from; the first for one that nobody considered."""
-    return analysis.starts.get(key, interval.first)
+    return analysis.starts.get(key, analysis.starts.get(interval.key, interval.first))
 
 
-def intervals_to_distill(analysis: Analysis, plan: CompressionPlan, settings: DistillSettings) -> list[Interval]:
-    """The plan's intervals; with `distill.bank: all` every other one that the analysis considered after them, in order."""
-    if settings.bank == "plan":
-        return list(plan.intervals)
-    spans = sorted({(c.first, c.last) for c in analysis.candidates if c.kind == "interval"})
-    return list(dict.fromkeys([*plan.intervals, *(Interval(first=u, last=v) for u, v in spans)]))
+def considered(analysis: Analysis) -> list[tuple[int, int]]:
+    """First and last block of every interval that an analysis has measured or picked."""
+    picked = {(int(m[1]), int(m[2])) for m in map(INTERVAL.fullmatch, analysis.starts) if m}
+    return sorted(picked | {(c.first, c.last) for c in analysis.candidates if c.kind == "interval"})
+
+
+def interval_plan(plan: CompressionPlan, interval: Interval, wanted: PlanSettings) -> CompressionPlan:
+    """The plan of one interval alone: with adapters as a plan has it, else where the recipe wants adapters for all."""
+    adapted = interval in plan.adapters if interval in plan.intervals else adapted_spans(wanted) is None
+    span = (interval.first, interval.last)
+    return CompressionPlan.of(plan.family, plan.num_blocks, [span], adapters=[span] if adapted else [])
+
+
+def intervals_to_distill(
+    analysis: Analysis, plan: CompressionPlan, settings: DistillSettings, wanted: PlanSettings
+) -> list[CompressionPlan]:
+    """A plan of its own for each of the plan's intervals; with `distill.bank: all`, of every other one that the analysis considered after them."""
+    spans = considered(analysis) if settings.bank == "all" else []
+    every = dict.fromkeys([*plan.intervals, *(Interval(first=u, last=v) for u, v in spans)])
+    return [interval_plan(plan, i, wanted) for i in every]
 
 
 def needed(plan: CompressionPlan, family: Family) -> list[str]:
@@ -107,10 +122,10 @@ class EditBank:
     ridge: float
     family: Family
 
-    @property
-    def intervals(self) -> list[tuple[int, int]]:
-        """First and last block of every interval that is held."""
-        return sorted((int(m[1]), int(m[2])) for m in map(INTERVAL.fullmatch, self.folders) if m and not m[3])
+    def intervals(self, adapted: Collection[tuple[int, int]] | None = ()) -> list[tuple[int, int]]:
+        """First and last block of every interval that is held in its form: with adapters if it is among `adapted`, None for all."""
+        found = [(int(m[1]), int(m[2]), bool(m[3])) for m in map(INTERVAL.fullmatch, self.folders) if m]
+        return sorted((u, v) for u, v, has in found if has == (adapted is None or (u, v) in adapted))
 
     def lacking(self, plan: CompressionPlan) -> list[str]:
         """Keys of a plan's intervals that are not held; everything else has a closed form."""

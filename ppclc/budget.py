@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import selection
 from ppclc.block_costs import require_block_costs
+from ppclc.closed_forms import check_reach
 from ppclc.detection import even_intervals
 from ppclc.errors import RecipeError
 from ppclc.models import Source, empty_model, predicted_parameters, student_config
@@ -29,7 +30,7 @@ class TargetSettings(BaseModel):
     bytes: weights, and activations at bench's size) and latency_ms (of one forward on this machine): numbers.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     parameters: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
     bytes: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
     vram_gb: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
@@ -43,7 +44,7 @@ SHARES = ("parameters", "bytes")
 class FfnChoice(BaseModel):
     """One entry of `plan.ffn`: a block whose feed-forward network of one stream becomes a linear map."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     block: Annotated[int, Field(ge=0)]
     stream: Literal["image", "text"]
 
@@ -55,7 +56,7 @@ class PlanSettings(BaseModel):
     plan, a list those of `intervals` that have them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     intervals: Auto | list[Pair] = "auto"
     text_stream: Auto | list[int] = "auto"
     ffn: Auto | list[FfnChoice] = "auto"
@@ -142,6 +143,33 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
         f"target.{budget.name}: {selection.figure(budget.limit)} cannot be reached by the edits that the recipe allows without an analysis; "
         "wanted a larger target, or run: ppclc compress RECIPE --until analyze"
     )
+
+
+def check_by_hand(source: Source, wanted: PlanSettings, budget: Budget | None, longest: int) -> None:
+    """Refuse what can be known to be wrong with edits by hand before anything is computed.
+
+    Raises:
+        RecipeError: blocks or a rank that are not there, protected blocks in an interval by hand, neither a target nor intervals.
+        PlanError: edits that contradict each other or that this model cannot take.
+    """
+    length = source.family.num_blocks(source.config)
+    if any(not 0 <= b < length for b in wanted.protect):
+        raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{length - 1}")
+    spans = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else []
+    for first, last in spans:
+        if inside := [b for b in wanted.protect if first <= b <= last]:
+            raise RecipeError(f"plan.protect = {wanted.protect}: block {inside[0]} is in the interval {[first, last]} of plan.intervals")
+    text = wanted.text_stream if isinstance(wanted.text_stream, list) else []
+    rank = wanted.modulation_rank if isinstance(wanted.modulation_rank, int) else None
+    ffn, adapted = by_hand(wanted) or [], adapted_spans(wanted)
+    adapters = spans if adapted is None else adapted
+    dead = wanted.dead_code and bool(text or ffn or rank is not None or adapters)
+    plan = CompressionPlan.of(source.family.name, length, spans, text, rank, dead, ffn, adapters)
+    student_config(source.family, source.config, plan)
+    if budget is None and not isinstance(wanted.intervals, list):
+        raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
+    if isinstance(wanted.intervals, list):
+        check_reach(plan, longest)
 
 
 def allows(wanted: PlanSettings, first: int, last: int) -> bool:

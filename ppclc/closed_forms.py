@@ -108,6 +108,18 @@ def text_maps(stats: CalibrationStats, ridge: float, block: tuple[int, int], ref
     return maps
 
 
+def check_reach(plan: CompressionPlan, longest: int) -> None:
+    """Raise PlanError for a text stream whose reference is farther away than moments of so many blocks reach."""
+    for edit in plan.text_stream:
+        own, other = (plan.interval_at(b) for b in (edit.block, edit.reference))
+        ends = (own.last if own else edit.block) - (other.last if other else edit.reference)
+        if max(edit.block - edit.reference, ends) > longest:
+            raise PlanError(
+                f"plan.text_stream: block {edit.block} is {max(edit.block - edit.reference, ends)} blocks from its reference "
+                f"{edit.reference}; calibrate.longest = {longest}: wanted at least that"
+            )
+
+
 def interval_adapters(stats: CalibrationStats, ridge: float, first: int, start: int) -> dict[str, torch.Tensor]:
     """Adapters of an interval's student block as the bank holds them: maps from the teacher's states at block `first` to those at `start`.
 

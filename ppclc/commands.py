@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppclc import block_costs, compiler, sizes
-from ppclc.budget import even_plan
+from ppclc.budget import budget_of, check_by_hand, even_plan
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
@@ -147,6 +147,7 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     check_teacher(source)
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
+    check_by_hand(source, recipe.plan, budget_of(source, recipe.target, dtype), recipe.calibrate.longest)
     found = _analysed_plan(out or default_out(path), recipe)
     cut = found or even_plan(source, recipe.target, recipe.plan, dtype)
     costs = block_costs.read(family, config, dtype)
@@ -352,7 +353,7 @@ def report(out: Path) -> str:
     if not stored.is_file():
         raise OutputError(f"{out}: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/")
     recipe = read_recipe(stored)
-    run = compiler.compress(recipe, f"{out.name}.yaml", out, Display(len(compiler.PASSES), -1))
+    run = compiler.reported(recipe, f"{out.name}.yaml", out, Display(1, 0))
     return "\n".join(summary(run.report or {}, out))
 
 

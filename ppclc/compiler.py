@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ppclc.bank import needed
+from ppclc.closed_forms import check_reach
 from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
@@ -26,7 +28,7 @@ from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import ExportTarget, Recipe
-from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Store, Student, Verdict, measured, write_text
+from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
 from ppclc.run import Run, check_mark, made, prepare
 from ppclc.search import Lessons
 
@@ -74,7 +76,7 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
 
 
 def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
-    """A run of `compress` as it stands: its teacher, moments and analysis, nothing made and nothing written.
+    """A run of `compress` as it stands: its teacher, moments and analysis, nothing made and nothing written; its store is frozen.
 
     Raises:
         OutputError: the folder holds the work of another teacher, or a run that has not come as far as its analysis.
@@ -96,7 +98,28 @@ def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         choose(run, lambda *_: None)
     except OutputError as error:
         raise OutputError(f"{out}: the run is not finished, or was made by another version of ppclc ({error}); {again}") from None
-    run.store = Store(out)
+    return run
+
+
+def reported(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
+    """A finished run with its report written anew, from its records alone.
+
+    Raises:
+        OutputError: as `reopen`, and a run that is not finished.
+    """
+    run = reopen(recipe, name, out, display)
+    steps = (analyze, distill, slice_student, verify, export)
+    try:
+        for step in steps:
+            step(run, lambda *_: None)
+        run.part()
+        bench(run, lambda *_: None)
+    except OutputError as error:
+        if run.student is None or run.verdict is None or len(run.exports) < len(recipe.export):
+            again = f"go on with: ppclc compress {out / 'recipe.yaml'} -o {out}"
+            raise OutputError(f"{out}: the run is not finished ({error}); {again}") from None
+        display.say("warning: measured on another machine, or not at all: the report has no latencies; ppclc bench measures here")
+    report(run, lambda *_: None)
     return run
 
 
@@ -118,7 +141,10 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
     choose(run, progress)
     with run.ranks.main_first():
         run.plan = _edited_plan(run, made(run.analysis).plan)
-    student_config(run.source.family, run.source.config, run.plan)
+        student_config(run.source.family, run.source.config, run.plan)
+        check_reach(run.plan, made(run.stats).longest)
+        if run.ranks.is_main and not run.store.frozen:
+            run.write_recipe()
 
 
 def choose(run: Run, progress: Callable[[float, str], None]) -> None:
@@ -148,7 +174,9 @@ def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
             raise PlanError(f"{path}: a plan for {edited.num_blocks} blocks of {edited.family}, wanted {plan.num_blocks} of {plan.family}")
         run.display.say(f"{path} was edited: it is followed; remove it to take the analysis's own plan")
         return edited
-    for file in (path, ours):  # the user's first: a run that is killed in between must not take an older plan for an edit
+    for file in (
+        () if run.store.frozen else (path, ours)
+    ):  # the user's first: a run that is killed in between must not take an older plan for an edit
         if not file.is_file() or file.read_text("utf-8") != plan.to_json():
             write_text(file, plan.to_json())
     return plan
@@ -269,6 +297,7 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
         stages=run.store.stages,
         versions=versions(),
         bank=bank_of(run),
+        own=needed(made(run.plan), run.source.family),
     )
     with measured("report") as cost:
         written = report_pass.write_report(inputs)

@@ -33,10 +33,11 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
         return lambda share, note: progress((before + share * steps) / total, f"{name}: {note}")
 
     jobs, edits = [], []
-    for interval in intervals_to_distill(made(run.analysis), plan, settings):
-        start = start_of(made(run.analysis), plan.interval_key(interval), interval)
-        given = partial(_interval_start, teacher, stats, ridge, plan, interval, start)
-        edits.append(interval_edit(teaching, plan, interval, given, settings.weights))
+    for alone in intervals_to_distill(made(run.analysis), plan, settings, run.recipe.plan):
+        (interval,) = alone.intervals
+        start = start_of(made(run.analysis), alone.interval_key(interval), interval)
+        given = partial(_interval_start, teacher, stats, ridge, alone, interval, start)
+        edits.append(interval_edit(teaching, alone, interval, given, settings.weights))
         jobs.append(interval_job(edits[-1].key, start, settings, samples.identity, run.base, stats, ridge))
     trained = train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
     own = trained[: len(plan.intervals)]

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import budget_of
+from ppclc.budget import budget_of, check_by_hand
 from ppclc.cache import FEW, Cache
 from ppclc.devices import Ranks
 from ppclc.display import Display
@@ -78,6 +78,10 @@ class Run:
             return StreamedTeacher(self.source, self.recipe.model.dtype, self.ranks.device)
         return ResidentTeacher(self.teacher.to(self.ranks.device), self.source.family)
 
+    def write_recipe(self) -> None:
+        """`recipe.yaml`, with every default filled in: what the folder's plan was made by."""
+        write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
+
     def part(self) -> None:
         """Leave the other ranks, and bring the teacher back from the device: what follows is for one process, on the CPU."""
         self.ranks = self.store.ranks = self.ranks.leave()
@@ -122,11 +126,12 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     check_teacher(source)
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
-    budget_of(source, recipe.target, recipe.model.dtype)
+    budget = budget_of(source, recipe.target, recipe.model.dtype)
     wanted = recipe.calibrate
     found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
     check_writable(out)
     mark = check_mark(out, source, "give another folder with -o")
+    check_by_hand(source, recipe.plan, budget, recipe.calibrate.longest)
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     run = Run(recipe, name, out, display, source, cache, ranks)
     check_optimizer(recipe.distill)
@@ -134,8 +139,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     run.store.stages += encoding
     if not mark.is_file():
         write_text(mark, f"{source.digest()} {recipe.model.path}\n")
-    if ranks.is_main:
-        write_text(out / "recipe.yaml", recipe.to_yaml())
+    if ranks.is_main and not (out / "recipe.yaml").is_file():  # an earlier run's stays until this one has a plan
+        run.write_recipe()
     return run
 
 

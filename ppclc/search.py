@@ -90,9 +90,6 @@ class Search:
         self.source, self.costs, self.settings, self.wanted = source, costs, settings, wanted
         self.cka, self.ppcl, self.progress = cka, ppcl, progress
         self.length, self.longest = costs.length, costs.stats.longest
-        bad = [b for b in wanted.protect if not 0 <= b < self.length]
-        if bad:
-            raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{self.length - 1}")
         self.adapted = adapted_spans(wanted)
         self.interval_errors: dict[Span, torch.Tensor] = {}
         self.kept: dict[Span, int] = {}

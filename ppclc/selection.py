@@ -192,13 +192,26 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
         for (removed, chains), (text_cost, k) in itertools.product(options.chains.items(), options.text_runs):
             for n, (chain_cost, spans) in enumerate(chains):
                 text = options.text(k, spans)
-                if text is None:
+                if text is None or not fits(options, budget, spans, text, rank):
                     continue
                 value = saving.base - removed * saving.block - saving.text(k)
                 value += saving.adapters(len(options.adapted(spans)))
                 dead = 0.0 if text else saving.dead
                 for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY, dead):
                     yield Mix(round(chain_cost + text_cost + rank_cost + cost, 9), removed, n, rank, k, ffns)
+
+
+def fits(options: Options, budget: Budget, spans: Sequence[Span], text: Sequence[int], rank: int | None) -> bool:
+    """Whether feed-forward networks by hand go with these edits. Raises PlanError where all of them were made by hand."""
+    if not options.fixed_ffns:
+        return True
+    try:
+        budget.value(options.plan(spans, text, rank, options.fixed_ffns))
+    except PlanError:
+        if options.fixed_intervals and options.text_blocks is not None:
+            raise
+        return False
+    return True
 
 
 def _ffn_counts(
@@ -256,8 +269,9 @@ class _Savings:
         return True
 
     def _text(self, k: int) -> float:
-        blocks = self.options.run(k, [])
-        return self.base - self.budget.value(self._plan([], blocks, tuple(self.options.fixed_ffns or ()))) if blocks else 0.0
+        blocks = self.options.run(k, []) or []
+        beside = tuple(self.options.fixed_ffns or ()) if fits(self.options, self.budget, [], blocks, self.rank) else ()
+        return self._beside(beside) - self.budget.value(self._plan([], blocks, beside)) if blocks else 0.0
 
     def _ffn(self, stream: str) -> float:
         """What one more edit of a stream saves: the first of all may bring the end of dead code as well."""

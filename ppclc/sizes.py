@@ -18,8 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ppclc import compiler, distilling, selection
-from ppclc.bank import EditBank
-from ppclc.budget import PlanSettings, TargetSettings, allows, budget_of, by_hand
+from ppclc.bank import EditBank, considered, interval_plan
+from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.models import apply_plan, quiet_libraries, rebuild_student, student_config
@@ -27,7 +27,7 @@ from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.recipe import Recipe, read_recipe
-from ppclc.records import Analysis, Distilled, Student, check_writable, digest_of, file_digest, whole_folder, write_text
+from ppclc.records import Analysis, Distilled, Store, Student, check_writable, digest_of, file_digest, whole_folder, write_text
 from ppclc.run import Run
 from ppclc.search import RANK_TOLERANCE
 from ppclc.selection import Budget, Options, Span
@@ -101,6 +101,7 @@ class Choice:
             dead_code=wanted.dead_code,
             protect=frozenset(wanted.protect),
             text_reach=reach,
+            adapters=None if (adapted := adapted_spans(wanted)) is None else frozenset(adapted),
         )
         texts = [None, wanted.text_stream] if isinstance(wanted.text_stream, list) else [None]
         ffns = [None, by_hand(wanted)] if isinstance(wanted.ffn, list) else [None]
@@ -130,7 +131,7 @@ class Choice:
                 options.chains[max(options.chains)], options.ranks[-1:], options.text_runs
             ):
                 text = options.text(k, spans)
-                if text is not None:
+                if text is not None and selection.fits(options, budget, spans, text, rank):
                     free = [(b, s) for _, s, b in options.usable_ffns(spans, text)]
                     plans.append(options.plan(spans, text, rank, options.fixed_ffns if options.fixed_ffns is not None else free))
         return min(plans, key=budget.value)
@@ -163,14 +164,14 @@ def plan_of_size(run: Run, bank: EditBank, target: TargetSettings) -> Compressio
     analysis, wanted = _analysis(run), run.recipe.plan
     budget = budget_of(run.source, target, run.recipe.model.dtype)
     assert budget is not None
-    choice = Choice.of(analysis, wanted, bank.intervals, bank.stats.longest)
+    held = bank.intervals(adapted_spans(wanted))
+    choice = Choice.of(analysis, wanted, held, bank.stats.longest)
     own = analysis.plan
     if not bank.lacking(own) and budget.met(own) and choice.trimmed(own, budget) == own:
         return own
     found = choice.best(budget)
     if found is None:
-        every = [(c.first, c.last) for c in analysis.candidates if c.kind == "interval"]
-        wider = Choice.of(analysis, wanted, sorted({*bank.intervals, *every}), bank.stats.longest)
+        wider = Choice.of(analysis, wanted, sorted({*held, *considered(analysis)}), bank.stats.longest)
         raise PlanError(_out_of_reach(run, bank, budget, choice.smallest(budget), wider))
     return found
 
@@ -205,10 +206,11 @@ def plan_by_hand(run: Run, bank: EditBank, path: Path) -> CompressionPlan:
     student_config(run.source.family, run.source.config, plan)
     lacking = bank.lacking(plan)
     if lacking:
-        considered = {Interval(first=c.first, last=c.last).key for c in _analysis(run).candidates if c.kind == "interval"}
+        forms = [interval_plan(_analysis(run).plan, Interval(first=u, last=v), run.recipe.plan) for u, v in considered(_analysis(run))]
+        trained = {form.interval_key(form.intervals[0]) for form in forms}
         by_plan = f"put the plan into {run.out / 'plan.json'} and run: ppclc compress {run.out / 'recipe.yaml'} -o {run.out}"
-        way_out = train_all(run) if considered.issuperset(lacking) else by_plan
-        held = ", ".join(Interval(first=u, last=v).key for u, v in bank.intervals) or "no interval"
+        way_out = train_all(run) if trained.issuperset(lacking) else by_plan
+        held = ", ".join(k for k in bank.folders if k.startswith("interval-")) or "no interval"
         raise PlanError(f"{path}: the bank in {run.out} lacks {', '.join(lacking)}; it holds {held}; train them with: {way_out}")
     return plan
 
@@ -236,9 +238,10 @@ def slice_size(
     quiet_libraries()
     display = Display(2 if settings.finetune_steps else 1, verbosity)
     run = compiler.reopen(recipe, f"{out.name}.yaml", out, display)
+    run.store = Store(out)
     bank = _open_bank(run)
     plan = plan_of_size(run, bank, target) if target else plan_by_hand(run, bank, Path(str(plan_file)))
-    home = (folder or out / "sizes" / size_name(plan, parameters, settings.finetune_steps)).absolute()
+    home = (folder or out / "sizes" / size_name(plan, parameters, 0 if plan.is_empty else settings.finetune_steps)).absolute()
     if not folder:
         check_home(home)
     document = _cut(run, bank, plan, settings, home)
@@ -286,8 +289,10 @@ def size_name(plan: CompressionPlan, parameters: float | None, steps: int) -> st
 
 def check_home(home: Path) -> None:
     """Raise OutputError for a folder that cannot be written, or holds anything but an earlier size: it would be replaced whole."""
-    if home.is_dir() and any(home.iterdir()) and not (home / SIZE_FILE).is_file():
-        raise OutputError(f"{home}: holds something else than a size, which would be lost; give another folder with -o")
+    there = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
+    if there and there != [SIZE_FILE, "transformer"]:
+        other = [name for name in there if name not in (SIZE_FILE, "transformer")] or there
+        raise OutputError(f"{home}: holds something else than a size, {other[0]}, which would be lost; give another folder with -o")
     check_writable(home)
 
 
@@ -358,13 +363,17 @@ def summary(document: Mapping[str, Any], teacher_path: str, home: Path) -> list[
 
 def _open_bank(run: Run) -> EditBank:
     """The bank of a reopened run. Raises OutputError when nothing was distilled yet."""
-    folders = distilling.bank_of(run)
-    if not folders and not (run.out / "model" / "transformer" / "config.json").is_file():
-        raise OutputError(
-            f"{run.out}: the run is not finished, its bank is empty; go on with: ppclc compress {run.out / 'recipe.yaml'} -o {run.out}"
-        )
     assert run.stats is not None
-    return EditBank(folders, run.stats, run.recipe.analyze.ridge, run.source.family)
+    bank = EditBank(distilling.bank_of(run), run.stats, run.recipe.analyze.ridge, run.source.family)
+    again = f"go on with: ppclc compress {run.out / 'recipe.yaml'} -o {run.out}"
+    if not bank.folders and not (run.out / "model" / "transformer" / "config.json").is_file():
+        raise OutputError(f"{run.out}: the run is not finished, its bank is empty; {again}")
+    followed = run.out / "plan.json"
+    if lacking := bank.lacking(CompressionPlan.read(followed) if followed.is_file() else _analysis(run).plan):
+        run.display.say(
+            f"warning: {', '.join(lacking)} of the run's own plan not in the bank, by the recipe as it stands: sizes are cut from the rest; {again}"
+        )
+    return bank
 
 
 def _analysis(run: Run) -> Analysis:

@@ -37,8 +37,11 @@ def student_config(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str
     """Constructor arguments of the student.
 
     Raises:
-        PlanError: a text feed-forward network to be made linear that dead-code removal leaves out.
+        PlanError: a text feed-forward network to be made linear that dead-code removal leaves out; a modulation rank above the width.
     """
+    width = int(config["attention_head_dim"]) * int(config["num_attention_heads"])
+    if (plan.modulation_rank or 0) > width:
+        raise PlanError(f"plan.modulation_rank = {plan.modulation_rank}: wanted at most the width, {width}")
     edited = {k: v for k, v in config.items() if not k.startswith("_")} | {"num_layers": len(plan.kept)}
     if plan.has_width_edits:
         edited["modulation_rank"] = plan.modulation_rank

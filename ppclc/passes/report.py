@@ -17,7 +17,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +61,7 @@ STALE = "{path} is from an earlier run and does not show this one"
 class ReportInputs:
     """All that a run has to tell. `teacher` and `student` each give `parameters`, `bytes` and `blocks`.
 
-    bank: folder of the record by key of every distilled edit that other sizes can be cut from.
+    bank: folder of the record by key of every distilled edit that other sizes can be cut from; own: keys of this student's edits.
     """
 
     out: Path
@@ -79,6 +79,7 @@ class ReportInputs:
     stages: Sequence[Stage]
     versions: Mapping[str, str]
     bank: Mapping[str, Path] = field(default_factory=dict)
+    own: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def report_html(inputs: ReportInputs) -> str:
         edits=plan_words(inputs.plan),
         scored=scored(inputs.analysis),
         tried=tried(inputs.analysis),
-        pluggable=pluggable(inputs.bank, inputs.plan),
+        pluggable=pluggable(inputs.bank, inputs.own),
         sizes=sizes(inputs.out),
         pairs=image_pairs(inputs.verdict),
         charts=charts,
@@ -456,9 +457,8 @@ def tried(analysis: Analysis) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------- other sizes
 
 
-def pluggable(bank: Mapping[str, Path], plan: CompressionPlan) -> list[Pluggable]:
-    """Every distilled edit, intervals by their blocks, each with whether this student has it."""
-    own = {i.key for i in plan.intervals}
+def pluggable(bank: Mapping[str, Path], own: Collection[str]) -> list[Pluggable]:
+    """Every distilled edit, intervals by their blocks, each with whether it is among this student's own."""
     rows = []
     for key, folder in bank.items():
         steps, tensors = json.loads((folder / "record.json").read_text("utf-8"))["steps"], folder / "tensors.safetensors"

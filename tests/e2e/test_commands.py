@@ -254,3 +254,84 @@ def test_export_and_bench_without_a_student_say_what_to_do(ppclc: Any) -> None:
         code, _, err = ppclc(command)
         assert code == 2
         assert "ppclc compress two_digits" in err
+
+
+TINY = """
+calibrate: {samples: 16, longest: 2}
+analyze: {probes: 16, trials: 0, supernet_steps: 0}
+target: {parameters: 0.8}
+plan: {text_stream: none, ffn: none, modulation_rank: none}
+distill: {steps: 1, finetune_steps: 1, batch: 4}
+"""
+
+
+def test_a_refused_recipe_leaves_an_earlier_run_as_it_is(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    """Also where the refusal comes after the costs were measured: sizes can still be cut, and `plan` tells no old plan for a new recipe."""
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}")
+    assert ppclc("compress", "r.yaml", "--until", "slice")[0] == 0
+    stored = (tmp_path / "out/r/recipe.yaml").read_text()
+    code, _, err = ppclc("compress", "r.yaml", "--until", "slice", "--set", "target.parameters=0.01")
+    assert (code, "cannot be reached" in err) == (2, True)
+    assert (tmp_path / "out/r/recipe.yaml").read_text() == stored
+    assert ppclc("plan", "r.yaml", "--set", "target.parameters=0.01")[0] == 2
+    assert ppclc("slice", "out/r", "--parameters", "0.9")[0] == 0
+    assert ppclc("compress", "r.yaml", "--until", "analyze", "--set", "target.parameters=0.9")[0] == 0
+    assert "parameters: 0.9" in (tmp_path / "out/r/recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ("plan: {protect: [99]}\ntarget: {parameters: 0.5}", "plan.protect = [99]: wanted blocks within 0..5"),
+        ("plan: {protect: [2], intervals: [[1, 2]]}", "block 2 is in the interval [1, 2]"),
+        ("plan: {modulation_rank: 99}\ntarget: {parameters: 0.5}", "plan.modulation_rank = 99: wanted at most the width"),
+        ("plan: {intervals: [], text_stream: [2, 3, 4, 5]}\ncalibrate: {longest: 2}", "calibrate.longest = 2: wanted at least that"),
+        ("plan: {intervals: [[4, 9]]}", "within 0..5"),
+        ("plan: {ffn: [{block: 5, stream: text}], modulation_rank: none}\ntarget: {parameters: 0.5}", "last block that reads text"),
+        ("plan: {modulation_rank: none}", "target: got nothing"),
+        ("target: {parameters: .inf}", "target.parameters"),
+        ("target: {parameters: 0.5}\ndistill: {learning_rate: .nan}", "distill.learning_rate"),
+    ],
+)
+def test_what_is_wrong_by_hand_is_refused_before_anything_is_made(
+    edits: str, words: str, ppclc: Any, teacher_folder: Path, tmp_path: Path
+) -> None:
+    """By `compress` as by `plan`."""
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{edits}\n")
+    for command in ("compress", "plan"):
+        code, _, err = ppclc(command, "r.yaml")
+        assert (code, err.count("ppclc: ")) == (2, 1)
+        assert words in err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_no_size_to_be_replaced(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}")
+    assert ppclc("compress", "r.yaml", "--until", "slice")[0] == 0
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/size.json").write_text("{}")
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    code, _, err = ppclc("slice", "out/r", "--parameters", "0.9", "-o", "mine")
+    assert (code, "notes.txt" in err) == (2, True)
+    assert (tmp_path / "mine/notes.txt").read_text() == "mine"
+
+
+def test_report_reads_and_makes_nothing(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}verify: {{scenes: 8, seeds: [0]}}\nbench: {{runs: 2}}\n")
+    assert ppclc("compress", "r.yaml", "--until", "slice")[0] == 0
+    code, _, err = ppclc("report", "out/r")
+    assert (code, "the run is not finished" in err, "ppclc compress" in err) == (2, True, True)
+    assert ppclc("compress", "r.yaml")[0] == 0
+    out = tmp_path / "out/r"
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    report = (out / "report.json").read_text()
+    assert ppclc("report", "out/r")[0] == 0
+    changed = {p.name for p in out.rglob("*") if p.is_file() and before.get(p) != p.stat().st_mtime_ns}
+    assert changed == {"report.json", "report.html"}
+    own, again = json.loads(report), json.loads((out / "report.json").read_text())
+    assert {k: v for k, v in own.items() if k != "stages"} == {k: v for k, v in again.items() if k != "stages"}
+    plan = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps(plan | {"modulation_rank": 4}))
+    code, _, err = ppclc("report", "out/r")
+    assert (code, "the run is not finished" in err) == (2, True)
+    assert {p for p in out.rglob("*") if p.is_file()} == set(before)

@@ -738,8 +738,6 @@ def test_targets_out_of_reach_are_refused(planted: Planted, half: Analysis) -> N
         RecipeError, match=r"target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan\.intervals as a list"
     ):
         planted.analyze({}, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"})
-    with pytest.raises(RecipeError, match=r"plan\.protect = \[8\]: wanted blocks within 0\.\.7"):
-        planted.select(0.9, {"protect": [8]})
     with pytest.raises(RecipeError, match=r"plan\.modulation_rank = 33: wanted at most the width, 32"):
         planted.select(0.9, {"modulation_rank": 33})
 

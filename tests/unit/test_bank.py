@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ppclc import bank as bank_module
 from ppclc import cli, compiler, distilling, run_costs, sizes
-from ppclc.bank import EditBank, interval_job, intervals_to_distill, needed, width_job
+from ppclc.bank import EditBank, considered, interval_job, intervals_to_distill, needed, width_job
 from ppclc.budget import PlanSettings
 from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
@@ -204,7 +204,7 @@ def test_a_size_below_the_bank_tells_the_smallest_and_what_would_reach_further(o
     document = cut(out, share)
     assert f"{document['student']['parameters']:,} parameters" in message
     assert CompressionPlan.model_validate(document["plan"]).intervals == (Interval(first=1, last=2),)
-    assert bank.intervals == [(1, 2)]
+    assert bank.intervals() == [(1, 2)]
     with pytest.raises(PlanError, match="out of the bank's reach"):
         cut(out, share - 0.01)
     # The edits that it names do reach it.
@@ -215,14 +215,14 @@ def test_a_size_below_the_bank_tells_the_smallest_and_what_would_reach_further(o
 
 def test_edits_of_other_settings_are_not_held(out: Path) -> None:
     _, bank = opened(out)
-    assert len(bank.intervals) == 12
+    assert len(bank.intervals()) == 12
     text = (out / "recipe.yaml").read_text()
     (out / "recipe.yaml").write_text(
         text.replace("steps: 2", "steps: 5", 1) if "{steps: 2" not in text else text.replace("{steps: 2", "{steps: 5")
     )
     assert read_recipe(out / "recipe.yaml").distill.steps == 5
     _, bank = opened(out)
-    assert bank.intervals == []
+    assert bank.intervals() == []
     assert not [
         k for k in bank.folders if (m := bank_module.WIDTH.fullmatch(k)) and m["last"] not in (None, m["first"])
     ]  # what stands on an interval goes with it
@@ -240,6 +240,50 @@ def test_a_wider_bank_is_made_without_doing_anything_twice(teacher_folder: Path,
     own = {i.key for i in second.plan.intervals}  # type: ignore[union-attr]
     assert {e.edit for e in second.edits} > own | {"finetune"}
     assert all(isinstance(e.tensors, StoredTensors) for e in second.edits)  # in memory when asked for, and not before
+
+
+def test_a_bank_with_adapters_is_cut_with_adapters(teacher_folder: Path, tmp_path: Path) -> None:
+    """As the recipe has them: every interval in its adapted form, to any size, and no plain one taken for it."""
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none", "adapters": "auto"}
+    out = tmp_path / "out"
+    compress(teacher_folder, out, plan=only_depth)
+    _, bank = opened(out)
+    assert bank.intervals() == []
+    assert len(bank.intervals(None)) == 12
+    for share in (0.85, 0.7):
+        plan = CompressionPlan.model_validate(cut(out, share)["plan"])
+        assert plan.intervals
+        assert plan.adapters == plan.intervals
+        assert bank.lacking(plan) == []
+    plain = tmp_path / "plain.json"
+    plain.write_text(CompressionPlan.of("qwen_image", 6, [(1, 2)]).to_json())
+    with pytest.raises(PlanError, match=r"lacks interval-1-2; it holds interval-0-1-adapted.* put the plan into"):
+        sizes.slice_size(out, None, plain, None, [], -1)
+
+
+def test_width_edits_on_an_adapted_block_and_on_a_plain_one_are_two(teacher_folder: Path, tmp_path: Path) -> None:
+    """One folder that has held both: a plan gets the maps that were trained on its own block."""
+    by_hand = {"intervals": [[1, 2]], "text_stream": "none", "ffn": [{"block": 1, "stream": "image"}], "modulation_rank": "none"}
+    out, maps = tmp_path / "out", {}
+    for adapters in ("none", "auto"):
+        run = compress(teacher_folder, out, plan={**by_hand, "adapters": adapters}, distill={"bank": "plan"}, target={"parameters": 1.0})
+        maps[adapters] = next(e for e in run.edits if e.edit.startswith("ffn"))
+        (out / "plan.json").unlink()
+    assert [m.edit for m in maps.values()] == ["ffn-1-2-image", "ffn-1-2a-image"]
+    assert not torch.equal(maps["none"].tensors["weight"], maps["auto"].tensors["weight"])
+    _, bank = opened(out)
+    assert {"ffn-1-2-image", "ffn-1-2a-image", "interval-1-2", "interval-1-2-adapted"} <= set(bank.folders)
+    for key, made in (("ffn-1-2-image", maps["none"]), ("ffn-1-2a-image", maps["auto"])):
+        assert torch.equal(read_record(Distilled, bank.folders[key]).tensors["weight"], made.tensors["weight"])
+
+
+def test_what_another_rule_picked_is_in_a_whole_bank(teacher_folder: Path, tmp_path: Path) -> None:
+    """Intervals that were picked and not measured are candidates as well."""
+    only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
+    run = compress(teacher_folder, tmp_path / "out", plan=only_depth, analyze={"strategy": "even"})
+    assert run.analysis
+    _, bank = opened(tmp_path / "out")
+    assert set(bank.intervals()) == set(considered(run.analysis)) > {(i.first, i.last) for i in run.analysis.plan.intervals}
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -271,11 +315,15 @@ def test_the_plan_s_intervals_are_distilled_first_and_each_once(whole: Path) -> 
     run, _ = opened(whole)
     assert run.analysis
     plan = CompressionPlan.of("qwen_image", 6, [(2, 3)])
-    chosen = intervals_to_distill(run.analysis, plan, DistillSettings(bank="all"))
-    assert chosen[0] == Interval(first=2, last=3)
-    assert len(chosen) == len(set(chosen)) == 12
-    assert intervals_to_distill(run.analysis, plan, DistillSettings()) == [Interval(first=2, last=3)]
-    assert {i.key for i in chosen} == run.analysis.starts.keys()
+    adapted = CompressionPlan.of("qwen_image", 6, [(2, 3)], adapters=[(2, 3)])
+    for own, wanted, form in ((plan, PlanSettings(), ""), (adapted, PlanSettings(adapters="auto"), "-adapted")):
+        chosen = intervals_to_distill(run.analysis, own, DistillSettings(bank="all"), wanted)
+        keys = [p.interval_key(p.intervals[0]) for p in chosen]
+        assert keys[0] == f"interval-2-3{form}"
+        assert set(keys) == {f"{key}{form}" for key in run.analysis.starts}
+        assert len(keys) == 12
+        (only,) = intervals_to_distill(run.analysis, own, DistillSettings(), wanted)
+        assert only.interval_key(only.intervals[0]) == f"interval-2-3{form}"
 
 
 @pytest.mark.parametrize("budget", [16384, 300])
@@ -288,7 +336,8 @@ def test_what_is_predicted_of_a_whole_bank_is_what_is_distilled(
     config = run.source.config
     model = predict(family, config, CompressionPlan.of(family.name, 6), "float32")
     work = Work(run.recipe, run.source, run.plan, model, model, Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1), 1)
-    wanted = {(i.first, i.last) for i in intervals_to_distill(run.analysis, run.plan, run.recipe.distill)}
+    chosen = intervals_to_distill(run.analysis, run.plan, run.recipe.distill, run.recipe.plan)
+    wanted = {(i.first, i.last) for alone in chosen for i in alone.intervals}
     assert set(run_costs.distilled_spans(work)) == wanted
     assert len(wanted) == (12 if budget == 16384 else len(wanted)) <= 12
     few = Work(_planned(run.recipe), run.source, run.plan, model, model, work.speeds, 1)
@@ -303,7 +352,7 @@ def test_lists_by_hand_mean_any_part_of_them(whole: Path) -> None:
     run, bank = opened(whole)
     assert run.analysis
     wanted = PlanSettings(intervals=[[1, 2], [3, 4]], text_stream=[5], ffn="none", modulation_rank="none")
-    choice = sizes.Choice.of(run.analysis, wanted, bank.intervals, 4)
+    choice = sizes.Choice.of(run.analysis, wanted, bank.intervals(), 4)
     assert {s for chains in choice.options[0].chains.values() for _, spans in chains for s in spans} == {(1, 2), (3, 4)}
     assert [o.text_blocks for o in choice.options] == [None, [5]]
     budget = sizes.budget_of(run.source, sizes.target_of(0.83), "float32")
@@ -341,7 +390,7 @@ def test_the_report_s_rows_are_the_bank_and_the_sizes(out: Path) -> None:
     (out / "sizes" / "odd" / "size.json").write_text("{}")
     _, bank = opened(out)
     plan = CompressionPlan.of("qwen_image", 6, [(1, 2)])
-    rows = report.pluggable(bank.folders, plan)
+    rows = report.pluggable(bank.folders, needed(plan, bank.family))
     assert [(r.key, r.steps) for r in rows if r.chosen] == [("interval-1-2", 2)]
     assert {r.key for r in rows} == set(bank.folders)
     record = read_record(Distilled, bank.folders["interval-1-2"])

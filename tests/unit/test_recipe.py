@@ -139,7 +139,7 @@ def test_changes_go_on_top(tmp_path: Path) -> None:
         (MODEL + "plan: {modulation_rank: 0}", ["plan.modulation_rank = 0", "greater than or equal to 1"]),
         (MODEL + "target: {parameters: 0}", ["target.parameters = 0", "greater than 0"]),
         (MODEL + "target: {parameters: -0.5}", ["target.parameters = -0.5", "greater than 0"]),
-        (MODEL + "target: {parameters: .nan}", ["target.parameters = nan", "greater than 0"]),
+        (MODEL + "target: {parameters: .nan}", ["target.parameters = nan", "finite number"]),
         (MODEL + "target: {parameters: half}", ["target.parameters = 'half'", "wanted number"]),
         (MODEL + "target: {parameters: true}", ["target.parameters = True", "wanted number"]),
         (MODEL + "verify: {seeds: []}", ["verify.seeds = []", "at least 1 item"]),

@@ -43,3 +43,25 @@ def selection_allows(plan: object, edit: object) -> bool:
     except PlanError:
         return False
     return True
+
+
+def test_a_text_network_by_hand_leaves_out_the_mixes_that_contradict_it() -> None:
+    """Of runs of mapped text blocks those after which its block still computes text; it is in every plan."""
+    source = open_source("builtin:two-digits")
+    costs = {(u, v): 0.01 * (v - u) ** 1.5 for u, v in itertools.combinations(range(12), 2) if v - u < 6 and not u < 5 <= v}
+    options = Options(
+        family="qwen_image",
+        num_blocks=12,
+        chains=selection.best_chains(12, costs, 6),
+        ranks=[(0.0, None), (1e-4, 4)],
+        text_runs=[(1e-4 * k, k) for k in range(9)],
+        fixed_ffns=[(5, "text")],
+    )
+    budget = budget_of(source, TargetSettings(parameters=0.5), "float32")
+    assert budget is not None
+    found = selection.contenders(options, budget, 4)
+    assert found
+    for plan in found:
+        assert budget.met(plan)
+        assert [(e.block, e.stream) for e in plan.ffn] == [(5, "text")]
+        assert min((e.block for e in plan.text_stream), default=12) > 6 or not plan.dead_code
