@@ -145,11 +145,11 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
     )
 
 
-def check_by_hand(source: Source, wanted: PlanSettings, budget: Budget | None, longest: int) -> None:
+def check_by_hand(source: Source, wanted: PlanSettings, longest: int) -> None:
     """Refuse what can be known to be wrong with edits by hand before anything is computed.
 
     Raises:
-        RecipeError: blocks or a rank that are not there, protected blocks in an interval by hand, neither a target nor intervals.
+        RecipeError: blocks that are not there, protected blocks in an interval by hand.
         PlanError: edits that contradict each other or that this model cannot take.
     """
     length = source.family.num_blocks(source.config)
@@ -166,10 +166,14 @@ def check_by_hand(source: Source, wanted: PlanSettings, budget: Budget | None, l
     dead = wanted.dead_code and bool(text or ffn or rank is not None or adapters)
     plan = CompressionPlan.of(source.family.name, length, spans, text, rank, dead, ffn, adapters)
     student_config(source.family, source.config, plan)
-    if budget is None and not isinstance(wanted.intervals, list):
-        raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
     if isinstance(wanted.intervals, list):
         check_reach(plan, longest)
+
+
+def check_target(wanted: PlanSettings, budget: Budget | None) -> None:
+    """Raise RecipeError for a recipe that says neither how small the student is to be nor which intervals go."""
+    if budget is None and not isinstance(wanted.intervals, list):
+        raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
 
 
 def allows(wanted: PlanSettings, first: int, last: int) -> bool:

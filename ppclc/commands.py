@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ppclc import block_costs, compiler, sizes
-from ppclc.budget import budget_of, check_by_hand, even_plan
+from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
@@ -147,7 +147,8 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     check_teacher(source)
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
-    check_by_hand(source, recipe.plan, budget_of(source, recipe.target, dtype), recipe.calibrate.longest)
+    check_by_hand(source, recipe.plan, recipe.calibrate.longest)
+    check_target(recipe.plan, budget_of(source, recipe.target, dtype))
     found = _analysed_plan(out or default_out(path), recipe)
     cut = found or even_plan(source, recipe.target, recipe.plan, dtype)
     costs = block_costs.read(family, config, dtype)

@@ -50,7 +50,7 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     quiet_libraries()
     ranks = ranks or Ranks()
     with ranks.main_first():
-        run = prepare(recipe, name, out, display, ranks)
+        run = prepare(recipe, name, out, display, ranks, planned=until != PASSES[0])
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
         "calibrate": calibrate,
         "analyze": analyze,

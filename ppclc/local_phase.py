@@ -73,13 +73,18 @@ class LocalPhase:
         Raises:
             KeyboardInterrupt: a stop was asked for.
         """
+        if self.streamed:  # what is there by now is not looked at again each time that an edit goes
+            gc.collect()
+            gc.freeze()
         try:
             self._train()
+            for edit in self.edits:
+                yield self._finished(edit)
         finally:
             for curve in self.drawn_curves.values():
                 curve.close()
-        for edit in self.edits:
-            yield self._finished(edit)
+            if self.streamed:
+                gc.unfreeze()
 
     def _train(self) -> None:
         paths = {e.key: w / CHECKPOINT for e, w in zip(self.edits, self.works, strict=True)}

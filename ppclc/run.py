@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import budget_of, check_by_hand
+from ppclc.budget import budget_of, check_by_hand, check_target
 from ppclc.cache import FEW, Cache
 from ppclc.devices import Ranks
 from ppclc.display import Display
@@ -118,8 +118,8 @@ class Run:
         return samples
 
 
-def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks) -> Run:
-    """Check all that can be checked before work begins, load the teacher, claim the output folder."""
+def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks, planned: bool = True) -> Run:
+    """Check all that can be checked before work begins, load the teacher, claim the output folder. planned: whether a plan is to be made."""
     for target in recipe.export:
         export_pass.check_backend(target.backend, target.dtype)
     source = open_source(recipe.model.path, recipe.model.revision)
@@ -131,7 +131,9 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
     check_writable(out)
     mark = check_mark(out, source, "give another folder with -o")
-    check_by_hand(source, recipe.plan, budget, recipe.calibrate.longest)
+    check_by_hand(source, recipe.plan, recipe.calibrate.longest)
+    if planned:
+        check_target(recipe.plan, budget)
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     run = Run(recipe, name, out, display, source, cache, ranks)
     check_optimizer(recipe.distill)

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, supernet, trials
-from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand
+from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target
 from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
@@ -172,8 +172,7 @@ class Search:
         self.budget = budget_of(self.source, target, dtype)
         options = self.options
         if self.budget is None:
-            if not isinstance(self.wanted.intervals, list):
-                raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
+            check_target(self.wanted, self.budget)
             return selection.only_plan(options)
         learns = samples is not None and self.settings.learns
         count = max(1, self.settings.trials) if learns else 1
