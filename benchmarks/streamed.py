@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -163,10 +163,10 @@ def run_sweep(teacher: Teacher, samples: Sequence[Sample], steps: int, counter: 
     return results
 
 
-def local_phase(teacher: Teacher, samples: Sequence[Sample], steps: int) -> list[torch.Tensor]:
-    """The local phase of `distill` itself on two intervals, the samples over and over: what both edits come to."""
+def local_phase(teacher: Teacher, samples: Sequence[Sample], steps: int, intervals: int = 2) -> Iterator[torch.Tensor]:
+    """The local phase of `distill` itself on some intervals, the samples over and over: what the edits come to, one after the other."""
     length, turns = teacher.num_blocks, itertools.cycle(samples)
-    plan = CompressionPlan.of(teacher.family.name, length, [(0, 1), (length // 2, length // 2 + 1)])
+    plan = CompressionPlan.of(teacher.family.name, length, [(n, n + 1) for n in range(0, length, length // intervals)][:intervals])
     teaching = Teaching(teacher.family, teacher.config, teacher.block_tensors)
     edits = [interval_edit(teaching, plan, i, partial(teacher.block_tensors, i.first), Weights()) for i in plan.intervals]
     with tempfile.TemporaryDirectory() as work:
@@ -174,11 +174,12 @@ def local_phase(teacher: Teacher, samples: Sequence[Sample], steps: int) -> list
         for folder in works:
             folder.mkdir()
         settings = LocalSettings(steps, len(samples[0][0]), 1e-4, steps, 0, len(samples), TrainingSettings())
-        made = list(LocalPhase(teacher, lambda _: next(turns), edits, works, settings, lambda share, note: None).run())
-    return [t for record in made for _, t in sorted(record.tensors.items())]
+        for record in LocalPhase(teacher, lambda _: next(turns), edits, works, settings, lambda share, note: None).run():
+            yield from (record.tensors[name] for name in sorted(record.tensors))
+            del record
 
 
-def digest(tensors: Sequence[torch.Tensor]) -> str:
+def digest(tensors: Iterable[torch.Tensor]) -> str:
     """SHA-256 over the bytes of some tensors."""
     sums = hashlib.sha256()
     for tensor in tensors:
@@ -226,16 +227,15 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     teacher = open_teacher(options.child, options.folder)
     samples = draw(family, teacher.config, options.batches, options.batch, options.side)
     loaded = process.memory_info().rss
-    took, read, results = [], [], []
+    took, read, found = [], [], ""
     for _ in range(options.sweeps):
-        results.clear()
         start, earlier = time.perf_counter(), getattr(teacher, "read_seconds", 0.0)
-        results = local_phase(teacher, samples, options.steps) if options.steps else run_sweep(teacher, samples, 0)
+        found = digest(local_phase(teacher, samples, options.steps, options.intervals) if options.steps else run_sweep(teacher, samples, 0))
         took.append(time.perf_counter() - start)
         read.append(getattr(teacher, "read_seconds", 0.0) - earlier)
     peak = peak_resident()
-    found = {"baseline_rss_bytes": before, "opened_bytes": loaded - before, "peak_bytes": peak - before}
-    return found | {"sweep_s": took, "read_s": read, "sha256": digest(results)}
+    sizes = {"baseline_rss_bytes": before, "opened_bytes": loaded - before, "peak_bytes": peak - before}
+    return sizes | {"sweep_s": took, "read_s": read, "sha256": found}
 
 
 def count_activations(options: argparse.Namespace) -> int:
@@ -251,7 +251,7 @@ def count_activations(options: argparse.Namespace) -> int:
 
 def in_process(mode: str, folder: Path, options: argparse.Namespace, steps: int) -> Any:
     """What a process of its own gives: `resident` or `streamed` measurements, or the `count` of activations."""
-    sizes = {k: getattr(options, k) for k in ("batches", "batch", "side", "sweeps")} | {"steps": steps}
+    sizes = {k: getattr(options, k) for k in ("batches", "batch", "side", "sweeps", "intervals")} | {"steps": steps}
     command = [sys.executable, "-m", "benchmarks.streamed", "--child", mode, "--folder", str(folder)]
     command += [word for key, value in sizes.items() for word in (f"--{key}", str(value))]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
@@ -283,6 +283,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=2)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--side", type=int, default=12)
+    parser.add_argument("--intervals", type=int, default=2, help="that learn in the local phase")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--sweeps", type=int, default=2)
     parser.add_argument("--child", choices=[*MODES, "count"], help=argparse.SUPPRESS)
