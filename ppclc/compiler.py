@@ -108,7 +108,8 @@ def reported(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         OutputError: as `reopen`, and a run that is not finished.
     """
     run = reopen(recipe, name, out, display)
-    steps = (analyze, distill, slice_student, verify, export)
+    run.store.stages.clear()  # told again, each once
+    steps = (calibrate, analyze, distill, slice_student, verify, export)
     try:
         for step in steps:
             step(run, lambda *_: None)
@@ -174,9 +175,9 @@ def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
             raise PlanError(f"{path}: a plan for {edited.num_blocks} blocks of {edited.family}, wanted {plan.num_blocks} of {plan.family}")
         run.display.say(f"{path} was edited: it is followed; remove it to take the analysis's own plan")
         return edited
-    for file in (
-        () if run.store.frozen else (path, ours)
-    ):  # the user's first: a run that is killed in between must not take an older plan for an edit
+    if run.store.frozen:
+        return plan
+    for file in (path, ours):  # the user's first: a run that is killed in between must not take an older plan for an edit
         if not file.is_file() or file.read_text("utf-8") != plan.to_json():
             write_text(file, plan.to_json())
     return plan

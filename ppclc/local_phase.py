@@ -99,6 +99,7 @@ class LocalPhase:
         else:  # before any thread starts: modules are made under a patch that all threads would meet
             for edit in self.edits:
                 self._trainer(edit)
+            self.text_blocks = {number: self.text_blocks(number) for number in self._wanted[1]}.get
         with noted_interrupts() as interrupt:
             at = first
             for chunk in self._feed().chunks(generator, steps - first):

@@ -330,6 +330,8 @@ def test_report_reads_and_makes_nothing(ppclc: Any, teacher_folder: Path, tmp_pa
     assert changed == {"report.json", "report.html"}
     own, again = json.loads(report), json.loads((out / "report.json").read_text())
     assert {k: v for k, v in own.items() if k != "stages"} == {k: v for k, v in again.items() if k != "stages"}
+    seconds = [{s["name"]: s["seconds"] for s in document["stages"] if s["name"] != "report"} for document in (own, again)]
+    assert seconds[1] == pytest.approx(seconds[0])
     plan = json.loads((out / "plan.json").read_text())
     (out / "plan.json").write_text(json.dumps(plan | {"modulation_rank": 4}))
     code, _, err = ppclc("report", "out/r")
