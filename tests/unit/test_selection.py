@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -12,20 +13,21 @@ from ppclc.models import open_source
 from ppclc.selection import Options
 
 
+def cheap_text_options(needed: int = 0, **changes: Any) -> Options:
+    """Twelve blocks whose mapped text streams are next to free; no interval removes the block that is needed."""
+    spans = [(u, v) for u, v in itertools.combinations(range(12), 2) if v - u < 6 and not u < needed <= v]
+    costs = {(u, v): 0.01 * (v - u) ** 1.5 for u, v in spans}
+    chains = selection.best_chains(12, costs, 6)
+    runs = [(1e-4 * k, k) for k in range(9)]
+    return Options(family="qwen_image", num_blocks=12, chains=chains, ranks=[(0.0, None), (1e-4, 4)], text_runs=runs, **changes)
+
+
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.2])
 def test_small_targets_are_met_where_cheap_edits_promise_too_much(share: float) -> None:
     """With every text edit next to free, hundreds of mixes without depth or rank look cheaper than those that reach the target."""
     source = open_source("builtin:two-digits")
-    costs = {(u, v): 0.01 * (v - u) ** 1.5 for u, v in itertools.combinations(range(12), 2) if v - u < 6}
     ffns = sorted([(1e-5 * b, "text", b) for b in range(12)] + [(0.003 + 1e-4 * b, "image", b) for b in range(12)])
-    options = Options(
-        family="qwen_image",
-        num_blocks=12,
-        chains=selection.best_chains(12, costs, 6),
-        ranks=[(0.0, None), (1e-4, 4)],
-        text_runs=[(1e-4 * k, k) for k in range(9)],
-        ffns=ffns,
-    )
+    options = cheap_text_options(ffns=ffns)
     budget = budget_of(source, TargetSettings(parameters=share), "float32")
     assert budget is not None
     for plan in selection.contenders(options, budget, 4):
@@ -48,15 +50,7 @@ def selection_allows(plan: object, edit: object) -> bool:
 def test_a_text_network_by_hand_leaves_out_the_mixes_that_contradict_it() -> None:
     """Of runs of mapped text blocks those after which its block still computes text; it is in every plan."""
     source = open_source("builtin:two-digits")
-    costs = {(u, v): 0.01 * (v - u) ** 1.5 for u, v in itertools.combinations(range(12), 2) if v - u < 6 and not u < 5 <= v}
-    options = Options(
-        family="qwen_image",
-        num_blocks=12,
-        chains=selection.best_chains(12, costs, 6),
-        ranks=[(0.0, None), (1e-4, 4)],
-        text_runs=[(1e-4 * k, k) for k in range(9)],
-        fixed_ffns=[(5, "text")],
-    )
+    options = cheap_text_options(needed=5, fixed_ffns=[(5, "text")])
     budget = budget_of(source, TargetSettings(parameters=0.5), "float32")
     assert budget is not None
     found = selection.contenders(options, budget, 4)
