@@ -21,6 +21,7 @@ from ppclc import flow
 from ppclc.budget import PlanSettings
 from ppclc.closed_forms import Probes, cka_map
 from ppclc.edit_costs import EditCosts
+from ppclc.families import STREAMS
 from ppclc.models import load_source, open_source, quiet_libraries, set_threads, trace
 from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
@@ -45,7 +46,7 @@ def forwards(teacher: Any, family: Any, samples: Samples, count: int) -> None:
 def analysed(teacher: Any, family: Any, samples: Samples, count: int) -> CalibrationStats:
     """Calibration, then probes, their errors and CKA of both streams."""
     stats = calibrate(teacher, family, samples, CalibrateSettings(samples=count), nothing)
-    for stream in family.groups[0].streams:
+    for stream in STREAMS:
         probes = Probes(near_of(stats.tensors, stats.rows, stream, stats.num_blocks), 1e-4)
         cka_map(probes, stats.longest)
         for block in range(stats.num_blocks):

@@ -37,7 +37,7 @@ def rival_plan(student: CompressionPlan, parameters: int) -> CompressionPlan:
     """Evenly spaced blocks at the student's rank: the most of them gone that leaves at least so many parameters."""
     source = open_source("builtin:two-digits")
     plans = [
-        CompressionPlan.of(student.family, student.num_blocks, even_intervals(student.num_blocks, n), [], student.modulation_rank, True)
+        CompressionPlan.of(student.family, student.num_blocks, even_intervals([student.num_blocks], n), [], student.modulation_rank, True)
         for n in range(1, student.num_blocks)
     ]
     return [p for p in plans if predicted_parameters(source.family, source.config, p) >= parameters][-1]

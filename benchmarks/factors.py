@@ -23,7 +23,7 @@ from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit
 from ppclc.local_phase import LocalPhase, LocalSettings
-from ppclc.models import build_student, load_source, open_source, run_block, set_threads
+from ppclc.models import build_student, load_source, open_source, set_threads
 from ppclc.passes import distill as distill_pass
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
@@ -82,7 +82,7 @@ class Lab:
         if factor["adapters"]:
             spans = [(i.first, i.last) for i in plan.intervals]
             plan = CompressionPlan.of(plan.family, plan.num_blocks, spans, [], plan.modulation_rank, plan.dead_code, (), spans)
-        bank: dict[str, Any] = dict(closed_form_bank(self.stats, factor["ridge"], plan, self.family.text_key))
+        bank: dict[str, Any] = dict(closed_form_bank(self.stats, factor["ridge"], plan))
         samples = self.samples.shifted(factor["local_shift"])
         edits = [interval_edit(self.teaching, plan, i, partial(self._tensors, plan, i, factor), settings.weights) for i in plan.intervals]
         if factor["sequential"]:
@@ -142,7 +142,7 @@ class Lab:
         with torch.no_grad():
             states, at = batch.states[0], 0
             for span, block in before:
-                states = run_block(block, self.family, self._through(states, batch, at, span.first), batch.shared)
+                states = self.teaching.call(block, span.first, self._through(states, batch, at, span.first), batch.shared)
                 at = span.last + 1
             states = self._through(states, batch, at, interval.first)
         given = BatchStates({**batch.states, interval.first: states}, batch.shared, batch.mask)
@@ -150,7 +150,7 @@ class Lab:
 
     def _through(self, states: Any, batch: BatchStates, first: int, last: int) -> Any:
         for block in range(first, last):
-            states = run_block(self.model.transformer_blocks[block], self.family, states, batch.shared)
+            states = self.teaching.call(self.model.transformer_blocks[block], block, states, batch.shared)
         return states
 
 
@@ -176,7 +176,7 @@ def parameters_left(source: Any) -> int:
     from ppclc.detection import even_intervals
     from ppclc.models import predicted_parameters
 
-    like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals(BLOCKS, GONE), [], RANK, True)
+    like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals([BLOCKS], GONE), [], RANK, True)
     return predicted_parameters(source.family, source.config, like)
 
 

@@ -54,7 +54,7 @@ def recipe(size: str, seed: int) -> dict[str, Any]:
     plan: dict[str, Any] = {}
     if size == "blocks7":
         source = open_source("builtin:two-digits")
-        like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals(BLOCKS, GONE))
+        like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals([BLOCKS], GONE))
         target = {"parameters": predicted_parameters(source.family, source.config, like)}
         plan = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     return {

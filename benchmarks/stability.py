@@ -61,8 +61,8 @@ def choices(teacher: Any, source: Any, samples: Samples, count: int, seed: int, 
     costs = EditCosts(teacher, source.family, [samples.draw(64, generator) for _ in range(2)], stats, settings.ridge)
     search = Search(source, costs, settings, PlanSettings(), [], [], nothing)
     search.measure_intervals()
-    chains = cheapest_chains(search.length, search.interval_costs)
-    return {"ppcl": first_difference_intervals(table.tolist())[0]} | {f"ours_{n}": chains[n][1] for n in removed}
+    chains = cheapest_chains(search.sizes, search.interval_costs)
+    return {"ppcl": first_difference_intervals(table.tolist())[0]} | {f"ours_{n}": chains[(n,)][1] for n in removed}
 
 
 def main() -> None:

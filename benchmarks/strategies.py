@@ -37,7 +37,7 @@ BLOCKS = 12
 def student(out: Path, strategy: str, removed: int, training_seed: int, options: argparse.Namespace) -> Run:
     """One student, trained and judged."""
     source = open_source("builtin:two-digits")
-    like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals(BLOCKS, removed), [], options.rank, True)
+    like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals([BLOCKS], removed), [], options.rank, True)
     recipe = {
         "model": {"path": "builtin:two-digits"},
         "calibrate": {"source": "images"},

@@ -46,7 +46,7 @@ from benchmarks.results_file import write_results
 from ppclc.families import Family
 from ppclc.local_edits import Teaching, Weights, interval_edit
 from ppclc.local_phase import LocalPhase, LocalSettings
-from ppclc.models import WEIGHTS, blocks_of, empty_model, load_source, open_source, quiet_libraries, random_model, run_block
+from ppclc.models import WEIGHTS, blocks_of, empty_model, load_source, open_source, quiet_libraries, random_model
 from ppclc.plan import CompressionPlan
 from ppclc.samples import Sample
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Sweep, Teacher
@@ -68,9 +68,9 @@ def write_teacher(folder: Path, family: Family, config: Mapping[str, Any]) -> No
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     shards: dict[str, dict[str, torch.Size]] = {}
-    path = family.groups[0].path
     for name, tensor in empty_model(family, config).state_dict().items():
-        key = name.removeprefix(path).split(".")[1] if name.startswith(path) else "rest"
+        place = family.block_of(config, name)
+        key = place[0] if place else "rest"
         shards.setdefault(f"{WEIGHTS.removesuffix('.safetensors')}-{key}.safetensors", {})[name] = tensor.shape
     generator = torch.Generator().manual_seed(0)
     for file, shapes in shards.items():
@@ -134,7 +134,7 @@ def train(teacher: Teacher, student: nn.Module, sweep: Sweep, first: int, last: 
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     for step in range(steps):
         n = step % len(sweep.shared)
-        output = run_block(student, teacher.family, sweep.states[first][n], sweep.shared[n])
+        output = teacher.group(first).call(student, sweep.states[first][n], sweep.shared[n][first])
         loss = sum((output[s] - wanted).square().mean() for s, wanted in sweep.states[last + 1][n].items())
         if forward_only:
             continue

@@ -75,7 +75,7 @@ def intervals_to_distill(
 
 def needed(plan: CompressionPlan, family: Family) -> list[str]:
     """Keys in the bank of every edit of a plan: intervals, text streams, feed-forward networks, the modulation."""
-    text = [family.text_key(plan, e.block) for e in plan.text_stream]
+    text = [plan.text_key(e.block) for e in plan.text_stream]
     ffn = [plan.ffn_key(e.block, e.stream) for e in plan.ffn]
     return [*(plan.interval_key(i) for i in plan.intervals), *text, *ffn, *([MODULATION] if plan.modulation_rank is not None else [])]
 
@@ -153,4 +153,4 @@ def joined(
     stats: CalibrationStats, ridge: float, plan: CompressionPlan, family: Family, edits: Iterable[Distilled]
 ) -> dict[str, Mapping[str, Any]]:
     """The bank of a plan: closed forms, and distilled edits over them."""
-    return closed_form_bank(stats, ridge, plan, family.text_key) | {e.edit: e.tensors for e in edits}
+    return closed_form_bank(stats, ridge, plan) | {e.edit: e.tensors for e in edits}

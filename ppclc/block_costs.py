@@ -46,14 +46,14 @@ Call = Callable[[], Any]
 class EditCost:
     """One thing that a plan may hold: `count(plan, width)` says how often, `probe(blocks, width)` makes a plan that holds it.
 
-    A probe may hold edits that stand before its own in `EDITS`, and none that stand after it. `ffn`: the stream
-    whose feed-forward networks it is about, which not every family has.
+    A probe may hold edits that stand before its own in `EDITS`, and none that stand after it. `blocks` are those of
+    the first group, which has the streams and networks that may go. `there`: whether a family can take it.
     """
 
     name: str
     count: Callable[[CompressionPlan, int], float]
     probe: Callable[[int, int], dict[str, Any]]
-    ffn: str | None = None
+    there: Callable[[Family], bool] = lambda family: bool(family.student_class)
 
 
 def _rank_cut(plan: CompressionPlan, width: int) -> float:
@@ -61,29 +61,39 @@ def _rank_cut(plan: CompressionPlan, width: int) -> float:
     return 0.0 if plan.modulation_rank is None else 1 - plan.modulation_rank / width
 
 
+def _maps_text(family: Family) -> bool:
+    return bool(family.groups[0].text_modules)
+
+
 EDITS: tuple[EditCost, ...] = (
     # A student's own class at full rank: what its blocks cost beside the stock ones.
     EditCost("student_class", lambda p, w: len(p.kept) if p.has_width_edits else 0, lambda n, w: {"modulation_rank": w}),
     EditCost("modulation_rank", lambda p, w: len(p.kept) * _rank_cut(p, w), lambda n, w: {"modulation_rank": _low(w)}),
-    EditCost("text_stream", lambda p, w: len(p.text_stream), lambda n, w: {"text_stream": range(1, n)}),
+    EditCost("text_stream", lambda p, w: len(p.text_stream), lambda n, w: {"text_stream": range(1, n)}, _maps_text),
     # A mapped block has one modulation less to make smaller.
     EditCost(
         "text_stream_rank",
         lambda p, w: len(p.text_stream) * _rank_cut(p, w),
         lambda n, w: {"text_stream": range(1, n), "modulation_rank": _low(w)},
+        _maps_text,
     ),
-    EditCost("dead_code", lambda p, w: int(p.dead_code), lambda n, w: {"modulation_rank": w, "dead_code": True}),
+    EditCost(
+        "dead_code",
+        lambda p, w: int(p.dead_code),
+        lambda n, w: {"modulation_rank": w, "dead_code": True},
+        lambda family: family.text_end == "dead",
+    ),
     EditCost(
         "image_ffn",
         lambda p, w: sum(e.stream == "image" for e in p.ffn),
         lambda n, w: {"ffn": [(b, "image") for b in range(n)]},
-        ffn="image",
+        lambda family: "image" in family.groups[0].ffn_modules,
     ),
     EditCost(
         "text_ffn",
         lambda p, w: sum(e.stream == "text" for e in p.ffn),
-        lambda n, w: {"ffn": [(b, "text") for b in range(n)]},
-        ffn="text",
+        lambda n, w: {"ffn": [(b, "text") for b in range(n - 1)]},
+        lambda family: "text" in family.groups[0].ffn_modules,
     ),
     # Those of a mapped block are counted like any, though it has one map less.
     EditCost("adapters", lambda p, w: len(p.adapters), lambda n, w: {"intervals": _pairs(n), "adapters": _pairs(n)}),
@@ -93,7 +103,7 @@ EDITS: tuple[EditCost, ...] = (
 
 def edits_of(family: Family) -> list[EditCost]:
     """The rows of `EDITS` that a family can take."""
-    return [edit for edit in EDITS if edit.ffn is None or edit.ffn in family.ffn_inputs]
+    return [edit for edit in EDITS if edit.there(family)]
 
 
 def _pairs(blocks: int) -> list[tuple[int, int]]:
@@ -203,8 +213,8 @@ def _probes(family: Family, config: Mapping[str, Any], deep: int) -> list[tuple[
     depths = [low, *(low | {g.count_key: deep} for g in family.groups)]
     rows = [(c, CompressionPlan.of(family.name, family.num_blocks(c))) for c in depths]
     wide = depths[1]
-    blocks = family.num_blocks(wide)
-    edits = [CompressionPlan.of(family.name, blocks, **edit.probe(blocks, width_of(config))) for edit in edits_of(family)]
+    first, blocks = family.sizes(wide)[0], family.num_blocks(wide)
+    edits = [CompressionPlan.of(family.name, blocks, **edit.probe(first, width_of(config))) for edit in edits_of(family)]
     return rows + [(wide, plan) for plan in edits]
 
 

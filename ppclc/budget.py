@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -64,6 +64,18 @@ class PlanSettings(BaseModel):
     adapters: Auto | list[Pair] = "none"
     dead_code: bool = True
     protect: list[int] = []
+
+
+def layout(source: Source) -> dict[str, Any]:
+    """What `selection.Options` wants to know of a model's blocks."""
+    family, config = source.family, source.config
+    return {
+        "family": family.name,
+        "groups": family.sizes(config),
+        "texted": family.text_blocks(config),
+        "text_ends": family.text_end != "read",
+        "dead_text": family.text_end == "dead",
+    }
 
 
 def budget_of(source: Source, target: TargetSettings, dtype: str) -> Budget | None:
@@ -128,13 +140,15 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
     fixed = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else None
     ranks: list[int | None] = [wanted.modulation_rank] if isinstance(wanted.modulation_rank, int) else [None]
     if wanted.modulation_rank == "auto" and budget is not None:
-        ranks.append(max(1, width // 8))
-    choices = [fixed] if fixed is not None else [even_intervals(length, n) for n in range(length if wanted.intervals == "auto" else 1)]
+        ranks += [max(1, width // 8)] if family.modulations else []
+    sizes = family.sizes(source.config)
+    most = length - len(sizes) if wanted.intervals == "auto" else 0
+    choices = [fixed] if fixed is not None else [even_intervals(sizes, n) for n in range(most + 1)]
     if fixed is None:
         choices = [[span for span in spans if allows(wanted, *span)] for spans in choices]
     for rank, spans in itertools.product(reversed(ranks), choices):
         adapters = spans if adapted is None else adapted
-        dead = wanted.dead_code and bool(text or ffn or rank is not None or adapters)
+        dead = wanted.dead_code and family.text_end == "dead" and bool(text or ffn or rank is not None or adapters)
         plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, ffn, adapters)
         if budget is None or budget.met(plan):
             return plan
@@ -163,7 +177,7 @@ def check_by_hand(source: Source, wanted: PlanSettings, longest: int) -> None:
     rank = wanted.modulation_rank if isinstance(wanted.modulation_rank, int) else None
     ffn, adapted = by_hand(wanted) or [], adapted_spans(wanted)
     adapters = spans if adapted is None else adapted
-    dead = wanted.dead_code and bool(text or ffn or rank is not None or adapters)
+    dead = wanted.dead_code and source.family.text_end == "dead" and bool(text or ffn or rank is not None or adapters)
     plan = CompressionPlan.of(source.family.name, length, spans, text, rank, dead, ffn, adapters)
     student_config(source.family, source.config, plan)
     if isinstance(wanted.intervals, list):

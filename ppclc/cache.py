@@ -183,7 +183,7 @@ def _check_shapes(
     family = source.family
     example = family.example_inputs(source.config, batch=1)
     known = {LATENTS, MASK, *family.text_tensors, *inspect.signature(model_class(family, source.config).forward).parameters}
-    known -= {"self", "hidden_states", "timestep", *family.grid_inputs(1, 1, 1, 1)}
+    known -= {"self", "hidden_states", "timestep", *family.grid_inputs(source.config, 1, 1, 1, 1)}
     for name in family.text_tensors:
         if name not in shapes:
             raise RecipeError(f"{where}: {name} is missing; wanted {', '.join(family.text_tensors)}, and {LATENTS} where there are images")
@@ -197,7 +197,7 @@ def _check_shapes(
         if name == MASK:
             wanted = [rows, shapes[TEXT][1] if len(shapes[TEXT]) > 1 else "T"]
         elif name == LATENTS:
-            wanted = [rows, grid[0] * grid[1], example["hidden_states"].shape[-1]]
+            wanted = [rows, *family.latents(source.config, *grid)]
         elif name in family.text_tensors:
             like = example[name].shape
             wanted = [rows, *(["T"] if name == TEXT else like[1:-1]), like[-1]]

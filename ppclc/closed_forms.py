@@ -7,7 +7,6 @@ Frobenius norms. All arithmetic is in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -149,12 +148,12 @@ def modulation_basis(stats: CalibrationStats) -> dict[str, torch.Tensor]:
     return {"basis": symmetric_eigenvectors(moments.second(0)).float().contiguous(), "mean": moments.mean(0).float()}
 
 
-def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan, key: Callable[[CompressionPlan, int], str]) -> Bank:
+def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan) -> Bank:
     """Everything in the bank that needs no training: modulation basis, text maps and linear FFNs of a plan."""
-    bank = {"modulation": modulation_basis(stats)}
+    bank = {"modulation": modulation_basis(stats)} if "temb" in stats.rows else {}
     for edit in plan.text_stream:
         spans = [(b, i.last if (i := plan.interval_at(b)) else b) for b in (edit.block, edit.reference)]
-        bank[key(plan, edit.block)] = text_maps(stats, ridge, spans[0], spans[1])
+        bank[plan.text_key(edit.block)] = text_maps(stats, ridge, spans[0], spans[1])
     for ffn in plan.ffn:
         bank[plan.ffn_key(ffn.block, ffn.stream)] = ffn_map(stats.tensors, stats.rows, ffn.block, ffn.stream, ridge)
     return bank

@@ -18,14 +18,13 @@ from torch import nn
 
 from ppclc import flow
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
-from ppclc.families import Family
+from ppclc.families import STREAMS, Family, Group, States
 from ppclc.ffn_maps import ffn_map
-from ppclc.models import StandIn, Trace, apply_plan, blocks_of, linear_ffns, replaced, run_block, trace
+from ppclc.models import StandIn, Trace, apply_plan, blocks_of, groups_of, linear_ffns, replaced, trace
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample
 
-States = dict[str, torch.Tensor]
 Map = tuple[torch.Tensor, torch.Tensor]
 TRIED_WHOLE = 3
 """Intervals up to this long are tried with each of their blocks as the one that stays, longer ones with first, middle and last."""
@@ -46,18 +45,21 @@ class Probe:
         return {s: v[block] for s, v in self.seen.states.items()}
 
 
-class Sandwich(nn.Module):
+class Sandwich(StandIn):
     """Stands for an interval: one of its blocks, with linear maps by stream for those before and those after it."""
 
-    def __init__(self, family: Family, block: nn.Module, before: Mapping[str, Map], after: Mapping[str, Map]) -> None:
-        super().__init__()
-        self.group, self.block = family.groups[0], block
-        self.before, self.after = before, after
+    def __init__(self, group: Group, block: nn.Module, before: Mapping[str, Map], after: Mapping[str, Map]) -> None:
+        super().__init__(group, dict)
+        self.block, self.before, self.after = block, before, after
 
-    def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        given = {name: _mapped(kwargs[name], self.before.get(stream)) for stream, name in self.group.streams.items()}
-        output = dict(zip(self.group.outputs, self.block(**(kwargs | given)), strict=True))
-        return tuple(_mapped(output[s], self.after.get(s)) for s in self.group.outputs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states, shared = self.group.given(args, kwargs, self.text_tokens)
+        return self.group.output(self.states(states, shared))
+
+    def states(self, states: States, shared: Mapping[str, Any]) -> States:
+        """What comes out, by stream."""
+        output = self.group.call(self.block, {s: _mapped(x, self.before.get(s)) for s, x in states.items()}, shared)
+        return {s: _mapped(x, self.after.get(s)) for s, x in output.items()}
 
 
 def _mapped(x: torch.Tensor, by: Map | None) -> torch.Tensor:
@@ -68,14 +70,14 @@ class EditCosts:
     """Squared velocity errors (n,), one a probe sample, of edits swapped into a stock teacher one at a time.
 
     `energy` (n,) is that of the teacher's own velocity; `spent` counts forwards of one sample through all
-    blocks, and `budget` is the most of them that intervals may take. Single-group families.
+    blocks, and `budget` is the most of them that intervals may take.
     """
 
     def __init__(
         self, model: Any, family: Family, samples: Sequence[Sample], stats: CalibrationStats, ridge: float, budget: float = float("inf")
     ) -> None:
         self.model, self.family, self.stats, self.ridge, self.budget = model, family, stats, ridge, budget
-        self.blocks = blocks_of(model, family)
+        self.blocks, self.groups = blocks_of(model, family), groups_of(model, family)
         self.length = len(self.blocks)
         self.probes = [Probe(s, trace(model, family, flow.inputs_for(model, *s))) for s in samples]
         self.count = sum(map(len, self.probes))
@@ -90,7 +92,7 @@ class EditCosts:
 
     def interval(self, u: int, v: int) -> tuple[torch.Tensor, int]:
         """Errors with one block in the place of u..v, and the number of the block that stays: the one that does best."""
-        tried = [(self._after(v + 1, self._sandwich(u, v, s), u), s) for s in kept_choices(u, v)]
+        tried = [(self._after(v + 1, self._sandwich(u, v, s), u), s) for s in self.choices(u, v)]
         return min(tried, key=lambda t: t[0].sum().item())
 
     def adapted(self, u: int, v: int) -> tuple[torch.Tensor, int]:
@@ -99,7 +101,7 @@ class EditCosts:
         The maps of `closed_forms.interval_adapters` stand in front, and nothing behind. Blocks that the moments do not
         reach from u are not tried.
         """
-        reach = [s for s in kept_choices(u, v) if s - u <= self.stats.longest]
+        reach = [s for s in self.choices(u, v) if s - u <= self.stats.longest]
         tried = [(self.adapted_from(u, v, s), s) for s in reach]
         return min(tried, key=lambda t: t[0].sum().item())
 
@@ -107,9 +109,13 @@ class EditCosts:
         """Errors with block `start` and its closed-form adapters in the place of u..v."""
         return self._after(v + 1, self._sandwich(u, start, start), u)
 
+    def choices(self, u: int, v: int) -> list[int]:
+        """The blocks that may stay for interval u..v: the student's block is made like the first."""
+        return [s for s in kept_choices(u, v) if self.family.may_start(self.model.config, u, v, s)]
+
     def interval_price(self, u: int, v: int) -> float:
         """Forwards that `interval` takes."""
-        return len(kept_choices(u, v)) * self.count * (self.length - v) / self.length
+        return len(self.choices(u, v)) * self.count * (self.length - v) / self.length
 
     def dropped(self, block: int) -> torch.Tensor:
         """Errors with a block left out and nothing in its place."""
@@ -132,7 +138,7 @@ class EditCosts:
 
     def student(self, plan: CompressionPlan) -> torch.Tensor:
         """Errors of an untrained student with the plan's closed-form width edits."""
-        bank = closed_form_bank(self.stats, self.ridge, plan, self.family.text_key)
+        bank = closed_form_bank(self.stats, self.ridge, plan)
         return self.outputs_of(apply_plan(self.model, plan, bank), None, len(plan.kept) / self.length)
 
     def outputs_of(self, model: Any, swap: AbstractContextManager[None] | None, work: float) -> torch.Tensor:
@@ -153,9 +159,9 @@ class EditCosts:
         return probe.seen.velocity[:, : probe.sample[0].shape[1]]
 
     def _sandwich(self, u: int, v: int, kept: int) -> Sandwich:
-        before = {s: self._map(s, u, kept) for s in self.family.groups[0].streams} if kept > u else {}
-        after = {s: self._map(s, kept + 1, v + 1) for s in self.family.groups[0].streams} if kept < v else {}
-        return Sandwich(self.family, self.blocks[kept], before, after)
+        before = {s: self._map(s, u, kept) for s in STREAMS} if kept > u else {}
+        after = {s: self._map(s, kept + 1, v + 1) for s in STREAMS} if kept < v else {}
+        return Sandwich(self.groups[u], self.blocks[kept], before, after)
 
     def _map(self, stream: str, i: int, j: int) -> Map:
         key = (stream, i, j)
@@ -165,15 +171,17 @@ class EditCosts:
         return self._maps[key]
 
     @torch.no_grad()
-    def _after(self, start: int, stand_in: nn.Module | None, at: int) -> torch.Tensor:
+    def _after(self, start: int, stand_in: Sandwich | None, at: int) -> torch.Tensor:
         """Errors with the states at block `at` sent through the stand-in (or left as they are) and on to block `start`."""
         errors = []
         for probe in self.probes:
             states = probe.states(at)
             if stand_in is not None:
-                states = run_block(stand_in, self.family, states, probe.seen.shared)
-            given = StandIn(self.family, lambda _, states=states: states)  # type: ignore[misc]
-            with replaced(self.model, self.family, {0: given, **dict.fromkeys(range(1, start))}) if start else nullcontext():
+                states = stand_in.states(states, probe.seen.shared[at])
+            passed: dict[int, nn.Module | None] = dict.fromkeys(range(start))
+            if start:
+                passed[start - 1] = StandIn(self.groups[start - 1], lambda _, states=states: states)  # type: ignore[misc]
+            with replaced(self.model, self.family, passed):
                 errors.append(_energy(flow.predict(self.model, *probe.sample) - self._velocity(probe)))
         self.spent += self.count * (self.length - start + (stand_in is not None)) / self.length
         return torch.cat(errors)
@@ -185,4 +193,4 @@ def kept_choices(u: int, v: int) -> list[int]:
 
 
 def _energy(x_BSC: torch.Tensor) -> torch.Tensor:
-    return x_BSC.double().square().sum((1, 2))
+    return x_BSC.double().square().flatten(1).sum(1)

@@ -241,14 +241,22 @@ def joined(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def _check(data: Unencoded, name: str, value: torch.Tensor, first: str) -> None:
     """Raise ModelError for encodings that the transformer cannot take."""
-    like = data.source.family.example_inputs(data.source.config, batch=1)["hidden_states" if name == LATENTS else name]
+    family, config = data.source.family, data.source.config
     part = data.root / (data.encoders.image_parts if name == LATENTS else data.encoders.text_parts)[0]
-    if value.shape[-1] != like.shape[-1]:
-        raise ModelError(f"{part}: gives {name} of width {value.shape[-1]}, wanted {like.shape[-1]} by the transformer's config.json")
-    if name == LATENTS and value.shape[1] != data.grid[0] * data.grid[1]:
-        raise ModelError(
-            f"{part}: gives {value.shape[1]} tokens an image, wanted {data.grid[0]} x {data.grid[1]}; does its config.json fit?"
-        )
+    if name == LATENTS:
+        wanted = family.latents(config, *data.grid)
+        if value.dim() == 3 and value.shape[1] != wanted[0] and value.shape[2] == wanted[1]:
+            raise ModelError(
+                f"{part}: gives {value.shape[1]} tokens an image, wanted {data.grid[0]} x {data.grid[1]}; does its config.json fit?"
+            )
+        if tuple(value.shape[1:]) != wanted:
+            raise ModelError(
+                f"{part}: gives {name} of width {value.shape[-1]}, wanted {wanted[-1]} by the transformer's config.json"
+                if value.dim() == 3
+                else f"{part}: gives {name} of shape {list(value.shape[1:])}, wanted {list(wanted)} by the transformer's config.json"
+            )
+    elif value.shape[-1] != (width := family.example_inputs(config, batch=1)[name].shape[-1]):
+        raise ModelError(f"{part}: gives {name} of width {value.shape[-1]}, wanted {width} by the transformer's config.json")
     if not bool(torch.isfinite(value).all()):
         raise ModelError(f"{part}: gives NaN or infinite values from {first} on; check the weights, or give model.dtype: float32")
 

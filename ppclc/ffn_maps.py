@@ -33,16 +33,24 @@ class FfnMoments:
         self.tensors: dict[str, torch.Tensor] = {}
         self.rows: dict[str, int] = {}
 
-    def add(self, stream: str, mids: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], mask_BT: torch.Tensor | None = None) -> None:
-        """Add one batch: every block's mid and output, each (B, T, D). Rows where the mask is zero do not enter."""
+    def add(
+        self, stream: str, mids: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor], mask_BT: torch.Tensor | None = None
+    ) -> None:
+        """Add one batch: every block's mid and output, each (B, T, D). A mid is None where a block has no such network.
+
+        Rows where the mask is zero do not enter.
+        """
         for i, (mid_BTD, output_BTD) in enumerate(zip(mids, outputs, strict=True)):
+            if mid_BTD is None:
+                continue
             mid_ND, output_ND = rows_of(mid_BTD, mask_BT), rows_of(output_BTD, mask_BT)
             added_ND = output_ND.double() - mid_ND.double()
             for name, value in _moments(mid_ND.double(), added_ND, torch.promote_types(mid_ND.dtype, torch.float32)).items():
                 key = f"ffn.{stream}.{name}.{i}"
                 self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
-        if mids:
-            self.rows[f"ffn.{stream}"] = self.rows.get(f"ffn.{stream}", 0) + len(rows_of(mids[0], mask_BT))
+        some = next((m for m in mids if m is not None), None)
+        if some is not None:
+            self.rows[f"ffn.{stream}"] = self.rows.get(f"ffn.{stream}", 0) + len(rows_of(some, mask_BT))
 
 
 def _moments(mid_ND: torch.Tensor, added_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

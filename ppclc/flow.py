@@ -1,9 +1,10 @@
 """Rectified flow: the path between data and noise, its loss, and the Euler sampler.
 
 Convention of diffusers' FlowMatchEulerDiscreteScheduler, for every family: `x_t = (1 - t) x_0 + t
-noise`, the model predicts the velocity `noise - x_0`, and is told `t` in 0..1 as `timestep`.
+noise`, the model predicts the velocity `noise - x_0`, and is told `t` in 0..1 as `timestep`, or a thousand times that
+where its family says so.
 
-Shape suffixes: B batch, S token, C channel.
+Shape suffixes: B batch, S token, C channel. Latents are (B, S, C) where a family packs them, else (B, C, H, W).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
+from ppclc import families
 
 Velocity = Callable[..., Any]
 """A transformer: called with `hidden_states`, `timestep`, a conditioning and `return_dict=False`."""
@@ -26,14 +29,14 @@ def logit_normal_timesteps(count: int, generator: torch.Generator) -> torch.Tens
 
 def interpolate(data_BSC: torch.Tensor, noise_BSC: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
     """The point `x_t` of the straight path at each sample's own timestep."""
-    t = timestep_B[:, None, None]
+    t = timestep_B.reshape(-1, *[1] * (data_BSC.dim() - 1))
     return (1 - t) * data_BSC + t * noise_BSC
 
 
 def inputs_for(model: Velocity, x_BSC: torch.Tensor, timestep_B: torch.Tensor, conditioning: Conditioning) -> dict[str, Any]:
     """Keyword arguments of a transformer's forward on the model's own device, floating-point tensors in its dtype."""
     dtype, device = getattr(model, "dtype", x_BSC.dtype), getattr(model, "device", x_BSC.device)
-    given = {"hidden_states": x_BSC, "timestep": timestep_B, **conditioning}
+    given = {"hidden_states": x_BSC, "timestep": timestep_B * families.timestep_scale(model), **conditioning}
     tensors = {k: v.to(device) for k, v in given.items() if isinstance(v, torch.Tensor)}
     return given | {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
 

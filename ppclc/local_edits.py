@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppclc.families import Bank, Family
-from ppclc.models import run_block, student_block
+from ppclc.families import Bank, Family, Group
+from ppclc.models import Shared, student_block
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit
 from ppclc.training import Terms
 
@@ -29,11 +29,11 @@ TEXT_INPUT = "text_input"
 class BatchStates:
     """A batch's states in the teacher by number (i: input of block i) and stream, each (B, T, D).
 
-    shared: what all blocks get. mask: (B, T) of text tokens that stand for something, None for all.
+    shared: what each block gets besides. mask: (B, T) of text tokens that stand for something, None for all.
     """
 
     states: Mapping[int, States]
-    shared: Mapping[str, Any]
+    shared: Shared
     mask: torch.Tensor | None
 
 
@@ -78,10 +78,18 @@ class Teaching:
     def block(self, plan: CompressionPlan, block: int, bank: Bank) -> nn.Module:
         """A plan's student block, alone; from the bank, else from the teacher's block, which is read only then."""
         interval = plan.interval_at(block)
-        prefix = f"{self.family.groups[0].path}.{block}."
+        prefix = self.family.prefix(self.config, block)
         held = interval is not None and plan.interval_key(interval) in bank
         tensors = {} if held else {prefix + k: v for k, v in self.block_tensors(block).items()}
         return student_block(self.family, self.config, plan, block, tensors, bank)
+
+    def group(self, block: int) -> Group:
+        """The group that a block of the teacher is of."""
+        return self.family.place(self.config, block)[0]
+
+    def call(self, module: nn.Module, block: int, states: States, shared: Shared) -> dict[str, torch.Tensor]:
+        """What a module gives in a block's place, from states by stream and what blocks get besides."""
+        return self.group(block).call(module, states, shared[block])
 
     def plan(self, whole: CompressionPlan, intervals: Sequence[Interval], **edits: Any) -> CompressionPlan:
         """The plan of some intervals of another, with their adapters, and of these edits alone."""
@@ -127,7 +135,7 @@ def interval_edit(
     key, last = own.interval_key(interval), interval.last == plan.num_blocks - 1
 
     def loss(module: nn.Module, batch: BatchStates) -> Terms:
-        output = run_block(module, teaching.family, batch.states[interval.first], batch.shared)
+        output = teaching.call(module, interval.first, batch.states[interval.first], batch.shared)
         target = batch.states[interval.last + 1]
         terms = {"image": weights.image * state_loss(output["image"], target["image"], weights.magnitude)}
         if not last:
@@ -151,10 +159,10 @@ def ffn_edit(teaching: Teaching, plan: CompressionPlan, edit: FfnEdit, bank: Ban
     and the map's start.
     """
     own, end = _around(teaching, plan, [edit.block], ffn=[(edit.block, edit.stream)])
-    name, stream = teaching.family.ffn_modules[edit.stream], edit.stream
+    name, stream = teaching.group(edit.block).ffn_modules[edit.stream], edit.stream
 
     def loss(module: nn.Module, batch: BatchStates) -> Terms:
-        output = run_block(module, teaching.family, batch.states[edit.block], batch.shared)[stream]
+        output = teaching.call(module, edit.block, batch.states[edit.block], batch.shared)[stream]
         target, mask = batch.states[end + 1][stream], batch.mask if stream == "text" else None
         return {
             "block": state_loss(output, target, weights.magnitude, mask),
@@ -178,16 +186,15 @@ def text_edit(teaching: Teaching, plan: CompressionPlan, edit: TextStreamEdit, b
     Both map the teacher's own states, as the student's own blocks modulate them; through the block, the map of keys
     and values also learns what the image stream needs of it.
     """
-    family = teaching.family
     between = [b for b in plan.kept if edit.reference < b <= edit.block]
     own, end = _around(teaching, plan, [edit.reference, edit.block], text_stream=between)
     reference_end = i.last if (i := plan.interval_at(edit.reference)) else edit.reference
-    modules = family.text_modules
+    modules = teaching.group(edit.block).text_modules
 
     def loss(module: nn.Module, batch: BatchStates) -> Terms:
         source, target = batch.states[edit.reference][TEXT_INPUT], batch.states[edit.block][TEXT_INPUT]
         carried = torch.cat([batch.states[reference_end + 1]["text"], source], dim=-1)
-        output = run_block(module, family, {"image": batch.states[edit.block]["image"], "text": carried}, batch.shared)
+        output = teaching.call(module, edit.block, {"image": batch.states[edit.block]["image"], "text": carried}, batch.shared)
         after = batch.states[end + 1]
         return {
             "image": weights.image * state_loss(output["image"], after["image"], weights.magnitude),
@@ -196,7 +203,7 @@ def text_edit(teaching: Teaching, plan: CompressionPlan, edit: TextStreamEdit, b
         }
 
     return LocalEdit(
-        key=family.text_key(plan, edit.block),
+        key=plan.text_key(edit.block),
         stops=tuple(sorted({edit.reference, reference_end + 1, edit.block, end + 1})),
         text_inputs=(edit.reference, edit.block),
         build=lambda: _learning(teaching.block(own, edit.block, bank), modules),

@@ -22,6 +22,7 @@ from torch import nn
 from ppclc.batches import Drawn, Feed
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, cores, has_spare_core, local_world
+from ppclc.families import Family
 from ppclc.interrupts import Interrupt, noted_interrupts
 from ppclc.local_edits import BatchStates, LocalEdit
 from ppclc.records import Distilled
@@ -123,7 +124,7 @@ class LocalPhase:
     def _sweep_whole(self, samples: Sequence[Sample]) -> list[BatchStates]:
         """The states that any edit reads, of every batch."""
         _, sweep = list(self.teacher.sweep(samples, *self._wanted, self.text_blocks))[-1]
-        return [batch_states(sweep, samples, n) for n in range(len(samples))]
+        return [batch_states(self.teacher.family, sweep, samples, n) for n in range(len(samples))]
 
     def _learn(self, chunk: Sequence[Drawn], at: int, interrupt: Interrupt) -> None:
         """The steps of a chunk by all edits; streamed, those that a stop leaves out catch up when the run goes on."""
@@ -138,7 +139,7 @@ class LocalPhase:
         for stop, sweep in self.teacher.sweep(samples, *self._wanted, self.text_blocks):
             for edit in [e for e in left.values() if e.stops[-1] == stop]:
                 n = self.settings.training.accumulate
-                states = [batch_states(sweep, samples, i) for i in range(len(samples))]
+                states = [batch_states(self.teacher.family, sweep, samples, i) for i in range(len(samples))]
                 give_back_memory()  # of blocks and states that are gone
                 self._teach(edit, [Drawn(states[i * n : (i + 1) * n], step.state) for i, step in enumerate(chunk)], at)
                 del left[edit.key], states
@@ -222,10 +223,10 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def batch_states(sweep: Sweep, samples: Sequence[Sample], n: int) -> BatchStates:
+def batch_states(family: Family, sweep: Sweep, samples: Sequence[Sample], n: int) -> BatchStates:
     """What a sweep holds of batch n."""
     states = {stop: found[n] for stop, found in sweep.states.items()}
-    return BatchStates(states, sweep.shared[n], samples[n][2].get("encoder_hidden_states_mask"))
+    return BatchStates(states, sweep.shared[n], family.mask_of(samples[n][2]))
 
 
 def _loss_on(edit: LocalEdit, batch: BatchStates, precision: torch.dtype) -> Callable[[nn.Module], Terms]:
@@ -236,9 +237,14 @@ def _loss_on(edit: LocalEdit, batch: BatchStates, precision: torch.dtype) -> Cal
 def raised(batch: BatchStates) -> BatchStates:
     """A batch with its half-precision tensors in float32."""
 
+    known: dict[int, torch.Tensor] = {}  # most of what blocks get is the same for all of them
+
     def single(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+            half = value.dtype in (torch.float16, torch.bfloat16)
+            if half and id(value) not in known:
+                known[id(value)] = value.float()
+            return known[id(value)] if half else value
         if isinstance(value, Mapping):
             return {k: single(v) for k, v in value.items()}
         return type(value)(map(single, value)) if isinstance(value, list | tuple) else value

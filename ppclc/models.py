@@ -6,16 +6,16 @@ end meet the same one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from torch import nn
 from ppclc import families, plugins
 from ppclc.devices import cores
 from ppclc.errors import ModelError, PlanError, UnavailableError
-from ppclc.families import Bank, Family
+from ppclc.families import STREAMS, Bank, Family, Group, States
 from ppclc.plan import CompressionPlan
 from ppclc.records import disk_errors, file_digest, write_text
+from ppclc.student_tensors import student_config as edited_config
+from ppclc.student_tensors import student_tensor
 
 BUILTIN = "builtin:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,6 +39,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
 """Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
 SHARD_SIZE = "5GB"
+PARTS = "ppclc.students.parts"
+"""What the travelling classes of all families share."""
 NARROW = 256
 """Widths up to which operators run on one thread."""
 
@@ -344,15 +348,10 @@ def student_config(family: Family, config: Mapping[str, Any], plan: CompressionP
         raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
     if plan.num_blocks != family.num_blocks(config):
         raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
-    for edit in plan.ffn:
-        if edit.stream not in family.ffn_inputs:
-            raise PlanError(
-                f"plan.ffn: block {edit.block}, {edit.stream}: {family.name} has no such network to replace; wanted it left out"
-            )
     if config.get("_class_name") == family.student_class_name:
         raise PlanError("plan: the model is a width-edited student already; plans are made for its teacher")
     name = family.student_class_name if plan.has_width_edits else family.class_name
-    return family.student_config(config, plan) | {"_class_name": name}
+    return edited_config(family, config, plan) | {"_class_name": name}
 
 
 def predicted_parameters(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> int:
@@ -376,7 +375,7 @@ def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> A
 def build_student(family: Family, config: Mapping[str, Any], plan: CompressionPlan, teacher: Mapping[str, torch.Tensor], bank: Bank) -> Any:
     """As `apply_plan`, from a teacher's configuration and its tensors by name, of which only those that stay are read."""
     student = empty_model(family, student_config(family, config, plan))
-    state = {n: family.student_tensor(n, plan, teacher, bank) for n in student.state_dict()}
+    state = {n: student_tensor(family, config, plan, n, teacher, bank) for n in student.state_dict()}
     return _fill(student, state, teacher[next(iter(teacher))])
 
 
@@ -388,10 +387,10 @@ def student_block(
     Raises:
         PlanError: a plan of another model, or one that needs what the bank lacks.
     """
-    student = empty_model(family, student_config(family, config, plan))
+    edited = student_config(family, config, plan)
     number = plan.student_block(block)
-    module, prefix = blocks_of(student, family)[number], f"{family.groups[0].path}.{number}."
-    state = {n: family.student_tensor(prefix + n, plan, tensors, bank) for n in module.state_dict()}
+    module, prefix = blocks_of(empty_model(family, edited), family)[number], family.prefix(edited, number)
+    state = {n: student_tensor(family, config, plan, prefix + n, tensors, bank) for n in module.state_dict()}
     like = next(iter(tensors.values() if tensors else state.values()))
     copies = {n: t.detach().to(like.device, like.dtype, copy=True).contiguous() for n, t in state.items()}
     module.load_state_dict(copies, strict=True, assign=True)
@@ -432,13 +431,21 @@ def save_model(model: Any, plan: CompressionPlan, folder: Path) -> dict[str, str
 
 def _bring_class(family: Family, home: Path) -> None:
     """Put the student's class beside its weights and name it in `auto_map`."""
-    module = import_module(family.student_class.partition(":")[0])
-    source = Path(str(module.__file__))
-    name = f"ppclc_{family.name}_{file_digest(source)[:12]}"
-    shutil.copyfile(source, home / f"{name}.py")
+    text = travelling_class(family)
+    name = f"ppclc_{family.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    write_text(home / f"{name}.py", text)
     config = _json_object(home / "config.json")
     config["auto_map"] = {"AutoModel": f"{name}.{family.student_class_name}"}
     write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def travelling_class(family: Family) -> str:
+    """The text of a family's student class as it travels: one module, with the parts that it shares with others in front."""
+    sources = [Path(str(import_module(m).__file__)).read_text("utf-8") for m in (PARTS, family.student_class.partition(":")[0])]
+    future = "from __future__ import annotations\n"
+    parts, own = (text.split(future, 1) for text in sources)
+    imports = re.compile(rf"^from {re.escape(PARTS)} import (\([^)]*\)|.*)\n", re.MULTILINE)
+    return own[0] + future + parts[1].rstrip() + "\n\n\n" + imports.sub("", own[1]).lstrip()
 
 
 def blocks_of(model: Any, family: Family) -> list[nn.Module]:
@@ -451,20 +458,30 @@ def block_state(block: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.detach() for k, v in block.state_dict().items()}
 
 
+def groups_of(model: Any, family: Family) -> list[Group]:
+    """The group of every block in forward order."""
+    return [group for group in family.groups for _ in model.get_submodule(group.path)]
+
+
+Shared = Sequence[Mapping[str, Any]]
+"""What each block gets besides the streams, by its number."""
+
+
 @dataclass
 class Trace:
     """What one forward of a model passed through.
 
     `states[s][i]` is stream s at the input of block i, `states[s][-1]` at the last block's output, each
-    (B, tokens, D); `temb` is the time embedding; `shared` are the keyword arguments all blocks get.
-    `mids[s][i]`, where asked for, is stream s in block i after the attention residual, (B, tokens, D).
+    (B, tokens, D); `temb` is the time embedding, where all modulation comes from one; `shared[i]` are the keyword
+    arguments that block i gets besides. `mids[s][i]`, where asked for, is stream s in block i after the attention
+    residual, (B, tokens, D), None where the block has no network of that stream that could be made linear.
     """
 
     velocity: torch.Tensor
     states: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     temb: torch.Tensor | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-    mids: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    shared: list[Mapping[str, Any]] = field(default_factory=list)
+    mids: dict[str, list[torch.Tensor | None]] = field(default_factory=dict)
 
 
 class _EnoughError(Exception):
@@ -475,22 +492,23 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
     """Run a stock model once and keep every block's states; with `last`, no further than that block.
 
     With `mids`, the states between attention and feed-forward networks as well.
-
-    Raises:
-        ModelError: a family with several groups.
     """
-    if len(family.groups) != 1:
-        raise ModelError(f"{family.name}: models with several block groups cannot be traced yet")
-    group, blocks = family.groups[0], blocks_of(model, family)[: None if last is None else last + 1]
-    seen = Trace(velocity=torch.empty(0), states={s: [] for s in group.streams})
+    config, end = model.config, None if last is None else last + 1
+    blocks, groups = blocks_of(model, family)[:end], groups_of(model, family)[:end]
+    seen = Trace(velocity=torch.empty(0), states={s: [] for s in STREAMS}, mids={s: [] for s in _ffn_streams(family)} if mids else {})
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for stream, name in group.streams.items():
-            seen.states[stream].append(kwargs[name].detach())
-        seen.shared = {k: v for k, v in kwargs.items() if k not in group.streams.values()}
+    def before(number: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = seen.states["text"][-1].shape[1] if number else None
+        states, shared = groups[number].given(args, kwargs, tokens)
+        for stream in STREAMS:
+            seen.states[stream].append(states[stream].detach())
+        seen.shared.append(shared)
+        for stream, kept in seen.mids.items():
+            if stream not in family.ffn_streams(config, number):
+                kept.append(None)
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        for stream, value in zip(group.outputs, output, strict=True):
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for stream, value in groups[-1].states_of(output, {s: v[-1] for s, v in seen.states.items()}).items():
             seen.states[stream].append(value.detach())
         if last is not None:
             raise _EnoughError
@@ -498,12 +516,14 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
     def embedded(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         seen.temb = output.detach()
 
-    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    for stream, path in family.ffn_inputs.items() if mids else ():
-        seen.mids[stream] = []
-        hooks += [b.get_submodule(path).register_forward_pre_hook(_keeper(seen.mids[stream])) for b in blocks]
+    hooks = [b.register_forward_pre_hook(partial(before, n), with_kwargs=True) for n, b in enumerate(blocks)]
+    for stream, states in seen.mids.items():
+        for number, (group, block) in enumerate(zip(groups, blocks, strict=True)):
+            if stream in family.ffn_streams(config, number):
+                hooks.append(block.get_submodule(group.ffn_inputs[stream]).register_forward_pre_hook(_keeper(states)))
     hooks.append(blocks[-1].register_forward_hook(after))
-    hooks.append(model.get_submodule(family.time_embedding).register_forward_hook(embedded))
+    if family.time_embedding:
+        hooks.append(model.get_submodule(family.time_embedding).register_forward_hook(embedded))
     try:
         with torch.no_grad():
             seen.velocity = model(**inputs, return_dict=False)[0]
@@ -515,7 +535,11 @@ def trace(model: Any, family: Family, inputs: Mapping[str, Any], last: int | Non
     return seen
 
 
-def _keeper(kept: list[torch.Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _ffn_streams(family: Family) -> list[str]:
+    return [s for s in STREAMS if any(s in g.ffn_inputs for g in family.groups)]
+
+
+def _keeper(kept: list[Any]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     """A hook that adds a module's first argument to a list."""
 
     def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -524,36 +548,56 @@ def _keeper(kept: list[torch.Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], 
     return keep
 
 
-def run_block(block: Any, family: Family, states: Mapping[str, torch.Tensor], shared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A block's output by stream, from its input by stream and what all blocks share."""
-    group = family.groups[0]
-    output = block(**{name: states[stream] for stream, name in group.streams.items()}, **shared)
-    return dict(zip(group.outputs, output, strict=True))
-
-
 class StandIn(nn.Module):
-    """A function of (states by stream) that stands where a block stood."""
+    """A function of (states by stream) that stands where a block stood. `text_tokens` is set where streams are joined."""
 
-    def __init__(self, family: Family, function: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    text_tokens: int | None = None
+
+    def __init__(self, group: Group, function: Callable[[States], Mapping[str, torch.Tensor]]) -> None:
         super().__init__()
-        self.group, self.function = family.groups[0], function
+        self.group, self.function = group, function
 
-    def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        states = self.function({s: kwargs[name] for s, name in self.group.streams.items()})
-        return tuple(states[s] for s in self.group.outputs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.group.output(self.function(self.group.given(args, kwargs, self.text_tokens)[0]))
+
+
+class _Passed(nn.Module):
+    """Stands where a block was left out: what came in goes out."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(self.group.positional, args, strict=False)) | kwargs
+        return given[self.group.joined] if self.group.joined else tuple(given[self.group.streams[s]] for s in self.group.outputs)
 
 
 @contextmanager
 def replaced(model: Any, family: Family, stand_ins: Mapping[int, nn.Module | None]) -> Iterator[None]:
-    """The model with blocks exchanged for stand-ins, or left out (None); put back afterwards."""
-    path = family.groups[0].path
-    original = model.get_submodule(path)
-    blocks = [stand_ins.get(i, b) if i in stand_ins else b for i, b in enumerate(original)]
-    model.set_submodule(path, nn.ModuleList(b for b in blocks if b is not None))
+    """The model with blocks exchanged for stand-ins, or passed by (None); put back afterwards. Others keep their numbers."""
+    lists = {g.path: model.get_submodule(g.path) for g in family.groups}
+    groups = groups_of(model, family)
+    placed = {n: _Passed(groups[n]) if m is None else m for n, m in stand_ins.items()}
+    first, hooks = 0, []
+    for path, original in lists.items():
+        model.set_submodule(path, nn.ModuleList(placed.get(first + n, block) for n, block in enumerate(original)))
+        first += len(original)
+    joined = [m for m in placed.values() if isinstance(m, StandIn) and m.group.joined]
+    if joined:
+        hooks.append(model.register_forward_pre_hook(partial(_tell_text_tokens, family, joined), with_kwargs=True))
     try:
         yield
     finally:
-        model.set_submodule(path, original)
+        for hook in hooks:
+            hook.remove()
+        for path, original in lists.items():
+            model.set_submodule(path, original)
+
+
+def _tell_text_tokens(family: Family, stand_ins: Sequence[StandIn], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for stand_in in stand_ins:
+        stand_in.text_tokens = family.text_tokens(kwargs)
 
 
 @contextmanager
@@ -566,14 +610,14 @@ def linear_ffns(model: Any, family: Family, maps: Mapping[tuple[int, str], tuple
     Raises:
         PlanError: a block or a stream that has no such network.
     """
-    blocks, hooks = list(model.get_submodule(family.groups[0].path)), []
+    blocks, groups, hooks = blocks_of(model, family), groups_of(model, family), []
     for block, stream in maps:
-        if not 0 <= block < len(blocks) or stream not in family.ffn_inputs:
-            raise PlanError(f"ffn: block {block}, {stream}: wanted a block of 0..{len(blocks) - 1}, a stream of {list(family.ffn_inputs)}")
+        if not 0 <= block < len(blocks) or stream not in family.ffn_streams(model.config, block):
+            raise PlanError(f"ffn: block {block}, {stream}: wanted a block of 0..{len(blocks) - 1} that has a network of that stream")
     for (block, stream), (weight, bias) in maps.items():
         mids: list[torch.Tensor] = []
-        after = _linear_output(mids, family.groups[0].outputs.index(stream), weight, bias)
-        hooks.append(blocks[block].get_submodule(family.ffn_inputs[stream]).register_forward_pre_hook(_keeper(mids)))
+        after = _linear_output(mids, groups[block].outputs.index(stream), weight, bias)
+        hooks.append(blocks[block].get_submodule(groups[block].ffn_inputs[stream]).register_forward_pre_hook(_keeper(mids)))
         hooks.append(blocks[block].register_forward_hook(after))
     try:
         yield

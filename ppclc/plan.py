@@ -209,6 +209,11 @@ class CompressionPlan(BaseModel):
         """Name in the bank of a linear feed-forward network: its block, or both ends of the interval that starts there."""
         return f"ffn-{block}-{self.end_name(block)}-{stream}" if self.interval_at(block) else f"ffn-{block}-{stream}"
 
+    def text_key(self, block: int) -> str:
+        """Name in the bank of a text-stream edit's maps: block and reference with the ends of their intervals."""
+        reference = next(e.reference for e in self.text_stream if e.block == block)
+        return f"text-{block}-{self.end_name(block)}-{reference}-{self.end_name(reference)}"
+
     def end_name(self, block: int) -> str:
         """How a name in the bank tells where a student block ends: the interval's last block, with `a` behind it for adapters."""
         span = self.interval_at(block)

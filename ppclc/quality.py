@@ -90,8 +90,8 @@ class SampledDistance:
         """Every sample's squared distance (n,), float64, as a share of the mean energy."""
         pairs = zip(self.starts, self.wanted, strict=True)
         gaps = [flow.sample(student, noise, given, given, 1, self.steps) - wanted for (noise, given), wanted in pairs]
-        energy = torch.cat([w.double().square().sum((1, 2)) for w in self.wanted]).mean()
-        return torch.cat([g.double().square().sum((1, 2)) for g in gaps]).nan_to_num(nan=float("inf")) / energy
+        energy = torch.cat([w.double().square().flatten(1).sum(1) for w in self.wanted]).mean()
+        return torch.cat([g.double().square().flatten(1).sum(1) for g in gaps]).nan_to_num(nan=float("inf")) / energy
 
     def __call__(self, student: Any) -> float:
         """The student's distance."""

@@ -7,7 +7,6 @@ the student block no longer has (docs/decisions/006-linear-ffn.md), and a text m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from torch import nn
 from ppclc.families import Bank
 from ppclc.ffn_maps import FfnMoments, ffn_map
 from ppclc.local_edits import TEXT_INPUT, Teaching
-from ppclc.models import run_block
+from ppclc.models import Shared
 from ppclc.moments import ridge_solution
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit
 from ppclc.samples import Sample
@@ -46,9 +45,9 @@ def refitted(
     ffns = [(e, i) for e in plan.ffn if (i := plan.interval_at(e.block))]
     texts = [e for e in plan.text_stream if plan.interval_at(e.block) or plan.interval_at(e.reference)]
     moments = {plan.ffn_key(e.block, e.stream): FfnMoments() for e, _ in ffns}
-    pairs = {teaching.family.text_key(plan, e.block): PairMoments() for e in texts}
+    pairs = {plan.text_key(e.block): PairMoments() for e in texts}
     for some in _chunks(samples, together) if ffns or texts else ():
-        masks = [sample[2].get("encoder_hidden_states_mask") for sample in some]
+        masks = [teaching.family.mask_of(sample[2]) for sample in some]
         ends = {e.reference: 0 for e in texts} | {e.block: 0 for e in texts}
         left: list[tuple[FfnEdit, Interval] | TextStreamEdit] = [*ffns, *texts]
         stops = {s for _, i in ffns for s in (i.first, i.last + 1)} | set(ends)
@@ -59,7 +58,7 @@ def refitted(
             for text in [e for e in texts if e.block == stop]:
                 for n, mask in enumerate(masks):
                     own, target = (sweep.states[b][n][TEXT_INPUT] for b in (text.reference, text.block))
-                    pairs[teaching.family.text_key(plan, text.block)].add(own, target, mask)
+                    pairs[plan.text_key(text.block)].add(own, target, mask)
                 left.remove(text)
             for old in sweep.states.keys() - {s for e in left for s in _reads(e)}:
                 del sweep.states[old]
@@ -122,12 +121,14 @@ def _solved(moments: FfnMoments, stream: str, ridge: float) -> dict[str, torch.T
 
 
 @torch.no_grad()
-def _mid(block: nn.Module, teaching: Teaching, edit: FfnEdit, states: dict[str, torch.Tensor], shared: dict[str, Any]) -> torch.Tensor:
+def _mid(block: nn.Module, teaching: Teaching, edit: FfnEdit, states: dict[str, torch.Tensor], shared: Shared) -> torch.Tensor:
     """A block's state of one stream after the attention residual, (B, tokens, D)."""
     seen: list[torch.Tensor] = []
-    hook = block.get_submodule(teaching.family.ffn_inputs[edit.stream]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = block.get_submodule(teaching.group(edit.block).ffn_inputs[edit.stream]).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
     try:
-        run_block(block, teaching.family, states, shared)
+        teaching.call(block, edit.block, states, shared)
     finally:
         hook.remove()
     return seen[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,11 +20,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ppclc import trials
-from ppclc.block_costs import Call, default_size, example_call, width_of
+from ppclc.block_costs import Call, blocks_by_group, default_size, example_call, width_of
 from ppclc.budget import allows
+from ppclc.detection import group_ranges, removed_by
 from ppclc.devices import cores
 from ppclc.edit_costs import kept_choices
-from ppclc.families import Family
+from ppclc.families import STREAMS, Family
 from ppclc.models import DTYPES, Source, count_parameters, empty_model, random_model, student_config
 from ppclc.moments import BANDS, CHUNKS
 from ppclc.passes import calibrate
@@ -142,12 +143,11 @@ def calibrate_seconds(work: Work) -> float:
     """The teacher on every sample, and the products of its states."""
     settings = work.recipe.calibrate
     family, width = work.source.family, width_of(work.source.config)
-    size, made = default_size(family), moments(family, work.blocks, width, settings.longest)
+    size, made = default_size(family), moments(family, work.source.config, settings.longest)
     tokens = {"image": size["height"] * size["width"], "text": size["text"]}
     every = sum(rows * made.near * (2 if made.groups > 1 else 1) for rows in tokens.values())
-    some = (
-        tokens["image"] * made.far["image"] + tokens["text"] * (made.far["text"] + made.far["text_input"]) + sum(tokens.values()) * made.ffn
-    )
+    some = tokens["image"] * made.far["image"] + tokens["text"] * (made.far["text"] + made.far["text_input"])
+    some += sum(rows * made.ffn[stream] for stream, rows in tokens.items())
     products = MOMENT_OVERHEAD * (every + some / far_every(settings.samples))
     return settings.samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
 
@@ -161,28 +161,29 @@ def far_every(samples: int) -> int:
 class MomentCounts:
     """Square matrices of a calibration, and as `far` and `ffn` those of a share of the batches.
 
-    near: of each stream, once; groups: how often these are kept, whole and by band and chunk.
+    near: of each stream, once; groups: how often these are kept, whole and by band and chunk. ffn: by stream.
     """
 
     near: int
     groups: int
     far: Mapping[str, int]
-    ffn: int
+    ffn: Mapping[str, int]
 
 
-def moments(family: Family, blocks: int, width: int, longest: int) -> MomentCounts:
-    """What `calibrate` keeps of a teacher of so many blocks."""
+def moments(family: Family, config: Mapping[str, Any], longest: int) -> MomentCounts:
+    """What `calibrate` keeps of a teacher."""
+    blocks, width, texted = family.num_blocks(config), width_of(config), len(family.text_blocks(config))
 
     def pairs(states: int) -> int:
         return sum(min(longest, states - 1 - i) + 1 for i in range(states))
 
-    streams = len(family.groups[0].streams)
+    streams = len(STREAMS)
     grouped = 8 * streams * 2 * (blocks + 1) * width**2 * (BANDS + CHUNKS) <= calibrate.GROUPED_BYTES
     return MomentCounts(
         near=2 * blocks + 1,
         groups=1 + (BANDS + CHUNKS if grouped else 0),
-        far={"image": pairs(blocks + 1), "text": pairs(blocks + 1), "text_input": pairs(blocks)},
-        ffn=2 * blocks,
+        far={"image": pairs(blocks + 1), "text": pairs(blocks + 1), "text_input": pairs(texted)},
+        ffn={s: 2 * sum(s in family.ffn_streams(config, b) for b in range(blocks)) for s in STREAMS},
     )
 
 
@@ -202,12 +203,12 @@ def analyze_forwards(work: Work) -> float:
     longest = min(work.recipe.calibrate.longest, blocks)
     forwards = 1.0
     if wanted.text_stream == "auto" and free:
-        forwards += min(8, longest - 1, blocks - 1)
-    if isinstance(wanted.modulation_rank, int) or (wanted.modulation_rank == "auto" and free):
+        forwards += max(0, min(8, longest - 1, len(work.source.family.text_blocks(work.source.config)) - 1))
+    if work.source.family.modulations and (isinstance(wanted.modulation_rank, int) or (wanted.modulation_rank == "auto" and free)):
         forwards += max(0, (width_of(work.source.config) - 1).bit_length() - 2)
     if wanted.ffn == "auto" and free:
         # A network made linear is followed from its own block on.
-        forwards += len(work.source.family.ffn_inputs) * (blocks + 1) / 2
+        forwards += sum((blocks - b) / blocks * len(work.source.family.ffn_streams(work.source.config, b)) for b in range(blocks))
     spent = settings.probes * forwards
     if wanted.intervals != "auto":
         return spent
@@ -221,7 +222,9 @@ def analyze_forwards(work: Work) -> float:
 def _intervals(work: Work) -> list[Span]:
     """Every interval that the recipe allows, short ones first."""
     longest = min(work.recipe.calibrate.longest, work.blocks)
-    spans = [(u, v) for u in range(work.blocks) for v in range(u + 1, min(u + longest, work.blocks)) if allows(work.recipe.plan, u, v)]
+    ranges = group_ranges(work.source.family.sizes(work.source.config))
+    pairs = [(u, v) for first, end in ranges for u in range(first, end) for v in range(u + 1, min(u + longest, end))]
+    spans = [(u, v) for u, v in pairs if allows(work.recipe.plan, u, v)]
     return sorted(spans, key=lambda s: (s[1] - s[0], s))
 
 
@@ -413,38 +416,54 @@ def _training_bytes(work: Work, batch: int) -> int:
 def _by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, measured: Callable[[dict[str, Any]], int]) -> int:
     """What is measured of a student's configuration, where it is linear in depth: shallow students of like blocks tell it."""
     rank = (plan.modulation_rank or width_of(config)) if plan.has_width_edits else None
+    low = [2] * len(family.groups)
 
     def at(
-        blocks: int, text_stream: tuple[int, ...] = (), ffn: tuple[tuple[int, str], ...] = (), pairs: tuple[tuple[int, int], ...] = ()
+        first: int, text_stream: tuple[int, ...] = (), ffn: tuple[tuple[int, str], ...] = (), pairs: tuple[tuple[int, int], ...] = ()
     ) -> int:
-        shallow = _shallow(family, config, blocks)
+        """With so many blocks in the first group, which is the one that width edits are tried in."""
+        return of([first, *low[1:]], text_stream, ffn, pairs)
+
+    def of(
+        sizes: Sequence[int],
+        text_stream: tuple[int, ...] = (),
+        ffn: tuple[tuple[int, str], ...] = (),
+        pairs: tuple[tuple[int, int], ...] = (),
+    ) -> int:
+        shallow = dict(config) | {g.count_key: size for g, size in zip(family.groups, sizes, strict=True)}
         like = CompressionPlan.of(family.name, family.num_blocks(shallow), pairs, text_stream, rank, ffn=ffn, adapters=pairs)
         return measured(student_config(family, shallow, like))
 
-    two, three, mapped = at(2), at(3), len(plan.text_stream)
+    two, three, mapped = of(low), at(3), len(plan.text_stream)
     saved = mapped * (three - at(3, (2,))) if mapped else 0
     for stream in {e.stream for e in plan.ffn}:
         saved += sum(e.stream == stream for e in plan.ffn) * (three - at(3, (), ((2, stream),)))
     if plan.adapters:
         saved += len(plan.adapters) * (three - at(4, pairs=((2, 3),)))
-    return max(0, two + (three - two) * (len(plan.kept) - 2) - saved)
+    total = two - saved
+    for n, count in enumerate(blocks_by_group(family, config, plan).values()):
+        deeper = three if n == 0 else of([*low[:n], 3, *low[n + 1 :]])
+        total += (deeper - two) * (count - 2)
+    return max(0, total)
 
 
 def moment_bytes(work: Work) -> int:
     """Bytes of the calibration's record."""
-    width, streams = width_of(work.source.config), len(work.source.family.groups[0].streams)
-    made = moments(work.source.family, work.blocks, width, work.recipe.calibrate.longest)
-    matrices = streams * made.near * made.groups + sum(made.far.values()) + streams * made.ffn + 1
+    width, streams = width_of(work.source.config), len(STREAMS)
+    made = moments(work.source.family, work.source.config, work.recipe.calibrate.longest)
+    matrices = streams * made.near * made.groups + sum(made.far.values()) + sum(made.ffn.values()) + 1
     # Sums: of every state, by group and for the far moments; of both sides of a network; of the time embedding.
     states = work.blocks + 1
-    vectors = streams * states * (made.groups + 1) + work.blocks + streams * made.ffn + 1
+    vectors = streams * states * (made.groups + 1) + work.blocks + sum(made.ffn.values()) + 1
     return 8 * (matrices * width**2 + vectors * width + streams * work.blocks * made.groups)
 
 
 def disk_bytes(work: Work) -> int:
     """Bytes of the output folder when all is done: student, exports, records, report."""
     recipe, student, teacher = work.recipe, work.student.bytes, work.teacher.bytes
-    blocks = student + len(distilled_spans(work)) * _block_bytes(work) + len(work.plan.adapters) * _adapter_bytes(work)
+    each, sizes = _block_bytes(work), work.source.family.sizes(work.source.config)
+    kept = sum(size * n for span in distilled_spans(work) for size, n in zip(each, map(bool, removed_by([span], sizes)), strict=True))
+    blocks = student + kept + len(work.plan.adapters) * _adapter_bytes(work)
     graphs = GRAPH_BLOCK_BYTES * (work.student.blocks + work.blocks)
     exports = len(recipe.export) * (student + teacher + graphs)
     judged = 0
@@ -456,17 +475,18 @@ def disk_bytes(work: Work) -> int:
     return int(student + blocks + exports + moment_bytes(work) + judged + REPORT_BYTES)
 
 
-def _block_bytes(work: Work) -> int:
-    family, config = work.source.family, work.source.config
-    three, two = (count_parameters(empty_model(family, _shallow(family, config, n))) for n in (3, 2))
-    return (three - two) * DTYPES[work.recipe.model.dtype].itemsize
+def _block_bytes(work: Work) -> list[int]:
+    """Of one block of each group."""
+    family, low = work.source.family, _shallow(work.source.family, work.source.config)
+    two = count_parameters(empty_model(family, low))
+    deeper = [count_parameters(empty_model(family, low | {g.count_key: 3})) for g in family.groups]
+    return [(three - two) * DTYPES[work.recipe.model.dtype].itemsize for three in deeper]
 
 
 def _adapter_bytes(work: Work) -> int:
     """Of one interval's record: a matrix and an offset a stream."""
     width = width_of(work.source.config)
-    streams = len(work.source.family.groups[0].streams)
-    return streams * (width**2 + width) * DTYPES[work.recipe.model.dtype].itemsize
+    return len(STREAMS) * (width**2 + width) * DTYPES[work.recipe.model.dtype].itemsize
 
 
 def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionPlan, dtype: str) -> Speeds:

@@ -18,7 +18,7 @@ import torch
 
 from ppclc import flow
 from ppclc.batches import WHOLE, Share
-from ppclc.cache import LATENTS, TEXT, Cache
+from ppclc.cache import LATENTS, MASK, TEXT, Cache
 from ppclc.errors import RecipeError
 from ppclc.models import Source
 
@@ -26,6 +26,8 @@ Sample = tuple[torch.Tensor, torch.Tensor, flow.Conditioning]
 """x_t (B, S, C), timestep (B,), conditioning."""
 SourceKind = Literal["auto", "images", "prompts", "cached", "noise"]
 TRAJECTORY_STEPS = 10
+POSITIONS = {"img_ids", "txt_ids"}
+"""Inputs (tokens, axes) that all samples of a batch share."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,13 @@ class Samples:
         while len(order) < count:
             order = torch.cat([order, torch.randperm(len(self.rows), generator=generator)])
         batch = self.cache.read([self.rows[i] for i in order[rows.start : rows.stop].tolist()])
-        height, width = self.cache.grid
+        (height, width), family = self.cache.grid, self.source.family
         latents = batch.pop(LATENTS, None)
         if latents is None:
-            latents = torch.zeros(len(rows), height * width, self._channels())
-        return latents.float(), batch | self.source.family.grid_inputs(len(rows), height, width, batch[TEXT].shape[1])
-
-    def _channels(self) -> int:
-        example = self.source.family.example_inputs(self.source.config, batch=1, generator=torch.Generator())
-        return int(example["hidden_states"].shape[-1])
+            latents = torch.zeros(len(rows), *family.latents(self.source.config, height, width))
+        if MASK in batch:
+            batch[family.text_mask] = batch.pop(MASK)
+        return latents.float(), batch | family.grid_inputs(self.source.config, len(rows), height, width, batch[TEXT].shape[1])
 
     def _timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         order = torch.randperm(count, generator=generator)
@@ -120,7 +120,7 @@ class Samples:
         """Points of the teacher's trajectories from that noise, each after `stop` (B,) of its steps."""
         x, at = noise, noise.clone()
         for i in range(int(stop.max()) + 1):
-            at = torch.where((stop == i)[:, None, None], x, at)
+            at = torch.where((stop == i).reshape(-1, *[1] * (x.dim() - 1)), x, at)
             t = torch.full((len(x),), 1 - i / TRAJECTORY_STEPS)
             x = x - flow.predict(self.teacher, x, t, conditioning) / TRAJECTORY_STEPS
         return at, 1 - stop / TRAJECTORY_STEPS, conditioning
@@ -133,12 +133,14 @@ def picked(sample: Sample, rows: Sequence[int]) -> Sample:
     if list(rows) == list(range(count)):
         return sample
 
-    def pick(value: Any) -> Any:
+    def pick(name: str, value: Any) -> Any:
+        if name in POSITIONS:  # which no sample has of its own
+            return value
         if isinstance(value, torch.Tensor):
             return value[index] if value.dim() and len(value) == count else value
         return [value[i] for i in rows] if isinstance(value, list) and len(value) == count else value
 
-    return x[index], t[index], {k: pick(v) for k, v in conditioning.items()}
+    return x[index], t[index], {k: pick(k, v) for k, v in conditioning.items()}
 
 
 def moved(sample: Sample, device: str) -> Sample:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, supernet, trials
-from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target
+from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target, layout
 from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
+from ppclc.families import STREAMS
 from ppclc.models import Source, block_state, predicted_parameters
 from ppclc.moments import BANDS
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import Agreement, Candidate, SetScore, TrialResult
 from ppclc.samples import Samples
-from ppclc.selection import Budget, Chain, Options
+from ppclc.selection import Budget, Chain, Options, Removed
 from ppclc.supernet import Dropped
 
 MAX_TEXT_BLOCKS = 8
@@ -90,6 +91,7 @@ class Search:
         self.source, self.costs, self.settings, self.wanted = source, costs, settings, wanted
         self.cka, self.ppcl, self.progress = cka, ppcl, progress
         self.length, self.longest = costs.length, costs.stats.longest
+        self.sizes = source.family.sizes(source.config)
         self.adapted = adapted_spans(wanted)
         self.interval_errors: dict[Span, torch.Tensor] = {}
         self.kept: dict[Span, int] = {}
@@ -102,7 +104,7 @@ class Search:
         self.budget: Budget | None = None
         self.trials: list[TrialResult] = []
         self.scores: list[SetScore] = []
-        self.set_errors: dict[int, list[tuple[Dropped, torch.Tensor]]] = {}
+        self.set_errors: dict[Removed, list[tuple[Dropped, torch.Tensor]]] = {}
 
     @property
     def interval_costs(self) -> dict[Span, float]:
@@ -112,7 +114,9 @@ class Search:
     @cached_property
     def spans(self) -> list[Span]:
         """Intervals that may be chosen, short ones first, as many as the budget of forwards allows."""
-        every = [(u, v) for u, v in itertools.combinations(range(self.length), 2) if v - u < self.longest and allows(self.wanted, u, v)]
+        ranges = detection.group_ranges(self.sizes)
+        pairs = (pair for first, end in ranges for pair in itertools.combinations(range(first, end), 2))
+        every = [(u, v) for u, v in pairs if v - u < self.longest and allows(self.wanted, u, v)]
         taken = []
         left = float(self.settings.budget - self.costs.count)
         for u, v in sorted(every, key=lambda s: (s[1] - s[0], s)):
@@ -131,26 +135,27 @@ class Search:
 
     def measure_text(self) -> None:
         """Velocity error with the text stream of the last k blocks mapped, for each k."""
-        for k in range(1, min(MAX_TEXT_BLOCKS, self.longest - 1, self.length - 1) + 1):
-            blocks = list(range(self.length - k, self.length))
+        there = self.source.family.text_blocks(self.source.config)
+        for k in range(1, min(MAX_TEXT_BLOCKS, self.longest - 1, len(there) - 1) + 1):
+            blocks = list(there[-k:])
             if not any(b in self.wanted.protect for b in blocks):
                 self.text_costs[k] = self._student_cost(text=blocks)
             self.progress(k / MAX_TEXT_BLOCKS, "text stream")
 
     def measure_ranks(self) -> None:
         """Velocity error by modulation rank: 4, 8, 16, ... below the width."""
-        ranks = [r for r in (2**i for i in range(2, 16)) if r < self.width]
+        ranks = [r for r in (2**i for i in range(2, 16)) if r < self.width] if self.source.family.modulations else []
         for n, rank in enumerate(ranks):
             self.rank_costs[rank] = self._student_cost(rank=rank)
             self.progress((n + 1) / len(ranks), "modulation rank")
 
     @property
     def width(self) -> int:
-        """Length of the time embedding, which is that of the model."""
-        return int(self.costs.stats.tensors["temb.sum"].shape[-1])
+        """Features of a state, and of the time embedding."""
+        return int(self.costs.stats.tensors["image.sum"].shape[-1])
 
     def _student_cost(self, text: Sequence[int] = (), rank: int | None = None) -> float:
-        dead = self.wanted.dead_code and bool(text or rank is not None)
+        dead = self.wanted.dead_code and self.source.family.text_end == "dead" and bool(text or rank is not None)
         plan = CompressionPlan.of(self.source.family.name, self.length, [], list(text), rank, dead)
         return self.costs.share(self.costs.student(plan))
 
@@ -181,13 +186,17 @@ class Search:
             return found[0]
         steps = max(self.settings.supernet_steps, self.settings.trial_steps if self.settings.trials > 1 else 0)
         teaching = trials.Teaching.of(self.costs.model, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
-        depths = sorted({self.length - len(p.kept) for p in found} - {0})
-        if self.settings.supernet_steps and self.wanted.intervals == "auto" and depths:
-            chains = self._shared({n: options.chains[n] for n in (0, *depths)}, teaching)
+        depths = sorted({self._removed(p) for p in found})
+        if self.settings.supernet_steps and self.wanted.intervals == "auto" and any(map(any, depths)):
+            chains = self._shared({n: options.chains[n] for n in {(0,) * len(self.sizes), *depths}}, teaching)
             found = selection.contenders(replace(options, chains=chains), self.budget, count)
         return self._tried(found, teaching) if len(found) > 1 and self.settings.trials > 1 else found[0]
 
-    def _shared(self, cheapest: Mapping[int, Sequence[Chain]], teaching: trials.Teaching) -> dict[int, list[Chain]]:
+    def _removed(self, plan: CompressionPlan) -> Removed:
+        """Blocks of each group that go with a plan."""
+        return detection.removed_by([(i.first, i.last) for i in plan.intervals], self.sizes)
+
+    def _shared(self, cheapest: Mapping[Removed, Sequence[Chain]], teaching: trials.Teaching) -> dict[Removed, list[Chain]]:
         """Intervals by the number of blocks they remove: the supernet's best, at the cost of the cheapest by output error.
 
         The cost says what depth is worth against width, the supernet which blocks go. Where the cheapest costs next
@@ -196,21 +205,23 @@ class Search:
         spans = set(self.spans)
         allowed = {v for u, v in spans if v - u == 1}
         chains = {n: list(c[:1]) for n, c in cheapest.items()}
-        searched = [n for n, c in chains.items() if 0 < n <= len(allowed) and c[0][0] > FREE]
+        room = detection.removed_by([(b - 1, b) for b in allowed], self.sizes)
+        searched = [n for n, c in chains.items() if any(n) and all(a <= b for a, b in zip(n, room, strict=True)) and c[0][0] > FREE]
         if not searched:
             return chains
         self.starts |= {s: self.kept[s] for n, c in chains.items() if n not in searched for s in c[0][1]}
         net = supernet.Supernet(self.costs.model, self.source.family, teaching.learning_rate)
-        net.train(teaching.taught[: self.settings.supernet_steps], supernet.picker(self.drop_errors, allowed, searched), self.progress)
+        picker = partial(supernet.picker, self.drop_errors, allowed, self.sizes)
+        net.train(teaching.taught[: self.settings.supernet_steps], picker(searched), self.progress)
         with net.judges(teaching.distance) as score:
             for n in searched:
                 first = self._known_sets(n, cheapest[n])
-                draw = supernet.picker(self.drop_errors, allowed, [n], seed=1)
+                draw = picker([n], seed=1)
                 sets = max(1, self.settings.supernet_sets // len(searched))
-                ranked = supernet.search(score, n, first, draw, spans, self.length, sets, self.progress)
+                ranked = supernet.search(score, n, first, draw, spans, self.sizes, sets, self.progress)
                 self.scores += [SetScore(dropped=d, distance=e.median().item()) for d, e in ranked]
                 self.set_errors[n] = ranked
-                made = (detection.spans_of_dropped(d, self.length) or {} for d, _ in ranked)
+                made = (detection.spans_of_dropped(d, self.sizes) or {} for d, _ in ranked)
                 best = next((m for m in made if m and all(self.starts.get(s, b) == b for s, b in m.items())), None)
                 if best:
                     self.starts |= best
@@ -222,7 +233,7 @@ class Search:
         model, stats = self.costs.model, self.costs.stats
         entries = []
         for plan in plans:
-            bank = closed_form_bank(stats, self.settings.ridge, plan, self.source.family.text_key)
+            bank = closed_form_bank(stats, self.settings.ridge, plan)
             bank |= {plan.interval_key(i): self._start_state(plan, i) for i in plan.intervals}
             entries.append(trials.Trial(plan, bank, teaching.learning_rate))
         ranked = trials.run_trials(model, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
@@ -243,8 +254,7 @@ class Search:
         wanted = self.wanted
         free_text = wanted.text_stream == "auto" and self.budget is not None
         return Options(
-            family=self.source.family.name,
-            num_blocks=self.length,
+            **layout(self.source),
             ranks=self._rank_choices(),
             text_runs=self._text_choices() if free_text else [(0.0, 0)],
             text_blocks=None if free_text else (wanted.text_stream if isinstance(wanted.text_stream, list) else []),
@@ -277,37 +287,39 @@ class Search:
     def _ffn_choices(self) -> list[tuple[float, str, int]]:
         if self.wanted.ffn != "auto" or self.budget is None:
             return []
-        for stream in self.source.family.ffn_inputs:
+        family, config = self.source.family, self.source.config
+        for stream in STREAMS:
             for block in range(self.length):
-                if block not in self.wanted.protect:
+                if block not in self.wanted.protect and stream in family.ffn_streams(config, block):
                     self.ffn_costs.append((self.costs.share(self.costs.ffn(block, stream)), stream, block))
                 self.progress((block + 1) / self.length, f"{stream} FFN")
         return sorted(self.ffn_costs)
 
-    def _chains(self) -> dict[int, list[Chain]]:
+    def _chains(self) -> dict[Removed, list[Chain]]:
         """Intervals by the number of blocks they remove, as the strategy picks them."""
         wanted = self.wanted.intervals
         if isinstance(wanted, list):
-            return {sum(b - a for a, b in wanted): [(0.0, [(a, b) for a, b in wanted])]}
+            spans = [(a, b) for a, b in wanted]
+            return {detection.removed_by(spans, self.sizes): [(0.0, spans)]}
         if wanted == "none":
-            return {0: [(0.0, [])]}
+            return {(0,) * len(self.sizes): [(0.0, [])]}
         if self.settings.strategy == "output_error":
             self.measure_intervals()
             count = max(1, self.settings.trials)
-            found = selection.best_chains(self.length, self.interval_costs, SEVERAL * count)
+            found = selection.best_chains(self.sizes, self.interval_costs, SEVERAL * count)
             return {removed: self._distinct(chains)[:count] for removed, chains in found.items()}
         return self._rival_chains()
 
-    def _known_sets(self, removed: int, cheapest: Sequence[Chain]) -> list[Dropped]:
+    def _known_sets(self, removed: Removed, cheapest: Sequence[Chain]) -> list[Dropped]:
         """Sets of blocks that other rules would drop and the supernet can leave out, the cheapest by output error first.
 
         Where there are none, the cheapest with its intervals' first blocks kept, which is always one.
         """
         sets = [supernet.dropped_by({s: self.kept[s] for s in spans}) for _, spans in cheapest]
         for strategy in ("even", "block_influence", "laptop", "ppcl"):
-            picked = self._picked(strategy, removed)
+            picked = self._picked(strategy, sum(removed))
             sets += [supernet.dropped_by(picked)] if picked else []
-        fitting = [d for d in dict.fromkeys(sets) if supernet.fits(d, self.spans, self.length)]
+        fitting = [d for d in dict.fromkeys(sets) if supernet.fits(d, self.spans, self.sizes) and supernet.counts(d, self.sizes) == removed]
         return fitting or [supernet.dropped_by({s: s[0] for s in cheapest[0][1]})]
 
     def _distinct(self, chains: Sequence[Chain]) -> list[Chain]:
@@ -317,28 +329,29 @@ class Search:
             by_dropped.setdefault(supernet.dropped_by({s: self.kept[s] for s in spans}), (cost, spans))
         return list(by_dropped.values())
 
-    def _rival_chains(self) -> dict[int, list[Chain]]:
+    def _rival_chains(self) -> dict[Removed, list[Chain]]:
         """What another rule picks for every number of removed blocks, at the velocity error of that cut with nothing in its place."""
-        chains: dict[int, list[Chain]] = {0: [(0.0, [])]}
+        chains: dict[Removed, list[Chain]] = {(0,) * len(self.sizes): [(0.0, [])]}
         worst = 0.0
-        for n in range(1, self.length):
+        most = self.length - len(self.sizes)
+        for n in range(1, most + 1):
             picked = self._picked(self.settings.strategy, n)
             if picked is not None and all(allows(self.wanted, *s) for s in picked):
                 # Not below that of fewer blocks: the rule itself says which blocks go, the budget how many.
                 worst = max(worst, self.costs.share(self.costs.together(picked, linear=False)))
-                chains[n] = [(worst, sorted(picked))]
+                chains[detection.removed_by(picked, self.sizes)] = [(worst, sorted(picked))]
                 self.kept |= {s: stays for s, stays in picked.items() if s not in self.kept}
-            self.progress(n / (self.length - 1), self.settings.strategy)
+            self.progress(n / most, self.settings.strategy)
         return chains
 
     def _picked(self, strategy: Strategy, removed: int) -> dict[Span, int] | None:
         """A rule's intervals, each with the block that it would keep: PPCL's first one, or the one that is not dropped."""
         if strategy in ("ppcl", "even"):
-            spans = detection.trimmed(self.ppcl, self.cka, removed) if strategy == "ppcl" else even_intervals(self.length, removed)
+            spans = detection.trimmed(self.ppcl, self.cka, removed) if strategy == "ppcl" else even_intervals(self.sizes, removed)
             return None if spans is None else {s: s[0] for s in spans}
         scores = self.influences if strategy == "block_influence" else self.drop_errors
         dropped = detection.lowest(scores, removed, [b not in self.wanted.protect for b in range(self.length)])
-        return detection.spans_of_dropped(dropped, self.length) if dropped else None
+        return detection.spans_of_dropped(dropped, self.sizes) if dropped else None
 
     def start(self, u: int, v: int) -> int:
         """The teacher block that the student block of an interval starts from."""
@@ -377,19 +390,20 @@ class Search:
         """Everything that was measured, intervals by hand included, with the parameters that each edit saves on its own."""
         family, config = self.source.family, self.source.config
         whole = predicted_parameters(family, config, self.options.plan([]))
-        by_length: dict[int, int] = {}
+        by_length: dict[Removed, int] = {}
         rows = []
         by_hand = {span: self.costs.share(errors) for span, errors in self.hand_errors.items()}
         for (u, v), cost in (self.interval_costs | by_hand).items():
-            if v - u not in by_length:
-                by_length[v - u] = whole - predicted_parameters(family, config, self.options.plan([(u, v)]))
-            rows.append(Candidate(kind="interval", first=u, last=v, cost=cost, parameters=by_length[v - u]))
+            removed = detection.removed_by([(u, v)], self.sizes)
+            if removed not in by_length:
+                by_length[removed] = whole - predicted_parameters(family, config, self.options.plan([(u, v)]))
+            rows.append(Candidate(kind="interval", first=u, last=v, cost=cost, parameters=by_length[removed]))
         for k, cost in self.text_costs.items():
-            blocks = list(range(self.length - k, self.length))
+            blocks = list(family.text_blocks(config)[-k:])
             saved = whole - predicted_parameters(family, config, self.options.plan([], blocks))
             rows.append(Candidate(kind="text_stream", first=blocks[0], last=blocks[-1], cost=cost, parameters=saved))
         for cost, stream, block in sorted(self.ffn_costs, key=lambda f: (f[1], f[2])):
-            if stream == "image" or block < self.length - 1:  # the last block's text network is dead code
+            if stream == "image" or family.text_end == "read" or block < self.length - 1:  # else the last block's text network is dead code
                 saved = whole - predicted_parameters(family, config, self.options.plan([], ffn=[(block, stream)]))
                 rows.append(Candidate(kind=f"{stream}_ffn", first=block, last=block, cost=cost, parameters=saved))
         return rows
@@ -405,16 +419,16 @@ class Search:
 
         By cost alone, and by the supernet on resampled samples where it was asked.
         """
-        removed = plan.num_blocks - len(plan.kept)
-        if not self.interval_errors or not removed or isinstance(self.wanted.intervals, list):
+        removed = self._removed(plan)
+        if not self.interval_errors or not any(removed) or isinstance(self.wanted.intervals, list):
             return {}
         spans = list(self.interval_errors)
         errors = torch.stack([self.interval_errors[s] for s in spans])
-        chosen = selection.cheapest_chains(self.length, self.interval_costs)[removed][1]
+        chosen = selection.cheapest_chains(self.sizes, self.interval_costs)[removed][1]
 
         def pick(weights: torch.Tensor) -> list[Span]:
             costs = (errors @ weights / (self.costs.energy @ weights)).tolist()
-            return selection.cheapest_chains(self.length, dict(zip(spans, costs, strict=True)))[removed][1]
+            return selection.cheapest_chains(self.sizes, dict(zip(spans, costs, strict=True)))[removed][1]
 
         generator = torch.Generator().manual_seed(0)
         draws = [torch.randint(self.costs.count, (self.costs.count,), generator=generator) for _ in range(RESAMPLES)]
@@ -423,7 +437,7 @@ class Search:
         banded = [pick((band == b).double()) for b in range(BANDS) if bool((band == b).any())]
         found = {"selection.resamples": agreement(chosen, resampled), "selection.bands": agreement(chosen, banded)}
         if removed in self.set_errors:
-            sets = [sorted(detection.spans_of_dropped(d, self.length) or {}) for d, _ in self.set_errors[removed]]
+            sets = [sorted(detection.spans_of_dropped(d, self.sizes) or {}) for d, _ in self.set_errors[removed]]
             errors = torch.stack([e for _, e in self.set_errors[removed]])
             rows = [torch.randint(errors.shape[1], (errors.shape[1],), generator=generator) for _ in range(RESAMPLES)]
             best = [sets[int(errors[:, r].median(1).values.argmin())] for r in rows]

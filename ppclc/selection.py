@@ -7,19 +7,21 @@ is taken is counted exactly.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
+from ppclc.detection import group_ranges, removed_by
 from ppclc.errors import PlanError, RecipeError
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit, kept_blocks
 
 Span = tuple[int, int]
 Chain = tuple[float, list[Span]]
 """Cost and disjoint intervals."""
-Chains = dict[int, Chain]
-"""By number of removed blocks."""
+Removed = tuple[int, ...]
+"""Blocks of each group that go."""
 NEARLY = 1.02
 """Mixes whose estimate is at most so many times the limit are counted exactly."""
 MORE_FFNS, FAR_ABOVE = 8, 1.25
@@ -28,27 +30,43 @@ COUNTED = 400
 """Most mixes that are counted exactly."""
 
 
-def cheapest_chains(length: int, costs: Mapping[Span, float]) -> Chains:
-    """For every number of removed blocks, the disjoint intervals of least total cost."""
-    return {removed: chains[0] for removed, chains in best_chains(length, costs, 1).items()}
+def cheapest_chains(groups: Sequence[int], costs: Mapping[Span, float]) -> dict[Removed, Chain]:
+    """For every number of removed blocks of each group, the disjoint intervals of least total cost."""
+    return {removed: chains[0] for removed, chains in best_chains(groups, costs, 1).items()}
 
 
-def best_chains(length: int, costs: Mapping[Span, float], count: int) -> dict[int, list[Chain]]:
-    """For every number of removed blocks, the `count` sets of disjoint intervals of least total cost, cheapest first.
+def best_chains(groups: Sequence[int], costs: Mapping[Span, float], count: int) -> dict[Removed, list[Chain]]:
+    """For every number of removed blocks of each group, the `count` sets of disjoint intervals of least total cost, cheapest first.
 
-    Dynamic programming over blocks.
+    Dynamic programming over the blocks of a group; no interval reaches over the end of one.
     """
+    found: dict[Removed, list[Chain]] = {(): [(0.0, [])]}
+    for first, end in group_ranges(groups):
+        own = _best_within(first, end, costs, count)
+        found = {(*removed, n): _cheapest_sums(chains, more, count) for removed, chains in found.items() for n, more in own.items()}
+    return found
+
+
+def _best_within(first: int, end: int, costs: Mapping[Span, float], count: int) -> dict[int, list[Chain]]:
+    """The same within one group, by the number of its removed blocks."""
     ending: dict[int, list[tuple[Span, float]]] = {}
     for (u, v), cost in costs.items():
-        ending.setdefault(v, []).append(((u, v), cost))
+        if first <= u and v < end:
+            ending.setdefault(v, []).append(((u, v), cost))
     best: list[dict[int, list[Chain]]] = [{0: [(0.0, [])]}]
-    for end in range(1, length + 1):
-        here = {removed: list(chains) for removed, chains in best[end - 1].items()}
-        for (u, v), cost in ending.get(end - 1, []):
-            for removed, chains in best[u].items():
+    for last in range(first, end):
+        here = {removed: list(chains) for removed, chains in best[-1].items()}
+        for (u, v), cost in ending.get(last, []):
+            for removed, chains in best[u - first].items():
                 here.setdefault(removed + v - u, []).extend((total + cost, [*chain, (u, v)]) for total, chain in chains)
         best.append({removed: sorted(chains, key=lambda c: c[0])[:count] for removed, chains in here.items()})
-    return best[length]
+    return best[-1]
+
+
+def _cheapest_sums(chains: Sequence[Chain], more: Sequence[Chain], count: int) -> list[Chain]:
+    """The `count` cheapest of all joins of one chain of each, both being sorted."""
+    joins = ((a + b, [*left, *right]) for n, (a, left) in enumerate(chains) for b, right in more[: -(-count // (n + 1))])
+    return heapq.nsmallest(count, joins, key=lambda c: c[0])
 
 
 @dataclass(frozen=True)
@@ -68,14 +86,16 @@ class Budget:
 class Options:
     """What may be chosen, each with its cost; a single choice of cost 0 is one made by hand.
 
-    chains: by removed blocks, cheapest first. ranks: modulation ranks, None for the whole. text_runs: the last k student
-    blocks, or `text_blocks` fixed by hand. ffns: (stream, block) by rising cost, or `fixed_ffns` by hand. adapters:
-    the intervals that have them, None for every interval of a plan.
+    groups: blocks of each group. chains: by removed blocks, cheapest first. ranks: modulation ranks, None for the whole.
+    text_runs: the last k student blocks of those that have a text stream, or `text_blocks` fixed by hand. texted: numbers
+    of those blocks in the teacher, None for all. text_ends: whether nothing reads text after the last of them.
+    dead_text: whether that block computes it all the same, so that dead code can go. ffns: (stream, block) by rising cost,
+    or `fixed_ffns` by hand. adapters: the intervals that have them, None for every interval of a plan.
     """
 
     family: str
-    num_blocks: int
-    chains: Mapping[int, Sequence[Chain]]
+    groups: Sequence[int]
+    chains: Mapping[Removed, Sequence[Chain]]
     ranks: Sequence[tuple[float, int | None]] = ((0.0, None),)
     text_runs: Sequence[tuple[float, int]] = ((0.0, 0),)
     text_blocks: Sequence[int] | None = None
@@ -86,13 +106,21 @@ class Options:
     dead_code: bool = True
     protect: frozenset[int] = frozenset()
     text_reach: int = 10
+    texted: range | None = None
+    dead_text: bool = True
+    text_ends: bool = True
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all groups together."""
+        return sum(self.groups)
 
     def plan(
         self, spans: Sequence[Span], text: Sequence[int] = (), rank: int | None = None, ffn: Sequence[tuple[int, str]] = ()
     ) -> CompressionPlan:
         """The plan with these edits; dead code goes where the recipe allows and the class changes anyway."""
         adapters = self.adapted(spans)
-        dead = self.dead_code and bool(text or ffn or rank is not None or adapters)
+        dead = self.dead_code and self.dead_text and bool(text or ffn or rank is not None or adapters)
         return CompressionPlan.of(self.family, self.num_blocks, list(spans), list(text), rank, dead, list(ffn), adapters)
 
     def adapted(self, spans: Sequence[Span]) -> list[Span]:
@@ -101,9 +129,10 @@ class Options:
 
     def run(self, k: int, spans: Sequence[Span]) -> list[int] | None:
         """The last k student blocks, as teacher numbers; None when they are protected or out of reach of the moments."""
-        kept = kept_blocks(self.num_blocks, list(spans))
-        if k >= len(kept) or (k and self.num_blocks - kept[len(kept) - k - 1] > self.text_reach):
-            return None
+        there = range(self.num_blocks) if self.texted is None else self.texted
+        kept = [b for b in kept_blocks(self.num_blocks, list(spans)) if b in there]
+        if k >= len(kept) or (k and there.stop - kept[len(kept) - k - 1] > self.text_reach):
+            return [] if not k else None
         blocks = list(kept[len(kept) - k :]) if k else []
         return None if self.protect & set(blocks) else blocks
 
@@ -114,12 +143,13 @@ class Options:
     def usable_ffns(self, spans: Sequence[Span], text: Sequence[int]) -> list[tuple[float, str, int]]:
         """Free FFN edits that go with these intervals and mapped blocks.
 
-        The last block that computes text has no text network to replace once dead code is gone.
+        Where text ends with the last block, that block has no text network to replace once dead code is gone.
         """
         if self.fixed_ffns is not None:
             return []
         kept = kept_blocks(self.num_blocks, list(spans))
-        full = [b for b in kept if b not in text][:-1]
+        full = [b for b in kept if b not in text]
+        full = full[:-1] if self.text_ends else full
         return [f for f in self.ffns if f[2] in (full if f[1] == "text" else kept)]
 
 
@@ -128,7 +158,7 @@ class Mix:
     """One choice of each kind, by rising cost: the `chain`-th set of intervals that removes so many blocks, and so on."""
 
     cost: float
-    removed: int
+    removed: Removed
     chain: int
     rank: int | None = field(compare=False)
     text: int = field(compare=False)
@@ -155,7 +185,7 @@ def contenders(options: Options, budget: Budget, count: int) -> list[Compression
         PlanError: edits made by hand that contradict each other.
     """
     found: list[CompressionPlan] = []
-    by_removed: dict[int, int] = {}
+    by_removed: dict[Removed, int] = {}
     for mix in itertools.islice(sorted(_mixes(options, budget)), COUNTED):
         if by_removed.get(mix.removed, 0) >= max(1, -(-count // 2)) or len(found) >= count:
             continue
@@ -194,7 +224,7 @@ def _mixes(options: Options, budget: Budget) -> Iterator[Mix]:
                 text = options.text(k, spans)
                 if text is None or not fits(options, budget, spans, text, rank):
                     continue
-                value = saving.base - removed * saving.block - saving.text(k)
+                value = saving.base - sum(n * each for n, each in zip(removed, saving.block, strict=True)) - saving.text(k)
                 value += saving.adapters(len(options.adapted(spans)))
                 dead = 0.0 if text else saving.dead
                 for ffns, cost in _ffn_counts(options.usable_ffns(spans, text), saving, value, budget.limit * NEARLY, dead):
@@ -239,7 +269,7 @@ class _Savings:
         self.bare = replace(options, adapters=frozenset())
         self.base = self._value([])
         self.pairs = _apart(s for s in sorted(_pairs(options)) if self._fits(s))
-        self.block = self.base - self._value(self.pairs[:1]) if self.pairs else 0.0
+        self.block = [self._of_block(n) for n in range(len(options.groups))]
         self.text = cache(self._text)
         self.ffn = cache(self._ffn)
         self.adapters = cache(self._adapters)
@@ -260,6 +290,11 @@ class _Savings:
         first = self._value(self.pairs[:1], self.pairs[:1]) - self._value(self.pairs[:1])
         second = self._value(two, two) - self._value(two, two[:1]) if len(two) == 2 else first
         return first + (count - 1) * second
+
+    def _of_block(self, group: int) -> float:
+        """What one block less of a group saves."""
+        some = next((s for s in self.pairs if removed_by([s], self.options.groups)[group]), None)
+        return self.base - self._value([some]) if some else 0.0
 
     def _fits(self, span: Span) -> bool:
         try:
@@ -292,7 +327,7 @@ class _Savings:
 
 
 def _pairs(options: Options) -> set[Span]:
-    return {(u, u + 1) for u in range(options.num_blocks - 1)}
+    return {(u, u + 1) for first, end in group_ranges(options.groups) for u in range(first, end - 1)}
 
 
 def _apart(spans: Iterable[Span]) -> list[Span]:

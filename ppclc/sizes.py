@@ -19,10 +19,10 @@ from pydantic import ValidationError
 
 from ppclc import compiler, distilling, selection
 from ppclc.bank import EditBank, considered, interval_plan
-from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand
+from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
-from ppclc.models import apply_plan, quiet_libraries, rebuild_student, student_config
+from ppclc.models import Source, apply_plan, quiet_libraries, rebuild_student, student_config
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
@@ -85,16 +85,15 @@ class Choice:
     costs: Costs
 
     @classmethod
-    def of(cls, analysis: Analysis, wanted: PlanSettings, spans: Sequence[Span], reach: int) -> Choice:
+    def of(cls, source: Source, analysis: Analysis, wanted: PlanSettings, spans: Sequence[Span], reach: int) -> Choice:
         """The choice that a recipe's `plan` leaves of these intervals. reach: blocks that the moments span."""
-        costs, plan = Costs.of(analysis), analysis.plan
+        costs = Costs.of(analysis)
         allowed = {s: costs.interval(s) for s in spans if interval_allowed(wanted, s)}
         fit = [r for r, c in costs.ranks.items() if c <= RANK_TOLERANCE]
         rank = {"auto": min(fit, default=None), "none": None}.get(str(wanted.modulation_rank), wanted.modulation_rank)
         base = Options(
-            family=plan.family,
-            num_blocks=plan.num_blocks,
-            chains=selection.best_chains(plan.num_blocks, allowed, CHAINS),
+            **layout(source),
+            chains=selection.best_chains(source.family.sizes(source.config), allowed, CHAINS),
             ranks=[(0.0, None), *([(costs.rank(rank), rank)] if isinstance(rank, int) else [])],
             text_runs=[(0.0, 0), *((c, k) for k, c in costs.text.items() if wanted.text_stream == "auto")],
             ffns=sorted((c, s, b) for (s, b), c in costs.ffn.items() if wanted.ffn == "auto"),
@@ -165,13 +164,13 @@ def plan_of_size(run: Run, bank: EditBank, target: TargetSettings) -> Compressio
     budget = budget_of(run.source, target, run.recipe.model.dtype)
     assert budget is not None
     held = bank.intervals(adapted_spans(wanted))
-    choice = Choice.of(analysis, wanted, held, bank.stats.longest)
+    choice = Choice.of(run.source, analysis, wanted, held, bank.stats.longest)
     own = analysis.plan
     if not bank.lacking(own) and budget.met(own) and choice.trimmed(own, budget) == own:
         return own
     found = choice.best(budget)
     if found is None:
-        wider = Choice.of(analysis, wanted, sorted({*held, *considered(analysis)}), bank.stats.longest)
+        wider = Choice.of(run.source, analysis, wanted, sorted({*held, *considered(analysis)}), bank.stats.longest)
         raise PlanError(_out_of_reach(run, bank, budget, choice.smallest(budget), wider))
     return found
 

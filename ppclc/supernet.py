@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from ppclc import flow, selection
-from ppclc.detection import Span, spans_of_dropped
+from ppclc.detection import Span, group_ranges, spans_of_dropped
 from ppclc.devices import cores
 from ppclc.families import Family
 from ppclc.models import replaced
 from ppclc.quality import SampledDistance
+from ppclc.selection import Removed
 from ppclc.trials import WARMUP, Lesson
 
 Dropped = tuple[int, ...]
@@ -40,7 +41,7 @@ DRAWS = 4
 
 
 class Supernet:
-    """A copy of the teacher that learns its velocity with blocks left out. Single-group families."""
+    """A copy of the teacher that learns its velocity with blocks left out."""
 
     def __init__(self, teacher: Any, family: Family, learning_rate: float) -> None:
         self.model, self.family, self.learning_rate = copy.deepcopy(teacher).requires_grad_(True).train(), family, learning_rate
@@ -79,8 +80,10 @@ class Supernet:
             yield lambda sets: list(pool.map(one, sets))
 
 
-def picker(errors: Sequence[float], allowed: Collection[int], counts: Sequence[int], seed: int = 0) -> Callable[[], Dropped]:
-    """Sets to train on: as many blocks as one of `counts` says, those rarer whose loss costs more in the teacher as it is.
+def picker(
+    errors: Sequence[float], allowed: Collection[int], groups: Sequence[int], depths: Sequence[Removed], seed: int = 0
+) -> Callable[[], Dropped]:
+    """Sets to train on: as many blocks of each group as one of `depths` says, those rarer whose loss costs more in the teacher as it is.
 
     `errors` are those of every block left out on its own; a block is drawn with weight error^-1/2.
     """
@@ -89,23 +92,26 @@ def picker(errors: Sequence[float], allowed: Collection[int], counts: Sequence[i
     weights = torch.tensor([max(e, floor) ** -0.5 if b in allowed else 0.0 for b, e in enumerate(errors)], dtype=torch.float64)
 
     def pick() -> Dropped:
-        count = counts[int(torch.randint(len(counts), (1,), generator=generator))]
-        return tuple(sorted(torch.multinomial(weights, count, generator=generator).tolist()))
+        count = depths[int(torch.randint(len(depths), (1,), generator=generator))]
+        picked: list[int] = []
+        for (first, end), own in zip(group_ranges(groups), count, strict=True):
+            picked += [first + b for b in torch.multinomial(weights[first:end], own, generator=generator).tolist()] if own else []
+        return tuple(sorted(picked))
 
     return pick
 
 
 def search(
     score: Score,
-    count: int,
+    count: Removed,
     first: Iterable[Dropped],
     draw: Callable[[], Dropped],
     spans: Collection[Span],
-    length: int,
+    groups: Sequence[int],
     evaluations: int,
     progress: Callable[[float, str], None],
 ) -> list[tuple[Dropped, torch.Tensor]]:
-    """Sets of `count` blocks with their distances, best first, after at most `evaluations` scores.
+    """Sets of `count` blocks of each group with their distances, best first, after at most `evaluations` scores.
 
     Half of the scores go to `first` and to sets drawn at random; the rest, in rounds, to those that come out best
     of a surrogate by dynamic programming. `spans` are the intervals that a set may be made of.
@@ -115,16 +121,15 @@ def search(
     def judge(sets: Iterable[Dropped]) -> None:
         new = list(itertools.islice(dict.fromkeys(s for s in sets if s not in known), evaluations - len(known)))
         known.update(zip(new, score(new), strict=True))
-        progress(len(known) / evaluations, f"sets of {count} blocks")
+        progress(len(known) / evaluations, f"sets of {sum(count)} blocks")
 
     judge(first)
-    drawn = dict.fromkeys(d for d in (draw() for _ in range(DRAWS * evaluations)) if d not in known and fits(d, spans, length))
+    drawn = dict.fromkeys(d for d in (draw() for _ in range(DRAWS * evaluations)) if d not in known and fits(d, spans, groups))
     judge(itertools.islice(drawn, max(0, evaluations // 2 - len(known))))
     for left in range(ROUNDS, 0, -1):
         share = -(-(evaluations - len(known)) // left)
-        chains = selection.best_chains(
-            length, surrogate({d: e.median().item() for d, e in known.items()}, spans, length), len(known) + share
-        ).get(count, [])
+        costs = surrogate({d: e.median().item() for d, e in known.items()}, spans, sum(groups))
+        chains = selection.best_chains(groups, costs, len(known) + share).get(count, [])
         sets = (dropped_by({s: s[0] for s in chain}) for _, chain in chains)
         judge(itertools.islice((d for d in sets if d not in known), share))
     return sorted(known.items(), key=lambda k: (k[1].median().item(), k[0]))
@@ -163,7 +168,12 @@ def _mark(row: torch.Tensor, dropped: Dropped, length: int) -> None:
             row[length + b] = 1
 
 
-def fits(dropped: Dropped, spans: Collection[Span], length: int) -> bool:
+def fits(dropped: Dropped, spans: Collection[Span], groups: Sequence[int]) -> bool:
     """Whether a set is made of intervals that may be chosen, each with its first block kept."""
-    made = spans_of_dropped(dropped, length)
+    made = spans_of_dropped(dropped, groups)
     return made is not None and all(s in spans and stays == s[0] for s, stays in made.items())
+
+
+def counts(dropped: Dropped, groups: Sequence[int]) -> Removed:
+    """How many blocks of each group a set takes."""
+    return tuple(sum(first <= b < end for b in dropped) for first, end in group_ranges(groups))

@@ -2,15 +2,16 @@
 
 Both kinds take one path through the model, so that what they give is the same to the bit:
 
-1. The *skeleton*, the model with one stand-in for all of its blocks, makes the states that enter block 0.
+1. The *skeleton*, the model with stand-ins for its blocks, makes the states that enter block 0 and all else that blocks get.
 2. Blocks are run in order. All batches pass a block before the next is read.
-3. The skeleton, its stand-in now giving the last block's states, makes the velocity.
+3. The skeleton, its last stand-in now giving the last block's states, makes the velocity.
 
 Shape suffixes: B batch, S image token, T text token, D width, C channel.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -22,9 +23,8 @@ import torch
 from torch import nn
 
 from ppclc import flow
-from ppclc.errors import ModelError
-from ppclc.families import Family
-from ppclc.models import DTYPES, Source, block_state, blocks_of, empty_model, run_block
+from ppclc.families import Family, Group, States
+from ppclc.models import DTYPES, Shared, Source, block_state, blocks_of, empty_model, groups_of
 from ppclc.samples import Sample
 from ppclc.weight_files import WeightFiles
 
@@ -32,30 +32,26 @@ TEXT_INPUT = "text_input"
 ALIGNMENT = 64
 """Bytes between the starts of tensors that share one allocation; PyTorch aligns its own alike."""
 
-States = dict[str, torch.Tensor]
-"""States (B, tokens, D) by stream; under `text_input` the modulated text state (B, T, D) where it was asked for."""
-
 
 @dataclass
 class Sweep:
     """A chunk of batches on its way through the teacher.
 
-    `shared`: by batch, what all blocks get besides the streams. `states`: by state number, then by batch;
+    `shared`: by batch and block, what a block gets besides the streams. `states`: by state number, then by batch;
     number i is the input of block i, `num_blocks` the output of the last. Entries may be deleted when they
-    are no longer needed.
+    are no longer needed. Under `text_input` stands the modulated text state (B, T, D) where it was asked for.
     """
 
-    shared: list[dict[str, Any]]
+    shared: list[Shared]
     states: dict[int, list[States]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """What enters block 0: states by stream, what all blocks share, and the time embedding (B, D)."""
+    """What enters block 0: states by stream; and what every block gets besides, by its number."""
 
     states: States
-    shared: dict[str, Any]
-    temb: torch.Tensor
+    shared: Shared
 
 
 class _EmbeddedError(Exception):
@@ -63,56 +59,66 @@ class _EmbeddedError(Exception):
 
 
 class _Slot(nn.Module):
-    """The stand-in for all blocks of a skeleton: calls the function that it holds with what a block is given."""
+    """The stand-in for a block of a skeleton: hands its states to a function that it holds, and passes on what that gives."""
 
-    function: Callable[[dict[str, Any]], tuple[torch.Tensor, ...]]
+    function: Callable[[int, States, dict[str, Any]], Mapping[str, torch.Tensor]]
+    text_tokens: int | None = None
 
-    def forward(self, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        return self.function(kwargs)
+    def __init__(self, number: int, group: Group) -> None:
+        super().__init__()
+        self.number, self.group = number, group
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states, shared = self.group.given(args, kwargs, self.text_tokens)
+        return self.group.output(self.function(self.number, states, shared))
 
 
 class Skeleton:
-    """A model without its blocks, sharing all other tensors with it.
-
-    Raises:
-        ModelError: a family with several groups of blocks.
-    """
+    """A model without its blocks, sharing all other tensors with it."""
 
     def __init__(self, model: Any, family: Family) -> None:
-        if len(family.groups) != 1:
-            raise ModelError(f"{family.name}: models with several block groups cannot be run block by block yet")
-        self.group, self.time_embedding, self.slot = family.groups[0], family.time_embedding, _Slot()
+        self.family = family
+        self.slots = [_Slot(number, group) for number, group in enumerate(groups_of(model, family))]
         # The model itself stays as it is: others may be running it.
         memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        memo[id(model.get_submodule(self.group.path))] = nn.ModuleList([self.slot])
+        for group in family.groups:
+            memo[id(model.get_submodule(group.path))] = nn.ModuleList(s for s in self.slots if s.group is group)
         self.model = copy.deepcopy(model, memo)
 
     @torch.no_grad()
     def embed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Embedded:
-        """What enters block 0 in a forward with these arguments."""
-        seen: dict[str, Any] = {}
+        """What enters block 0 in a forward with these arguments, and what every block gets besides: that depends on no state."""
+        first: States = {}
+        shared: list[dict[str, Any]] = []
 
-        def record(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-            seen.update(given)
-            raise _EmbeddedError
+        def record(number: int, states: States, given: dict[str, Any]) -> States:
+            first.update(states if number == 0 else {})
+            shared.append(given)
+            if number == 0:
+                self._tell(states["text"].shape[1])
+            if number == len(self.slots) - 1:
+                raise _EmbeddedError
+            return states
 
-        temb: list[torch.Tensor] = []
-        hook = self.model.get_submodule(self.time_embedding).register_forward_hook(lambda *call: temb.append(call[2]))
-        self.slot.function = record
-        try:
+        self._put(record)
+        with contextlib.suppress(_EmbeddedError):
             self.model(*args, **kwargs)
-        except _EmbeddedError:
-            pass
-        finally:
-            hook.remove()
-        states = {stream: seen.pop(name) for stream, name in self.group.streams.items()}
-        return Embedded(states, seen, temb[0])
+        return Embedded(first, shared)
 
     @torch.no_grad()
     def finish(self, states: States, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The model's own output, from the last block's states and the arguments of the forward."""
-        self.slot.function = lambda _: tuple(states[stream] for stream in self.group.outputs)
+        self._tell(states["text"].shape[1])
+        self._put(lambda number, passing, _: states if number == len(self.slots) - 1 else passing)
         return self.model(*args, **kwargs)
+
+    def _put(self, function: Callable[[int, States, dict[str, Any]], Mapping[str, torch.Tensor]]) -> None:
+        for slot in self.slots:
+            slot.function = function
+
+    def _tell(self, text_tokens: int) -> None:
+        for slot in self.slots:
+            slot.text_tokens = text_tokens
 
 
 class Teacher:
@@ -148,14 +154,14 @@ class Teacher:
         if not set(stops) <= set(range(last + 1)) or not set(text_inputs) <= set(stops) - {last}:
             raise ValueError(f"stops {sorted(stops)}, text_inputs {sorted(text_inputs)}: wanted stops in 0..{last}, text inputs among them")
         embedded = [self._skeleton.embed((), self._inputs(sample)) for sample in samples]
-        sweep, tembs = Sweep(shared=[e.shared for e in embedded]), [e.temb for e in embedded]
+        sweep = Sweep(shared=[e.shared for e in embedded])
         current = [e.states for e in embedded]
         del embedded  # else the first states would stay to the end
         for number in range(max(stops, default=-1) + 1):
             if number in stops:
                 kept = [dict(states) for states in current]
                 if number in text_inputs:
-                    self._add_text_inputs(text_blocks(number), number, kept, tembs)
+                    self._add_text_inputs(text_blocks(number), number, kept, sweep.shared)
                 sweep.states[number] = kept
                 del kept
                 self._release()
@@ -207,17 +213,22 @@ class Teacher:
         return flow.inputs_for(self, *sample) | {"return_dict": False}
 
     @torch.no_grad()
-    def _run(self, block: int, current: list[States], shared: Sequence[Mapping[str, Any]]) -> None:
+    def _run(self, block: int, current: list[States], shared: Sequence[Shared]) -> None:
         """Put every batch's states through a block, each in the place of its input."""
-        module = self._block(block)
+        module, group = self._block(block), self.group(block)
         for n in range(len(current)):
-            current[n] = run_block(module, self.family, current[n], shared[n])
+            current[n] = group.call(module, current[n], shared[n][block])
 
     @torch.no_grad()
-    def _add_text_inputs(self, other: nn.Module | None, block: int, states: list[States], tembs: Sequence[torch.Tensor]) -> None:
-        module = self._block(block) if other is None else other.to(self.device)
-        for batch, temb in zip(states, tembs, strict=True):
-            batch[TEXT_INPUT] = self.family.text_input(module, batch["text"], temb)
+    def _add_text_inputs(self, other: nn.Module | None, block: int, states: list[States], shared: Sequence[Shared]) -> None:
+        module, text_input = self._block(block) if other is None else other.to(self.device), self.group(block).text_input
+        assert text_input is not None
+        for batch, given in zip(states, shared, strict=True):
+            batch[TEXT_INPUT] = text_input(module, batch["text"], given[block])
+
+    def group(self, block: int) -> Group:
+        """The group that a block is of."""
+        return self._skeleton.slots[block].group
 
 
 class ResidentTeacher(Teacher):
@@ -246,8 +257,7 @@ class StreamedTeacher(Teacher):
     `read_seconds` is the time that reading blocks has taken so far.
 
     Raises:
-        ModelError: as `load_source`, by headers alone; blocks that are not of one shape; a family with several
-        groups of blocks. Values that are not finite are met when their block is read.
+        ModelError: as `load_source`, by headers alone. Values that are not finite are met when their block is read.
     """
 
     def __init__(self, source: Source, dtype: str, device: torch.device | str = "cpu") -> None:
@@ -259,53 +269,49 @@ class StreamedTeacher(Teacher):
         super().__init__(source.family, source.config, Skeleton(model, source.family), DTYPES[dtype], self.device)
         outside = self._skeleton.model
         outside.load_state_dict({name: self._files[name] for name in outside.state_dict()}, strict=True, assign=True)
-        # One block stands for all in turn; the others, without memory, were wanted for their shapes alone.
-        self._module, *others = blocks_of(model, source.family)
-        self._empty = self._module.state_dict()
-        for number, other in enumerate(others, start=1):
-            if _shapes(other) != _shapes(self._module):
-                raise ModelError(f"{source.folder}: block {number} has other tensors than block 0: such models cannot be streamed")
-        for module in (outside, self._module):  # buffers that no file holds
+        self._modules = blocks_of(model, source.family)  # without memory, but for the one that is held
+        self._empty = [module.state_dict() for module in self._modules]
+        for module in (outside, *self._modules):  # buffers that no file holds
             module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self._held: int | None = None
         self._memory: dict[str, torch.Tensor] = {}
 
     def block_tensors(self, block: int) -> dict[str, torch.Tensor]:
         """As `Teacher.block_tensors`, read anew."""
-        prefix = self._prefix(block)
-        return {name: self._tensors[prefix + name] for name in self._empty}
+        prefix = self.family.prefix(self.config, block)
+        return {name: self._tensors[prefix + name] for name in self._empty[block]}
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """Every tensor by its full name, read on each access: `items` and `values` read them all in turn."""
         return self._tensors
 
-    def _prefix(self, block: int) -> str:
-        return f"{self.family.groups[0].path}.{block}."
-
     def _block(self, block: int) -> nn.Module:
-        """The block, read into the memory of the one before."""
+        """The block, read into the memory of the one before, where that had the same shapes."""
         if self._held != block:
             start = time.perf_counter()
-            if not self._memory:
-                self._memory = _one_allocation(self._empty, self.dtype, self.device)
-                self._module.load_state_dict(self._memory, strict=True, assign=True)
-            self._held = None  # a refusal midway leaves no block that could be taken for whole
-            for name, tensor in self._memory.items():
-                self._files.read(self._prefix(block) + name, tensor)
-            self._held = block
+            if self._held is not None and _shapes(self._empty[self._held]) != _shapes(self._empty[block]):
+                self._release()
+            memory = self._memory or _one_allocation(self._empty[block], self.dtype, self.device)
+            self._release()  # a refusal midway leaves no block that could be taken for whole
+            prefix = self.family.prefix(self.config, block)
+            for name, tensor in memory.items():
+                self._files.read(prefix + name, tensor)
+            self._modules[block].load_state_dict(memory, strict=True, assign=True)
+            self._held, self._memory = block, memory
             self.read_seconds += time.perf_counter() - start
-        return self._module
+        return self._modules[block]
 
     def _release(self) -> None:
+        if self._held is not None:
+            self._modules[self._held].load_state_dict(self._empty[self._held], strict=True, assign=True)
         self._held, self._memory = None, {}
-        self._module.load_state_dict(self._empty, strict=True, assign=True)
 
     def _inputs(self, sample: Sample) -> dict[str, Any]:
         return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in super()._inputs(sample).items()}
 
 
-def _shapes(block: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in block.state_dict().items()}
+def _shapes(block: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in block.items()}
 
 
 def _one_allocation(like: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:

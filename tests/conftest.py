@@ -101,7 +101,7 @@ def random_bank(family: Family) -> Callable[[Any, CompressionPlan], dict[str, Te
         basis = torch.linalg.qr(torch.randn(width, width, generator=g))[0]
         bank: dict[str, Tensors] = {"modulation": {"basis": basis, "mean": 0.1 * torch.randn(width, generator=g)}}
         for edit in plan.text_stream:
-            bank[family.text_key(plan, edit.block)] = {
+            bank[plan.text_key(edit.block)] = {
                 f"{name}.{part}": torch.randn(*shape, generator=g) / width**0.5
                 for name in ("text_in", "text_out")
                 for part, shape in (("weight", (width, width)), ("bias", (width,)))

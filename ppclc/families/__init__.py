@@ -5,15 +5,21 @@ A family is one file here with a `PLUGIN`. Blocks are numbered through all group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Literal
+
+import torch
 
 from ppclc import plugins
 from ppclc.errors import ModelError
 from ppclc.plan import CompressionPlan
 
 Tensors = Mapping[str, Any]
+States = dict[str, torch.Tensor]
+"""States (B, tokens, D) by stream."""
+STREAMS = ("image", "text")
 Bank = Mapping[str, Tensors]
 """Tensors by edit: `interval-3-4` a block's state, `interval-3-4-adapted` that and its adapters, `text-9-9-8-8` and `ffn-2-image`
 the maps, `modulation` basis and mean. An adapter is `image_adapter.weight` (D, D) and `.bias` (D,), or of `text`."""
@@ -21,17 +27,57 @@ the maps, `modulation` basis and mean. An adapter is `image_adapter.weight` (D, 
 
 @dataclass(frozen=True)
 class Group:
-    """A run of like blocks: where it hangs, the configuration key that counts it, its calling convention.
+    """A run of like blocks: where it hangs, the configuration key that counts it, its calling convention, what may be replaced.
 
-    `streams` names the keyword that carries each stream into a block; `outputs` the order in which a
-    block returns them.
+    `streams` names the argument that carries each stream into a block; `outputs` the order in which a
+    block returns them. `joined`, where it is not None, names the one argument that carries both streams in one
+    sequence, text first, which is also all that a block returns. `positional` names the arguments that forward passes by
+    position. `ffn_inputs`: by stream, the module within a block whose input is the state after the attention residual; a
+    stream that is not there takes no ffn edit. `ffn_modules`: by stream, the module of a student's block that is the linear
+    map in the network's place. `text_modules`: the maps of a student's block whose text stream is gone, that of keys
+    and values first; none where text streams cannot go. `text_input`: block, text state and what the block gets besides to the
+    modulated state that feeds its text keys and values.
     """
 
     name: str
     path: str
     count_key: str
-    streams: Mapping[str, str]
-    outputs: tuple[str, ...]
+    streams: Mapping[str, str] = field(default_factory=lambda: {"image": "hidden_states", "text": "encoder_hidden_states"})
+    outputs: tuple[str, ...] = ("text", "image")
+    joined: str | None = None
+    positional: tuple[str, ...] = ()
+    ffn_inputs: Mapping[str, str] = field(default_factory=dict)
+    ffn_modules: Mapping[str, str] = field(default_factory=dict)
+    text_modules: tuple[str, ...] = ()
+    text_input: Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor] | None = None
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any], text_tokens: int | None) -> tuple[States, dict[str, Any]]:
+        """States by stream that a call of a block carries, and its other arguments. `text_tokens` is read where streams are joined."""
+        shared = dict(zip(self.positional, args, strict=False)) | dict(kwargs)
+        if self.joined is None:
+            return {stream: shared.pop(name) for stream, name in self.streams.items()}, shared
+        return self._split(shared.pop(self.joined), text_tokens), shared
+
+    def call(self, block: Any, states: Mapping[str, torch.Tensor], shared: Mapping[str, Any]) -> States:
+        """A block's output by stream, from its input by stream and its other arguments."""
+        if self.joined is None:
+            return self.states_of(block(**{name: states[stream] for stream, name in self.streams.items()}, **shared), states)
+        return self.states_of(block(**{self.joined: self.output(states)}, **shared), states)
+
+    def output(self, states: Mapping[str, torch.Tensor]) -> Any:
+        """States as a block returns them."""
+        return tuple(states[s] for s in self.outputs) if self.joined is None else torch.cat([states["text"], states["image"]], dim=1)
+
+    def states_of(self, output: Any, before: Mapping[str, torch.Tensor]) -> States:
+        """States by stream of what a block returned; text that is no longer computed stays as it was `before`."""
+        if self.joined is not None:
+            return self._split(output, before["text"].shape[1])
+        found = dict(zip(self.outputs, output, strict=True))
+        return {stream: before[stream] if found[stream] is None else found[stream] for stream in self.streams}
+
+    def _split(self, sequence: torch.Tensor, text_tokens: int | None) -> States:
+        assert text_tokens is not None
+        return {"image": sequence[:, text_tokens:], "text": sequence[:, :text_tokens]}
 
 
 @dataclass(frozen=True)
@@ -85,65 +131,148 @@ class Encoders:
     pixels_per_token: Callable[[Mapping[str, Any]], int]
 
 
-def no_grid_inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+def no_grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> dict[str, Any]:
     """Nothing: a forward that takes no positions."""
     return {}
+
+
+def packed_latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ...]:
+    """A row of channels a token."""
+    return (height * width, int(config["in_channels"]))
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """A linear map of the time embedding whose output is cut into chunks of the width.
+
+    stream: whose states it modulates, `both` where they are joined. ffn: the chunks that go with a feed-forward network
+    made linear. input: the chunks, shift and scale, that are left of text whose state is only read by keys and values.
+    Orders of chunks are those of the teacher's class; `input` gives the student's.
+    """
+
+    stream: str
+    ffn: tuple[int, ...] = (3, 4, 5)
+    input: tuple[int, ...] = (0, 1)
 
 
 @dataclass(frozen=True)
 class Family:
     """All that ppclc knows of one family.
 
-    class_name: diffusers' class. student_class: `module:Class` of the width-edited student.
-    student_config: stock configuration and plan to the student's. student_tensor: one tensor of a
-    student by its name, from the teacher's and the bank. time_embedding: module whose output is
-    `temb`. text_input: block, text state and temb to the modulated state that feeds keys and values.
-    text_key: name in the bank of a text-stream edit's maps.
-    example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length.
-    lowered: a model made ready for torch.export. ffn_inputs: by stream, the module within a block whose
-    input is the state after the attention residual; a stream that is not there takes no ffn edit.
-    ffn_modules: by stream, the module of a student's block that is the linear map in the network's place.
-    text_modules: the maps of a student's block whose text stream is gone, that of keys and values first.
-    text_tensors: the inputs of forward that stand for a prompt, without masks. grid_inputs: what
-    forward takes besides, by batch, image grid in tokens and text length. encoders: the way from
-    prompts and images to tensors, None where there is none yet.
+    class_name: diffusers' class. student_class: `module:Class` of the width-edited student, empty where no edit changes the
+    class. text_end: what becomes of text after the last block that has a text stream: `read` by blocks of another group,
+    `dead`: computed and read by nothing, `none`: not computed by the class. renumbered: configuration and plan to the
+    student's values of keys that name blocks. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
+    of `SiLU(temb)` of, None where there is none such. basis_module: module of a student that projects it. modulations: by
+    path within a block (or, with `modulated_outside`, within the model) the linear maps that read it. may_start: whether the
+    student block of an interval, by configuration, first and last, can be a copy of a block.
+
+    example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length. lowered: a model made
+    ready for torch.export. text_tensors: the inputs of forward that stand for a prompt, without masks. text_mask: the input
+    that masks text, (B, T). text_tokens: length of the blocks' text states, from forward's inputs. timestep_scale: what
+    forward's `timestep` is where the flow's is 1. latents: shape of one sample's latents by configuration and image grid in
+    tokens. grid_inputs: what forward takes besides, by configuration, batch, image grid in tokens and text length. encoders: the
+    way from prompts and images to tensors, None where there is none yet.
     """
 
     name: str
     class_name: str
     groups: tuple[Group, ...]
-    student_class: str
-    student_config: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]]
-    student_tensor: Callable[[str, CompressionPlan, Tensors, Bank], Any]
-    time_embedding: str
-    text_input: Callable[[Any, Any, Any], Any]
-    text_key: Callable[[CompressionPlan, int], str]
     example_inputs: Callable[..., dict[str, Any]]
     lowered: Callable[[Any], Lowered]
     tiny_config: Mapping[str, Any]
-    ffn_inputs: Mapping[str, str] = field(default_factory=dict)
-    ffn_modules: Mapping[str, str] = field(default_factory=dict)
-    text_modules: tuple[str, ...] = ()
+    student_class: str = ""
+    text_end: Literal["read", "dead", "none"] = "read"
+    renumbered: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]] = lambda config, plan: {}
+    time_embedding: str | None = None
+    basis_module: str = ""
+    modulations: Mapping[str, Modulation] = field(default_factory=dict)
+    modulated_outside: bool = False
+    may_start: Callable[[Mapping[str, Any], int, int, int], bool] = lambda config, first, last, start: True
     text_tensors: tuple[str, ...] = ("encoder_hidden_states",)
-    grid_inputs: Callable[[int, int, int, int], dict[str, Any]] = no_grid_inputs
+    text_mask: str = "encoder_hidden_states_mask"
+    text_tokens: Callable[[Mapping[str, Any]], int] = lambda inputs: int(inputs["encoder_hidden_states"].shape[1])
+    timestep_scale: float = 1.0
+    latents: Callable[[Mapping[str, Any], int, int], tuple[int, ...]] = packed_latents
+    grid_inputs: Callable[[Mapping[str, Any], int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None
 
     @property
     def student_class_name(self) -> str:
-        """Name of the width-edited class, as `_class_name` gives it."""
+        """Name of the width-edited class, as `_class_name` gives it; empty where there is none."""
         return self.student_class.partition(":")[2]
+
+    def mask_of(self, conditioning: Mapping[str, Any]) -> torch.Tensor | None:
+        """The text's mask (B, T) among what a transformer takes, None where all of it counts."""
+        return conditioning.get(self.text_mask)
+
+    def sizes(self, config: Mapping[str, Any]) -> list[int]:
+        """Blocks of each group."""
+        return [int(config[g.count_key]) for g in self.groups]
 
     def num_blocks(self, config: Mapping[str, Any]) -> int:
         """Blocks of all groups together."""
-        return sum(int(config[g.count_key]) for g in self.groups)
+        return sum(self.sizes(config))
+
+    def place(self, config: Mapping[str, Any], block: int) -> tuple[Group, int]:
+        """A block's group, and its number there. Raises IndexError for a block that is not there."""
+        for group, size in zip(self.groups, self.sizes(config), strict=True):
+            if block < size:
+                return group, block
+            block -= size
+        raise IndexError(block)
+
+    def prefix(self, config: Mapping[str, Any], block: int) -> str:
+        """What the names of a block's tensors begin with."""
+        group, number = self.place(config, block)
+        return f"{group.path}.{number}."
+
+    def block_of(self, config: Mapping[str, Any], name: str) -> tuple[int, str] | None:
+        """The block that a tensor is of by its full name, and the rest of the name; None for one that is outside of blocks."""
+        first = 0
+        for group, size in zip(self.groups, self.sizes(config), strict=True):
+            if name.startswith(f"{group.path}."):
+                number, rest = name.removeprefix(f"{group.path}.").split(".", 1)
+                return first + int(number), rest
+            first += size
+        return None
+
+    def ffn_streams(self, config: Mapping[str, Any], block: int) -> tuple[str, ...]:
+        """Streams whose feed-forward network a block has, and that can be made linear."""
+        group, _ = self.place(config, block)
+        textless = self.text_end == "none" and block == self.num_blocks(config) - 1
+        return tuple(s for s in STREAMS if s in group.ffn_inputs and not (s == "text" and textless))
+
+    def text_blocks(self, config: Mapping[str, Any]) -> range:
+        """Blocks whose text stream may go: those of the one group that has maps for it."""
+        first = 0
+        for group, size in zip(self.groups, self.sizes(config), strict=True):
+            if group.text_modules:
+                return range(first, first + size)
+            first += size
+        return range(0)
+
+
+@cache
+def _known() -> dict[str, Family]:
+    """Every family by the names of its classes."""
+    found: dict[str, Family] = {}
+    for name in plugins.names("families"):
+        family: Family = plugins.load("families", name)
+        found |= {n: family for n in (family.class_name, family.student_class_name) if n}
+    return found
+
+
+def timestep_scale(model: Any) -> float:
+    """What a model's `timestep` is where the flow's is 1; 1 for what is of no family."""
+    family = getattr(model, "family", None) or _known().get(type(model).__name__)
+    return family.timestep_scale if isinstance(family, Family) else 1.0
 
 
 def of_config(config: Mapping[str, Any], where: str) -> Family:
     """The family that knows this configuration's `_class_name`. Raises ModelError when none does."""
     class_name = config.get("_class_name")
-    families: list[Family] = [plugins.load("families", name) for name in plugins.names("families")]
-    for family in families:
-        if class_name in (family.class_name, family.student_class_name):
-            return family
-    known = ", ".join(f.class_name for f in families)
+    if (family := _known().get(str(class_name))) is not None:
+        return family
+    known = ", ".join(sorted({f.class_name for f in _known().values()}))
     raise ModelError(f"{where}: _class_name = {class_name!r}: no family knows this class; known are {known}")

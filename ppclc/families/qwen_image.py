@@ -13,130 +13,26 @@ import torch
 from torch import nn
 
 from ppclc.errors import PlanError
-from ppclc.families import Bank, Encoders, Family, Group, Lowered, Part, Tensors
-from ppclc.plan import CompressionPlan
-from ppclc.students.qwen_image import JointAttention, TextRole, text_roles
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation
+from ppclc.students.qwen_image import JointAttention
+
+
+def text_input(block: Any, text_BTD: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+    """The modulated text state of a stock block, which feeds its text keys and values."""
+    temb_BD = given["temb"].chunk(2, dim=0)[0] if block.zero_cond_t else given["temb"]
+    modulated: torch.Tensor = block._modulate(block.txt_norm1(text_BTD), block.txt_mod(temb_BD).chunk(2, dim=-1)[0])[0]
+    return modulated
+
 
 BLOCKS = Group(
     name="transformer_blocks",
     path="transformer_blocks",
     count_key="num_layers",
-    streams={"image": "hidden_states", "text": "encoder_hidden_states"},
-    outputs=("text", "image"),
+    ffn_inputs={"image": "img_norm2", "text": "txt_norm2"},
+    ffn_modules={"image": "img_ffn", "text": "txt_ffn"},
+    text_modules=("text_in", "text_out"),
+    text_input=text_input,
 )
-
-
-FFN_MAPS = {"img_ffn": "image", "txt_ffn": "text"}
-"""Streams of the modules that stand where a feed-forward network was made linear."""
-ADAPTERS = ("image_adapter", "text_adapter")
-"""Modules in front of a block, named by their stream."""
-MODULATED = {"img_mod": "image", "txt_mod": "text"}
-
-
-def student_config(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
-    """Constructor arguments of the student.
-
-    Raises:
-        PlanError: a text feed-forward network to be made linear that dead-code removal leaves out; a modulation rank above the width.
-    """
-    width = int(config["attention_head_dim"]) * int(config["num_attention_heads"])
-    if (plan.modulation_rank or 0) > width:
-        raise PlanError(f"plan.modulation_rank = {plan.modulation_rank}: wanted at most the width, {width}")
-    edited = {k: v for k, v in config.items() if not k.startswith("_")} | {"num_layers": len(plan.kept)}
-    if plan.has_width_edits:
-        edited["modulation_rank"] = plan.modulation_rank
-        edited["mapped_text_blocks"] = [plan.student_block(e.block) for e in plan.text_stream]
-        edited["dead_code"] = plan.dead_code
-    if plan.ffn:
-        for edit in plan.ffn:
-            if edit.stream == "text" and not _role(plan, edit.block).emits_text:
-                raise PlanError(
-                    f"plan.ffn: block {edit.block}, text: this is the last block that reads text, so dead_code removes its feed-forward "
-                    "network already; wanted this edit left out, or dead_code: false"
-                )
-        for stream in FFN_MAPS.values():
-            edited[f"linear_ffn_{stream}_blocks"] = [plan.student_block(e.block) for e in plan.ffn if e.stream == stream]
-    if plan.adapters:
-        edited["adapted_blocks"] = [plan.student_block(i.first) for i in plan.adapters]
-    return edited
-
-
-def _role(plan: CompressionPlan, block: int) -> TextRole:
-    mapped = [plan.student_block(e.block) for e in plan.text_stream]
-    return text_roles(len(plan.kept), mapped, plan.dead_code)[plan.student_block(block)]
-
-
-def student_tensor(name: str, plan: CompressionPlan, teacher: Tensors, bank: Bank) -> torch.Tensor:
-    """One tensor of the student, from the teacher's tensors and the bank.
-
-    Raises:
-        PlanError: the bank lacks the maps or the basis that the plan needs.
-
-    A distilled block's tensors of a feed-forward network that is linear in the student are not read, nor a text
-    adapter where text is mapped. Adapters that the bank lacks are the identity.
-    """
-    if name.startswith("time_text_embed.modulation_basis."):
-        basis, mean = _basis(plan, bank)
-        return basis.T.contiguous() if name.endswith("weight") else -(basis.T @ mean)
-    if not name.startswith(BLOCKS.path + "."):
-        return teacher[name]  # type: ignore[no-any-return]
-    _, number, part = name.split(".", 2)
-    block = plan.kept[int(number)]
-    if part.startswith(("text_in.", "text_out.")):
-        return _from_bank(bank, text_key(plan, block))[part]  # type: ignore[no-any-return]
-    if (module := part.split(".")[0]) in FFN_MAPS:
-        return _from_bank(bank, plan.ffn_key(block, FFN_MAPS[module]))[part.removeprefix(f"{module}.")]  # type: ignore[no-any-return]
-    interval = plan.interval_at(block)
-    source = bank.get(plan.interval_key(interval)) if interval else None
-    if source is None:
-        if module in ADAPTERS:
-            width = len(teacher["img_in.bias"])
-            return torch.eye(width) if part.endswith("weight") else torch.zeros(width)
-        source = Part(teacher, f"{BLOCKS.path}.{block}.")
-    if part.startswith(("img_mod.", "txt_mod.")):
-        return _modulation(part, plan, source, bank, block)
-    return source[part]  # type: ignore[no-any-return]
-
-
-def text_key(plan: CompressionPlan, block: int) -> str:
-    """Name in the bank of a text-stream edit's maps: block and reference with the ends of their intervals."""
-    reference = next(e.reference for e in plan.text_stream if e.block == block)
-    return f"text-{block}-{plan.end_name(block)}-{reference}-{plan.end_name(reference)}"
-
-
-def _modulation(part: str, plan: CompressionPlan, source: Tensors, bank: Bank, block: int) -> torch.Tensor:
-    mod = part.split(".")[0]
-    weight, bias = source[f"{mod}.1.weight"], source[f"{mod}.1.bias"]
-    if mod == "txt_mod" and plan.has_width_edits and not _role(plan, block).emits_text:
-        # The first two of six chunks: shift and scale before attention.
-        weight, bias = weight[: len(weight) // 3], bias[: len(bias) // 3]
-    elif any(e.block == block and e.stream == MODULATED[mod] for e in plan.ffn):
-        # The first three: shift and scale before attention, and its gate.
-        weight, bias = weight[: len(weight) // 2], bias[: len(bias) // 2]
-    if plan.modulation_rank is None:
-        return weight if part.endswith("weight") else bias  # type: ignore[no-any-return]
-    basis, mean = _basis(plan, bank)
-    weight, bias = weight.to(basis.dtype), bias.to(basis.dtype)
-    return (weight @ basis) if part.endswith("weight") else weight @ mean + bias  # type: ignore[no-any-return]
-
-
-def _basis(plan: CompressionPlan, bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
-    parts = _from_bank(bank, "modulation")
-    if plan.modulation_rank is None or plan.modulation_rank > len(parts["mean"]):
-        raise PlanError(f"plan.modulation_rank = {plan.modulation_rank}: wanted at most the width, {len(parts['mean'])}")
-    return parts["basis"][:, : plan.modulation_rank], parts["mean"]
-
-
-def _from_bank(bank: Bank, key: str) -> Tensors:
-    if key not in bank:
-        raise PlanError(f"the bank holds no {key!r}, which this plan needs; it has {', '.join(sorted(bank)) or 'nothing'}")
-    return bank[key]
-
-
-def text_input(block: Any, text_BTD: torch.Tensor, temb_BD: torch.Tensor) -> torch.Tensor:
-    """The modulated text state of a stock block, which feeds its text keys and values."""
-    modulated: torch.Tensor = block._modulate(block.txt_norm1(text_BTD), block.txt_mod(temb_BD).chunk(2, dim=-1)[0])[0]
-    return modulated
 
 
 def example_inputs(
@@ -147,11 +43,11 @@ def example_inputs(
         "hidden_states": torch.randn(batch, height * width, config["in_channels"], generator=generator),
         "timestep": torch.rand(batch, generator=generator),
         "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=generator),
-        **grid_inputs(batch, height, width, text),
+        **grid_inputs(config, batch, height, width, text),
     }
 
 
-def grid_inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+def grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> dict[str, Any]:
     """The grid of every sample: one frame of `height` x `width` tokens."""
     return {"img_shapes": [[(1, height, width)]] * batch}
 
@@ -299,11 +195,10 @@ PLUGIN = Family(
     class_name="QwenImageTransformer2DModel",
     groups=(BLOCKS,),
     student_class="ppclc.students.qwen_image:PrunedQwenImageTransformer2DModel",
-    student_config=student_config,
-    student_tensor=student_tensor,
+    text_end="dead",
     time_embedding="time_text_embed",
-    text_input=text_input,
-    text_key=text_key,
+    basis_module="time_text_embed.modulation_basis",
+    modulations={"img_mod.1": Modulation("image"), "txt_mod.1": Modulation("text")},
     example_inputs=example_inputs,
     lowered=lowered,
     tiny_config={
@@ -316,9 +211,6 @@ PLUGIN = Family(
         "joint_attention_dim": 16,
         "axes_dims_rope": (4, 6, 6),
     },
-    ffn_inputs={"image": "img_norm2", "text": "txt_norm2"},
-    ffn_modules={stream: module for module, stream in FFN_MAPS.items()},
-    text_modules=("text_in", "text_out"),
     grid_inputs=grid_inputs,
     encoders=Encoders(
         pipeline_class="QwenImagePipeline",

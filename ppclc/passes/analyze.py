@@ -17,6 +17,7 @@ from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.closed_forms import Probes, cka_map, far_of, modulation_basis
 from ppclc.detection import Span
 from ppclc.edit_costs import EditCosts
+from ppclc.families import STREAMS
 from ppclc.models import Source
 from ppclc.moments import BANDS, CHUNKS, near_of
 from ppclc.records import Agreement, Analysis, CalibrationStats
@@ -45,15 +46,17 @@ def analyze(
         PlanError: edits fixed by hand that this model cannot take.
     """
     family = source.family
-    streams = list(family.groups[0].streams)
+    streams = list(STREAMS)
     probes = {s: Probes(near_of(stats.tensors, stats.rows, s, stats.num_blocks), settings.ridge) for s in streams}
     far = {s: far_of(stats, s) if settings.reading == "caption" else None for s in streams}
     maps = {s: cka_map(p, stats.longest, far[s]) for s, p in probes.items()}
-    detected = {s: detection.first_difference_intervals(m.tolist()) for s, m in maps.items()}
+    sizes = family.sizes(source.config)
+    detected = {s: detection.first_difference_intervals(m.tolist(), sizes) for s, m in maps.items()}
     costs = EditCosts(model, family, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
     search = Search(source, costs, settings, wanted, maps[streams[0]].tolist(), detected[streams[0]][0], progress)
     plan = search.plan(target, dtype, samples, lessons)
     starts = search.all_starts(plan)
+    modulation = {f"modulation.{k}": v for k, v in modulation_basis(stats).items()} if "temb" in stats.rows else {}
     return Analysis(
         reading=settings.reading,
         strategy=settings.strategy,
@@ -63,13 +66,13 @@ def analyze(
         ppcl_intervals=detected[streams[0]][0],
         candidates=search.candidates(),
         modulation_error=search.rank_costs,
-        stability={**detection_stability(stats, streams[0], settings, detected[streams[0]][0]), **search.stability(plan)},
+        stability={**detection_stability(stats, streams[0], settings, sizes, detected[streams[0]][0]), **search.stability(plan)},
         work=search.work(),
         supernet=search.scores,
         trials=search.trials,
         starts=starts,
         plan=plan,
-        tensors={"cka": torch.stack([maps[s] for s in streams]), **{f"modulation.{k}": v for k, v in modulation_basis(stats).items()}},
+        tensors={"cka": torch.stack([maps[s] for s in streams]), **modulation},
     )
 
 
@@ -79,7 +82,9 @@ def probe_set(samples: Samples, count: int) -> list[Sample]:
     return [samples.draw(min(64, count - i), generator) for i in range(0, count, 64)]
 
 
-def detection_stability(stats: CalibrationStats, stream: str, settings: AnalyzeSettings, chosen: Sequence[Span]) -> dict[str, Agreement]:
+def detection_stability(
+    stats: CalibrationStats, stream: str, settings: AnalyzeSettings, sizes: Sequence[int], chosen: Sequence[Span]
+) -> dict[str, Agreement]:
     """How far PPCL's intervals agree on resampled chunks of the calibration samples and on single timestep bands.
 
     Always in the equation reading, which near moments suffice for; nothing where moments were not grouped.
@@ -90,7 +95,7 @@ def detection_stability(stats: CalibrationStats, stream: str, settings: AnalyzeS
 
     def detect(weights: Mapping[str, float]) -> list[Span]:
         near = near_of(stats.tensors, stats.rows, stream, stats.num_blocks, weights)
-        return detection.first_difference_intervals(cka_map(Probes(near, settings.ridge), stats.longest).tolist())[0]
+        return detection.first_difference_intervals(cka_map(Probes(near, settings.ridge), stats.longest).tolist(), sizes)[0]
 
     generator = torch.Generator().manual_seed(0)
     resampled = []

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppclc import flow
 from ppclc.families import Family
 from ppclc.ffn_maps import FfnMoments
-from ppclc.models import Trace, blocks_of, trace
+from ppclc.models import Trace, blocks_of, groups_of, trace
 from ppclc.moments import BANDS, CHUNKS, Moments, rows_of
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample, Samples, SourceKind, picked
@@ -64,10 +64,10 @@ def calibrate(
         seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), mids=far)
         start = time.perf_counter()
         groups = grouped_bytes(seen) <= GROUPED_BYTES
-        mask = conditioning.get("encoder_hidden_states_mask")
+        mask = family.mask_of(conditioning)
         add_near(moments, seen, t, mask, f"chunk.{n % CHUNKS}." if groups else None)
         if far:
-            add_far(moments, seen, mask, family, blocks, settings.longest)
+            add_far(moments, seen, mask, text_inputs(model, family, seen), settings.longest)
             for stream, mids in seen.mids.items():
                 ffns.add(stream, mids, seen.states[stream][1:], mask if stream == "text" else None)
         seconds += time.perf_counter() - start
@@ -112,12 +112,18 @@ def add_near(moments: Moments, seen: Trace, timestep: torch.Tensor, mask: torch.
         moments.add_near("temb", [torch.nn.functional.silu(seen.temb)])
 
 
-def add_far(moments: Moments, seen: Trace, mask: torch.Tensor | None, family: Family, blocks: Sequence[Any], longest: int) -> None:
-    """Far moments of one batch: both streams, and the modulated text state that feeds each block's text keys and values."""
-    states = dict(seen.states)
-    if seen.temb is not None:
-        with torch.no_grad():
-            states[TEXT_INPUT] = [family.text_input(b, s, seen.temb) for b, s in zip(blocks, states["text"][:-1], strict=True)]
-    for stream, values in states.items():
+@torch.no_grad()
+def text_inputs(model: Any, family: Family, seen: Trace) -> list[torch.Tensor]:
+    """The modulated text state that feeds the text keys and values of each block whose text stream may go."""
+    found = []
+    for number, (block, group) in enumerate(zip(blocks_of(model, family), groups_of(model, family), strict=True)):
+        if group.text_modules and group.text_input is not None:
+            found.append(group.text_input(block, seen.states["text"][number], seen.shared[number]))
+    return found
+
+
+def add_far(moments: Moments, seen: Trace, mask: torch.Tensor | None, inputs: Sequence[torch.Tensor], longest: int) -> None:
+    """Far moments of one batch: both streams, and the text inputs of blocks from the first on."""
+    for stream, values in (seen.states | ({TEXT_INPUT: list(inputs)} if inputs else {})).items():
         rows = mask if stream != "image" else None
         moments.add_far(stream, [rows_of(v, rows) for v in values], longest)

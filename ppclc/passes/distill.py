@@ -20,10 +20,10 @@ from ppclc import flow
 from ppclc.batches import Feed, Share
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, has_spare_core
-from ppclc.families import Family
+from ppclc.families import Group
 from ppclc.local_edits import LocalEdit, Weights, state_loss
 from ppclc.local_phase import LocalPhase, LocalSettings
-from ppclc.models import blocks_of
+from ppclc.models import blocks_of, groups_of
 from ppclc.records import Distilled
 from ppclc.samples import Sample, Samples, moved
 from ppclc.teachers import StreamedTeacher, Teacher
@@ -156,7 +156,7 @@ def finetune(
         student.enable_gradient_checkpointing()
     student.requires_grad_(True).train()
     blocks, followed = blocks_of(student, teacher.family), tuple(ends) if settings.state_weight else ()
-    states = image_states(blocks, teacher.family) if followed else []
+    states = image_states(blocks, groups_of(student, teacher.family)) if followed else []
     trainer = Trainer(student, settings.finetune_steps, settings.finetune_learning_rate, settings, ranks, blocks, "fine-tune")
     streamed = isinstance(teacher, StreamedTeacher)
     shifted = samples.shifted(settings.timestep_shift)
@@ -187,18 +187,21 @@ def joint_terms(settings: DistillSettings, states: list[torch.Tensor], student: 
         terms["data"] = share * nn.functional.mse_loss(velocity, lesson.data)
     if lesson.states:
         pairs = zip(states[: len(lesson.states)], lesson.states, strict=True)
-        losses = [state_loss(own, wanted, settings.magnitude) for own, wanted in pairs]
+        losses = [state_loss(own[:, -wanted.shape[1] :], wanted, settings.magnitude) for own, wanted in pairs]
         terms["states"] = settings.state_weight * torch.stack(losses).mean()
     states.clear()
     return terms
 
 
-def image_states(blocks: Sequence[nn.Module], family: Family) -> list[torch.Tensor]:
-    """A list that every forward adds the image states after each block to."""
+def image_states(blocks: Sequence[nn.Module], groups: Sequence[Group]) -> list[torch.Tensor]:
+    """A list that every forward adds the image states after each block to; where streams are joined, text stands before them."""
     found: list[torch.Tensor] = []
-    place = family.groups[0].outputs.index("image")
-    for block in blocks:
-        block.register_forward_hook(lambda _, args, output: found.append(output[place]))
+
+    def keep(group: Group, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.append(output if group.joined else output[group.outputs.index("image")])
+
+    for block, group in zip(blocks, groups, strict=True):
+        block.register_forward_hook(partial(keep, group))
     return found
 
 

@@ -23,7 +23,6 @@ Shape suffixes: B batch, S token, D width, H head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,65 +37,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import nn
 
-
-@dataclass(frozen=True)
-class TextRole:
-    """What a block does with text.
-
-    mapped: keys and values come from a map of another block's state. emits_text: the text state is
-    computed and passed on. emits_input: the modulated state `z` is passed on, behind the text state.
-    """
-
-    mapped: bool
-    emits_text: bool
-    emits_input: bool
-
-
-def text_roles(num_layers: int, mapped_text_blocks: list[int] | None, dead_code: bool) -> list[TextRole]:
-    """The role of every block, from the configuration.
-
-    Raises ValueError when a mapped block has no full block before it.
-    """
-    mapped = set(mapped_text_blocks or [])
-    if mapped and (min(mapped) < 1 or max(mapped) >= num_layers):
-        raise ValueError(f"mapped_text_blocks = {sorted(mapped)}: wanted blocks within 1..{num_layers - 1}")
-    roles = []
-    for i in range(num_layers):
-        next_full = next((j for j in range(i + 1, num_layers) if j not in mapped), None)
-        followed = i + 1 < num_layers and i + 1 in mapped
-        read = next_full is not None or not dead_code
-        if i in mapped:
-            roles.append(TextRole(True, emits_text=read and not followed, emits_input=followed))
-        else:
-            roles.append(TextRole(False, emits_text=read, emits_input=followed))
-    return roles
-
-
-def check_linear_ffn(image: list[int] | None, text: list[int] | None, roles: list[TextRole]) -> None:
-    """Raise ValueError for a block that is not there, or whose text feed-forward network is gone already."""
-    for name, blocks in (("image", image or []), ("text", text or [])):
-        if any(not 0 <= b < len(roles) for b in blocks):
-            raise ValueError(f"linear_ffn_{name}_blocks = {blocks}: wanted blocks within 0..{len(roles) - 1}")
-    gone = [b for b in text or [] if roles[b].mapped or not roles[b].emits_text]
-    if gone:
-        raise ValueError(f"linear_ffn_text_blocks = {text}: blocks {gone} compute no text after attention, wanted blocks that do")
-
-
-def check_adapted(blocks: list[int] | None, num_layers: int) -> None:
-    """Raise ValueError for a block that is not there."""
-    if any(not 0 <= b < num_layers for b in blocks or []):
-        raise ValueError(f"adapted_blocks = {blocks}: wanted blocks within 0..{num_layers - 1}")
-
-
-class LastFeatures(nn.Module):
-    """The last `count` features of its input."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[..., -self.count :]
+from ppclc.students.parts import LastFeatures, TextRole, check_adapted, check_linear_ffn, text_roles
 
 
 class ProjectedTimeEmbeddings(QwenTimestepProjEmbeddings):
@@ -347,7 +288,7 @@ class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
         )
         self.register_to_config(num_layers=num_layers)
         heads, head_dim = num_attention_heads, attention_head_dim
-        roles = text_roles(num_layers, mapped_text_blocks, dead_code)
+        roles = text_roles(num_layers, mapped_text_blocks, not dead_code)
         check_linear_ffn(linear_ffn_image_blocks, linear_ffn_text_blocks, roles)
         check_adapted(adapted_blocks, num_layers)
         linear = {"image": linear_ffn_image_blocks or [], "text": linear_ffn_text_blocks or []}

@@ -23,7 +23,7 @@ from ppclc import plugins
 from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.closed_forms import Probes, cka_map
 from ppclc.edit_costs import EditCosts
-from ppclc.families import Family
+from ppclc.families import STREAMS, Family
 from ppclc.models import Source, StandIn, blocks_of, model_class, predicted_parameters
 from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
@@ -34,7 +34,7 @@ from ppclc.selection import cheapest_chains
 
 LOADED: list[Family] = [plugins.load("families", name) for name in plugins.names("families")]
 # Planted blocks have no feed-forward networks and no text modulation to be traced.
-FAMILIES = [replace(f, ffn_inputs={}, text_input=lambda _block, text, _temb: text) for f in LOADED if len(f.groups) == 1]
+FAMILIES = [replace(f, groups=(replace(f.groups[0], ffn_inputs={}, text_modules=()),)) for f in LOADED if len(f.groups) == 1]
 BLOCKS, LONGEST, RIDGE = 6, 3, 1e-8
 FREE, NEAR = 1e-7, 1e-5
 """Squared relative velocity errors: at most FREE is nothing, at least NEAR is something."""
@@ -123,7 +123,7 @@ def plant(family: Family, seed: int, kind: str, at: int) -> Case:
         made = identity(rng) if kind == "identity" else linear(rng)
         put = {at: made, at + 1: nearly(made, seed)}
     for i, function in put.items():
-        blocks[i] = StandIn(family, function)
+        blocks[i] = StandIn(family.groups[0], function)
     source = Source("planted", Path(), dict(model.config), family)
     planted = {at - 1, at} if kind == "twins" else {at}
     return Case(model, source, planted, open_samples("noise", source, model, "train"))
@@ -141,7 +141,7 @@ def search(case: Case, seed: int) -> tuple[Search, Any]:
 def check(family: Family, seed: int, kind: str, at: int) -> None:
     case = plant(family, seed, kind, at)
     found, stats = search(case, seed)
-    for stream in family.groups[0].streams:
+    for stream in STREAMS:
         probes = Probes(near_of(stats.tensors, stats.rows, stream, BLOCKS), RIDGE)
         assert probes.error(at) < 1e-6, "the probe of a planted block leaves nothing"
         assert probes.error(at + 1) > 1e-3, "the probe of the near-miss leaves something"
@@ -154,7 +154,7 @@ def check(family: Family, seed: int, kind: str, at: int) -> None:
     assert free == {(u, v) for u, v in itertools.combinations(range(BLOCKS), 2) if v - u == 1 and case.planted & {u, v}}
     assert all({u, v} - {found.kept[u, v]} <= case.planted for u, v in free)
     assert min(c for s, c in found.interval_costs.items() if s not in free) > NEAR
-    cost, spans = cheapest_chains(BLOCKS, found.interval_costs)[1]
+    cost, spans = cheapest_chains([BLOCKS], found.interval_costs)[1,]
     assert cost < FREE
     assert {b for u, v in spans for b in range(u, v + 1) if b != found.kept[u, v]} <= case.planted
     # And end to end: one block fewer is asked for, and it is that one.
@@ -214,8 +214,8 @@ def test_the_block_that_alone_writes_the_output_stays(family: Family, seed: int,
     found, _ = search(case, seed)
     found.measure_intervals()
     for removed in range(1, BLOCKS - 2):
-        chains = cheapest_chains(BLOCKS, found.interval_costs)
-        spans = chains[removed][1]
+        chains = cheapest_chains([BLOCKS], found.interval_costs)
+        spans = chains[removed,][1]
         gone = {b for u, v in spans for b in range(u, v + 1) if b != found.kept[u, v]}
         assert writer not in gone
     drops = [found.costs.share(found.costs.dropped(b)) for b in range(BLOCKS)]

@@ -28,10 +28,10 @@ def test_first_difference_rule_on_a_fixed_map() -> None:
 
 def test_cheapest_chains_on_fixed_costs() -> None:
     costs = {(0, 1): 5.0, (1, 2): 1.0, (2, 3): 2.0, (1, 3): 2.6, (4, 5): 1.5}
-    chains = cheapest_chains(6, costs)
+    chains = cheapest_chains([6], costs)
     assert chains == {
-        0: (0.0, []),
-        1: (1.0, [(1, 2)]),
-        2: (2.5, [(1, 2), (4, 5)]),
-        3: (4.1, [(1, 3), (4, 5)]),
-    } | {k: v for k, v in chains.items() if k > 3}
+        (0,): (0.0, []),
+        (1,): (1.0, [(1, 2)]),
+        (2,): (2.5, [(1, 2), (4, 5)]),
+        (3,): (4.1, [(1, 3), (4, 5)]),
+    } | {k: v for k, v in chains.items() if k > (3,)}

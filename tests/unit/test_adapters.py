@@ -132,8 +132,8 @@ def test_identity_adapters_change_nothing(name: str, teacher: Any, family: Famil
     identity = {f"{s}_adapter.{k}": v for s in ("image", "text") for k, v in (("weight", eye), ("bias", zero))}
     keys = [plan.interval_key(i) for i in plan.adapters]
     plain = without_adapters(plan)
-    adapted = [plan.ffn_key(e.block, e.stream) for e in plan.ffn] + [family.text_key(plan, e.block) for e in plan.text_stream]
-    bare_keys = [plain.ffn_key(e.block, e.stream) for e in plain.ffn] + [family.text_key(plain, e.block) for e in plain.text_stream]
+    adapted = [plan.ffn_key(e.block, e.stream) for e in plan.ffn] + [plan.text_key(e.block) for e in plan.text_stream]
+    bare_keys = [plain.ffn_key(e.block, e.stream) for e in plain.ffn] + [plain.text_key(e.block) for e in plain.text_stream]
     same_maps = {own: bank[other] for own, other in zip(bare_keys, adapted, strict=True)}
     wanted = run(apply_plan(teacher, plain, bank | same_maps), inputs)
     found = run(apply_plan(teacher, plan, bank | {k: bank[k] | identity for k in keys}), inputs)
@@ -271,8 +271,10 @@ def test_the_budget_counts_them(source: Source, rank: int | None, target: float)
     """The estimate that orders the mixes misses none: of all chains the cheapest whose plan really fits is taken."""
     budget = budget_of(source, TargetSettings(parameters=target), "float32")
     assert budget is not None
-    chains = {n: [(float(n), [(b, b + 1) for b in range(0, 2 * n, 2)])] for n in range(4)} | {n: [(float(n), [(0, n)])] for n in (4, 5)}
-    options = Options(NAME, 6, chains, ranks=[(0.0, rank)], adapters=None)
+    chains = {(n,): [(float(n), [(b, b + 1) for b in range(0, 2 * n, 2)])] for n in range(4)} | {
+        (n,): [(float(n), [(0, n)])] for n in (4, 5)
+    }
+    options = Options(NAME, [6], chains, ranks=[(0.0, rank)], adapters=None)
     plan = choose(options, budget)
     fits = [n for n, ((_, spans),) in sorted(chains.items()) if budget.met(options.plan(spans, rank=rank))]
     assert plan == options.plan(chains[fits[0]][0][1], rank=rank)

@@ -76,7 +76,7 @@ def opened(out: Path) -> tuple[Run, EditBank]:
 
 def by_hand(run: Run, plan: CompressionPlan) -> dict[str, Any]:
     """The bank of a plan, put together from the folders without `ppclc.bank`."""
-    bank = dict(closed_form_bank(run.stats, run.recipe.analyze.ridge, plan, run.source.family.text_key))  # type: ignore[arg-type]
+    bank = dict(closed_form_bank(run.stats, run.recipe.analyze.ridge, plan))  # type: ignore[arg-type]
     for key in needed(plan, run.source.family):
         for folder in (run.out / "records").glob(f"{key}-{'[0-9a-f]' * 16}"):
             bank[key] = load_file(folder / "tensors.safetensors")

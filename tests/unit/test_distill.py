@@ -183,7 +183,7 @@ def test_zero_steps_give_the_closed_form_student(teacher: Any, family: Family, s
     assert all(torch.equal(v, block[k]) for k, v in untrained.tensors.items())
     plan = CompressionPlan.of(NAME, 6, [(3, 4)], [5], 6, True)
     stats = calibrate(teacher, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
-    bank = closed_form_bank(stats, 1e-4, plan, family.text_key)
+    bank = closed_form_bank(stats, 1e-4, plan)
     tuned = tune(teacher, family, plan, bank, samples, SHORT.model_copy(update={"finetune_steps": 0}), tmp_path)
     wanted = apply_plan(teacher, plan, bank).state_dict()
     assert tuned.tensors.keys() == wanted.keys()
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing(
 ) -> None:
     plan = CompressionPlan.of(NAME, 6, [(1, 2)], **edits)
     stats = calibrate(teacher, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
-    bank = closed_form_bank(stats, 1e-4, plan, family.text_key)
+    bank = closed_form_bank(stats, 1e-4, plan)
     tuned, calls = [], []
     for kept in (True, False):
         student, count = apply_plan(teacher, plan, bank), [0]

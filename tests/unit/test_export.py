@@ -43,7 +43,7 @@ def a_student(plan: CompressionPlan) -> Any:
     offset = {f"{name}.bias": torch.randn(width) / 10 for name in ("text_in", "text_out")}
     basis = torch.linalg.qr(torch.randn(width, width))[0]
     bank = {"modulation": {"basis": basis, "mean": torch.randn(width) / 10}}
-    bank |= dict.fromkeys((FAMILY.text_key(plan, e.block) for e in plan.text_stream), square | offset)
+    bank |= dict.fromkeys((plan.text_key(e.block) for e in plan.text_stream), square | offset)
     bank |= {plan.ffn_key(e.block, e.stream): {"weight": torch.randn(width, width) / width, "bias": torch.ones(width)} for e in plan.ffn}
     for interval in plan.adapters:
         adapters = {f"{s}_adapter.weight": torch.randn(width, width) / width**0.5 for s in ("image", "text")}

@@ -145,7 +145,7 @@ def test_mids_are_the_states_between_attention_and_the_networks(teacher: Any, fa
         for mlp in (bare.img_mlp, bare.txt_mlp):
             mlp.net[2].weight.zero_()
             mlp.net[2].bias.zero_()
-        text, image = bare(hidden_states=seen.states["image"][i], encoder_hidden_states=seen.states["text"][i], **seen.shared)
+        text, image = bare(hidden_states=seen.states["image"][i], encoder_hidden_states=seen.states["text"][i], **seen.shared[i])
         assert torch.equal(seen.mids["image"][i], image)
         assert torch.equal(seen.mids["text"][i], text)
     assert torch.equal(seen.velocity, run(teacher, inputs))

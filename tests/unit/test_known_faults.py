@@ -128,7 +128,7 @@ def samples(teacher_folder: Path, teacher: Any) -> Samples:
 def bank(teacher: Any, family: Family, samples: Samples) -> dict[str, Any]:
     """The closed forms of EDITS."""
     stats = calibrate(teacher, family, samples, CalibrateSettings(samples=256, longest=5), quiet)
-    return closed_form_bank(stats, RIDGE, EDITS, family.text_key)
+    return closed_form_bank(stats, RIDGE, EDITS)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_1_every_part_of_the_method_is_there_and_does_its_work(teacher: Any, tea
 def _basis(run: Run) -> dict[str, Any]:
     assert run.stats
     assert run.plan
-    return {"modulation": closed_form_bank(run.stats, RIDGE, run.plan, run.source.family.text_key)["modulation"]}
+    return {"modulation": closed_form_bank(run.stats, RIDGE, run.plan)["modulation"]}
 
 
 # -- 2: literals -------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_3_the_chain_trains_them_too(edited: Run) -> None:
     """Fault 3, in a whole run: what the records hold is not the closed form."""
     assert edited.stats
     assert edited.plan
-    closed = closed_form_bank(edited.stats, RIDGE, edited.plan, edited.source.family.text_key)
+    closed = closed_form_bank(edited.stats, RIDGE, edited.plan)
     keys = [e.edit for e in edited.edits[:-1] if not e.edit.startswith("interval")]
     assert len(keys) == 5
     for key in keys:
@@ -430,7 +430,7 @@ def test_7_padded_text_enters_no_closed_form(teacher: Any, family: Family, padde
     made = []
     for source in padded:
         stats = calibrate(teacher, family, source, CalibrateSettings(samples=48, longest=5), quiet)  # type: ignore[arg-type]
-        closed = closed_form_bank(stats, RIDGE, EDITS, family.text_key)
+        closed = closed_form_bank(stats, RIDGE, EDITS)
         drawn = [source.draw(8, torch.Generator().manual_seed(n)) for n in range(6)]
         plan = CompressionPlan.of(NAME, 6, [(1, 2)], ffn=[(1, "image"), (1, "text")])
         refits = refitted(ResidentTeacher(teacher, family), teaching_of(teacher, family), plan, {}, drawn, RIDGE, 6)

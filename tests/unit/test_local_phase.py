@@ -55,7 +55,7 @@ def streamed(teacher_folder: Path) -> Teacher:
 def edits_of(teacher: Teacher, stats: CalibrationStats, plan: CompressionPlan = PLAN, weights: Weights = Weights()) -> list[LocalEdit]:  # noqa: B008
     """Every edit of the plan; width edits stand on intervals in closed form here."""
     teaching = Teaching(teacher.family, teacher.config, teacher.block_tensors)
-    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, plan, teacher.family.text_key))
+    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, plan))
     starts = {}
     for i in plan.intervals:
         adapters = interval_adapters(stats, 1e-4, i.first, i.last) if i in plan.adapters else {}
@@ -195,7 +195,7 @@ def test_width_edits_learn_and_nothing_else_of_their_block_does(
 def test_trained_edits_are_what_a_student_is_made_of(
     teacher: Any, family: Family, stats: CalibrationStats, wanted: dict[str, Distilled]
 ) -> None:
-    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN, family.text_key))
+    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN))
     bank |= {k: d.tensors for k, d in wanted.items()}
     student = apply_plan(teacher, PLAN, bank).state_dict()
     for name, key in (("1.img_ffn", "ffn-1-2-image"), ("0.txt_ffn", "ffn-0-text"), ("3.img_ffn", "ffn-5-image")):
@@ -211,7 +211,7 @@ def test_networks_of_distilled_blocks_are_refitted(
 ) -> None:
     """Against least squares on the rows themselves; better than the map that the interval's first block would have had."""
     teaching = Teaching(family, resident.config, resident.block_tensors)
-    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN, family.text_key)) | {k: d.tensors for k, d in wanted.items()}
+    bank: dict[str, Any] = dict(closed_form_bank(stats, 1e-4, PLAN)) | {k: d.tensors for k, d in wanted.items()}
     generator = torch.Generator().manual_seed(3)
     drawn = [samples.draw(16, generator) for _ in range(6)]
     made = refitted(resident, teaching, PLAN, bank, drawn, 1e-9, 4)
@@ -221,7 +221,7 @@ def test_networks_of_distilled_blocks_are_refitted(
     _, sweep = list(resident.sweep(drawn, {1, 3}))[-1]
     for n in range(len(drawn)):
         given = sweep.states[1][n]
-        block(hidden_states=given["image"], encoder_hidden_states=given["text"], **sweep.shared[n])
+        block(hidden_states=given["image"], encoder_hidden_states=given["text"], **sweep.shared[n][1])
         targets.append(sweep.states[3][n]["image"])
     mid, target = torch.cat(mids).flatten(0, 1).double(), torch.cat(targets).flatten(0, 1).double()
     rows = torch.cat([mid, torch.ones(len(mid), 1, dtype=torch.float64)], dim=1)
@@ -232,7 +232,7 @@ def test_networks_of_distilled_blocks_are_refitted(
     def error(maps: dict[str, torch.Tensor]) -> float:
         return relative_error(mid + mid @ maps["weight"].double().T + maps["bias"].double(), target).item()
 
-    assert error(made["ffn-1-2-image"]) < error(closed_form_bank(stats, 1e-4, PLAN, family.text_key)["ffn-1-2-image"])
+    assert error(made["ffn-1-2-image"]) < error(closed_form_bank(stats, 1e-4, PLAN)["ffn-1-2-image"])
 
 
 def test_text_maps_of_distilled_blocks_are_refitted(
@@ -240,7 +240,7 @@ def test_text_maps_of_distilled_blocks_are_refitted(
 ) -> None:
     """Between what the student's own blocks make of the teacher's text states: against least squares on the rows themselves."""
     teaching = Teaching(family, resident.config, resident.block_tensors)
-    closed = closed_form_bank(stats, 1e-4, PLAN, family.text_key)
+    closed = closed_form_bank(stats, 1e-4, PLAN)
     bank: dict[str, Any] = dict(closed) | {k: d.tensors for k, d in wanted.items() if k.startswith("interval")}
     generator = torch.Generator().manual_seed(3)
     drawn = [samples.draw(16, generator) for _ in range(6)]
@@ -251,10 +251,10 @@ def test_text_maps_of_distilled_blocks_are_refitted(
     rows: dict[int, list[torch.Tensor]] = {1: [], 3: []}
     for n, (x, t, conditioning) in enumerate(drawn):
         with torch.no_grad():
-            temb = resident.model.time_text_embed(t.to(x), x)  # type: ignore[attr-defined]
+            given = {"temb": resident.model.time_text_embed(t.to(x), x)}  # type: ignore[attr-defined]
             mask = conditioning.get("encoder_hidden_states_mask")
             for number, block in blocks.items():
-                own = family.text_input(block, sweep.states[number][n]["text"], temb).flatten(0, 1)
+                own = family.groups[0].text_input(block, sweep.states[number][n]["text"], given).flatten(0, 1)
                 rows[number].append(own if mask is None else own[mask.flatten().bool()])
     x, y = (torch.cat(rows[number]).double() for number in (1, 3))
     solution = torch.linalg.lstsq(torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], dim=1), y).solution

@@ -178,7 +178,7 @@ def test_blocks_with_planted_text_maps_are_the_teacher(
     maps = plant_text_relation(model, reference, mapped[-1])
     maps |= {"text_out.weight": torch.eye(width), "text_out.bias": torch.zeros(width)}
     plan = CompressionPlan.of(NAME, 6, [], mapped, None, dead_code)
-    bank = {family.text_key(plan, b): maps for b in mapped}
+    bank = {plan.text_key(b): maps for b in mapped}
     wanted = run(model, inputs)
     assert deviation(run(apply_plan(model, plan, bank), inputs), wanted) < 1e-5
     # The maps count: without their bias the student is another model.
@@ -401,7 +401,7 @@ def test_trace_keeps_the_states_that_blocks_pass_on(teacher: Any, family: Family
     assert torch.equal(seen.states["text"][0], text)
     assert torch.equal(seen.states["image"][0], teacher.img_in(inputs["hidden_states"]))
     for i, block in enumerate(teacher.transformer_blocks):
-        out = block(hidden_states=seen.states["image"][i], encoder_hidden_states=seen.states["text"][i], **seen.shared)
+        out = block(hidden_states=seen.states["image"][i], encoder_hidden_states=seen.states["text"][i], **seen.shared[i])
         assert torch.equal(out[0], seen.states["text"][i + 1])
         assert torch.equal(out[1], seen.states["image"][i + 1])
     short = trace(teacher, family, inputs, last=2)

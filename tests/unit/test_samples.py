@@ -492,12 +492,12 @@ def test_a_padded_row_gives_the_velocity_it_gives_alone(pipeline: Any, source: S
     x, t = torch.randn(3, 32, 12), torch.tensor([0.2, 0.5, 1.0])
     latents = together.pop("latents")
     assert latents[:, 0, 0].tolist() == [0, 3, 5]
-    velocity = flow.predict(pipeline.transformer, x, t, together | family.grid_inputs(3, *GRID, 6))
+    velocity = flow.predict(pipeline.transformer, x, t, together | family.grid_inputs({}, 3, *GRID, 6))
     for i, row in enumerate([0, 3, 5]):
         alone = made.read([row])
         alone.pop("latents")
         assert alone.keys() == {"encoder_hidden_states"}
-        other = flow.predict(pipeline.transformer, x[i : i + 1], t[i : i + 1], alone | family.grid_inputs(1, *GRID, 6))
+        other = flow.predict(pipeline.transformer, x[i : i + 1], t[i : i + 1], alone | family.grid_inputs({}, 1, *GRID, 6))
         assert torch.allclose(velocity[i], other[0], atol=1e-5)
 
 

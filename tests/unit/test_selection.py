@@ -17,9 +17,9 @@ def cheap_text_options(needed: int = 0, **changes: Any) -> Options:
     """Twelve blocks whose mapped text streams are next to free; no interval removes the block that is needed."""
     spans = [(u, v) for u, v in itertools.combinations(range(12), 2) if v - u < 6 and not u < needed <= v]
     costs = {(u, v): 0.01 * (v - u) ** 1.5 for u, v in spans}
-    chains = selection.best_chains(12, costs, 6)
+    chains = selection.best_chains([12], costs, 6)
     runs = [(1e-4 * k, k) for k in range(9)]
-    return Options(family="qwen_image", num_blocks=12, chains=chains, ranks=[(0.0, None), (1e-4, 4)], text_runs=runs, **changes)
+    return Options(family="qwen_image", groups=[12], chains=chains, ranks=[(0.0, None), (1e-4, 4)], text_runs=runs, **changes)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.2])

@@ -25,6 +25,7 @@ from ppclc.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, s
 from ppclc.trials import Teaching
 
 LENGTH = 10
+GROUPS = [LENGTH]
 SPANS = {(u, v) for u, v in itertools.combinations(range(LENGTH), 2) if v - u < 5}
 
 
@@ -55,12 +56,12 @@ def counting(score: Callable[[Dropped], float], calls: list[Dropped]) -> Score:
 
 def test_the_surrogate_orders_sets_as_an_additive_score_does() -> None:
     score = landscape(0)
-    sets = [d for d in itertools.combinations(range(1, LENGTH), 4) if fits(d, SPANS, LENGTH)]
+    sets = [d for d in itertools.combinations(range(1, LENGTH), 4) if fits(d, SPANS, GROUPS)]
     costs = surrogate({d: score(d) for d in sets}, SPANS, LENGTH)
     assert costs.keys() == SPANS
 
     def told(dropped: Dropped) -> float:
-        return sum(costs[s] for s in spans_of_dropped(dropped, LENGTH) or {})
+        return sum(costs[s] for s in spans_of_dropped(dropped, GROUPS) or {})
 
     best = min(sets, key=score)
     assert min(sets, key=told) == best
@@ -71,10 +72,10 @@ def test_the_surrogate_orders_sets_as_an_additive_score_does() -> None:
 def test_the_search_finds_the_best_set_with_few_scores(bumps: float) -> None:
     for seed in range(8):
         score, calls = landscape(seed, bumps), []  # type: ignore[var-annotated]
-        sets = [d for d in itertools.combinations(range(1, LENGTH), 4) if fits(d, SPANS, LENGTH)]
-        draw = picker([1.0] * LENGTH, range(1, LENGTH), [4], seed=seed)
+        sets = [d for d in itertools.combinations(range(1, LENGTH), 4) if fits(d, SPANS, GROUPS)]
+        draw = picker([1.0] * LENGTH, range(1, LENGTH), GROUPS, [(4,)], seed=seed)
         first = [(1, 2, 3, 4), (2, 4, 6, 8)]
-        ranked = search(counting(score, calls), 4, first, draw, SPANS, LENGTH, 48, quiet)
+        ranked = search(counting(score, calls), (4,), first, draw, SPANS, GROUPS, 48, quiet)
         assert calls[:2] == first
         assert len(calls) == len(set(calls)) == len(ranked) == 48 < len(sets) / 2
         assert [e.median().item() for _, e in ranked] == pytest.approx(sorted(score(d) for d in calls))
@@ -84,22 +85,24 @@ def test_the_search_finds_the_best_set_with_few_scores(bumps: float) -> None:
 
 def test_a_small_space_is_searched_whole_and_no_set_is_scored_twice() -> None:
     calls: list[Dropped] = []
-    ranked = search(counting(landscape(3), calls), 1, [], picker([1.0] * LENGTH, range(1, LENGTH), [1]), SPANS, LENGTH, 40, quiet)
+    ranked = search(
+        counting(landscape(3), calls), (1,), [], picker([1.0] * LENGTH, range(1, LENGTH), GROUPS, [(1,)]), SPANS, GROUPS, 40, quiet
+    )
     assert sorted(calls) == [(b,) for b in range(1, LENGTH)]
     assert len(ranked) == len(calls)
 
 
 def test_sets_are_made_of_allowed_intervals_that_keep_their_first_block() -> None:
-    assert fits((2, 3, 7), SPANS, LENGTH)
-    assert not fits((0, 1), SPANS, LENGTH)
-    assert not fits((1, 2, 3, 4, 5), SPANS, LENGTH)
-    assert not fits((2,), SPANS - {(1, 2)}, LENGTH)
+    assert fits((2, 3, 7), SPANS, GROUPS)
+    assert not fits((0, 1), SPANS, GROUPS)
+    assert not fits((1, 2, 3, 4, 5), SPANS, GROUPS)
+    assert not fits((2,), SPANS - {(1, 2)}, GROUPS)
     assert dropped_by({(1, 3): 1, (6, 7): 6}) == (2, 3, 7)
     assert dropped_by({(1, 3): 2}) == (1, 3)
 
 
 def test_costly_blocks_are_left_out_less_often_and_forbidden_ones_never() -> None:
-    pick = picker([0.0, 0.01, 0.01, 1.0, 0.01, 0.01], {1, 2, 3, 4}, [1, 2])
+    pick = picker([0.0, 0.01, 0.01, 1.0, 0.01, 0.01], {1, 2, 3, 4}, [6], [(1,), (2,)])
     drawn = [pick() for _ in range(4000)]
     assert {len(d) for d in drawn} == {1, 2}
     seen = Counter(b for d in drawn if len(d) == 1 for b in d)
@@ -107,7 +110,7 @@ def test_costly_blocks_are_left_out_less_often_and_forbidden_ones_never() -> Non
     # Weights 10, 10, 1, 10 of 31.
     assert seen[3] / seen.total() == pytest.approx(1 / 31, abs=0.015)
     assert seen[1] / seen.total() == pytest.approx(10 / 31, abs=0.03)
-    again = picker([0.0, 0.01, 0.01, 1.0, 0.01, 0.01], {1, 2, 3, 4}, [1, 2])
+    again = picker([0.0, 0.01, 0.01, 1.0, 0.01, 0.01], {1, 2, 3, 4}, [6], [(1,), (2,)])
     assert [again() for _ in range(50)] == drawn[:50]
 
 

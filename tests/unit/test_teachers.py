@@ -19,6 +19,7 @@ from ppclc.models import DTYPES, WEIGHTS, apply_plan, block_state, blocks_of, lo
 from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
 from ppclc.samples import Sample, Samples
+from ppclc.student_tensors import student_tensor
 from ppclc.teachers import TEXT_INPUT, ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.weight_files import WeightFiles
 
@@ -82,10 +83,12 @@ def test_states_are_those_of_a_trace(kind: str, dtype: str, family: Family, make
             assert states.keys() == seen[n].states.keys()
             assert all(equal(states[s], seen[n].states[s][number]) for s in states)
     assert numbers == list(range(BLOCKS + 1))
-    for shared, one in zip(sweep.shared, seen, strict=True):
-        assert shared.keys() == one.shared.keys()
-        assert equal(shared["temb"], one.shared["temb"])
-        mask = one.shared["encoder_hidden_states_mask"]
+    for shared, one in (
+        (s, o) for all_of, seen_of in zip(sweep.shared, seen, strict=True) for s, o in zip(all_of, seen_of.shared, strict=True)
+    ):
+        assert shared.keys() == one.keys()
+        assert equal(shared["temb"], one["temb"])
+        mask = one["encoder_hidden_states_mask"]
         assert equal(shared["encoder_hidden_states_mask"], mask) if mask is not None else shared["encoder_hidden_states_mask"] is None
 
 
@@ -111,7 +114,7 @@ def test_modulated_text_comes_where_it_is_asked_for(kind: str, family: Family, m
             assert (TEXT_INPUT in states) == (number in (2, 5))
             assert equal(states["text"], one.states["text"][number])
             if TEXT_INPUT in states:
-                wanted = family.text_input(blocks_of(model, family)[number], one.states["text"][number], one.temb)
+                wanted = family.groups[0].text_input(blocks_of(model, family)[number], one.states["text"][number], one.shared[number])
                 assert equal(states[TEXT_INPUT], wanted)
 
 
@@ -277,7 +280,7 @@ def test_a_students_tensors_are_read_one_by_one(make: Callable[..., Any], family
     read, own = [], WeightFiles.read
     monkeypatch.setattr(WeightFiles, "read", lambda self, name, out: (read.append(name), own(self, name, out))[1])
     student = apply_plan(model, plan).state_dict()
-    assert all(equal(family.student_tensor(name, plan, teacher.tensors(), {}), tensor) for name, tensor in student.items())
+    assert all(equal(student_tensor(family, teacher.config, plan, name, teacher.tensors(), {}), tensor) for name, tensor in student.items())
     # Weight and bias of a modulation are made together.
     assert len(read) == len(student) + sum("_mod." in name for name in student)
 
