@@ -81,7 +81,7 @@ EDITS: tuple[EditCost, ...] = (
         "dead_code",
         lambda p, w: int(p.dead_code),
         lambda n, w: {"modulation_rank": w, "dead_code": True},
-        lambda family: family.text_end == "dead",
+        lambda family: family.has_dead_code,
     ),
     EditCost(
         "image_ffn",

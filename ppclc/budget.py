@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppclc import selection
 from ppclc.block_costs import require_block_costs
 from ppclc.closed_forms import check_reach
-from ppclc.detection import even_intervals
+from ppclc.detection import even_intervals, group_ranges
 from ppclc.errors import RecipeError
 from ppclc.models import Source, empty_model, predicted_parameters, student_config
 from ppclc.plan import CompressionPlan
@@ -74,7 +74,8 @@ def layout(source: Source) -> dict[str, Any]:
         "groups": family.sizes(config),
         "texted": family.text_blocks(config),
         "text_ends": family.text_end != "read",
-        "dead_text": family.text_end == "dead",
+        "dead_text": family.has_dead_code,
+        "adaptable": [r for r, g in zip(group_ranges(family.sizes(config)), family.groups, strict=True) if g.adapters],
     }
 
 
@@ -147,8 +148,8 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
     if fixed is None:
         choices = [[span for span in spans if allows(wanted, *span)] for spans in choices]
     for rank, spans in itertools.product(reversed(ranks), choices):
-        adapters = spans if adapted is None else adapted
-        dead = wanted.dead_code and family.text_end == "dead" and bool(text or ffn or rank is not None or adapters)
+        adapters = [s for s in spans if adaptable(source, s)] if adapted is None else adapted
+        dead = wanted.dead_code and family.has_dead_code and bool(text or ffn or rank is not None or adapters)
         plan = CompressionPlan.of(family.name, length, spans, text, rank, dead, ffn, adapters)
         if budget is None or budget.met(plan):
             return plan
@@ -157,6 +158,12 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
         f"target.{budget.name}: {selection.figure(budget.limit)} cannot be reached by the edits that the recipe allows without an analysis; "
         "wanted a larger target, or run: ppclc compress RECIPE --until analyze"
     )
+
+
+def adaptable(source: Source, span: tuple[int, int]) -> bool:
+    """Whether blocks of an interval's group take adapters; an interval that is not there takes any, and is refused elsewhere."""
+    ranges = zip(group_ranges(source.family.sizes(source.config)), source.family.groups, strict=True)
+    return all(group.adapters for (first, end), group in ranges if first <= span[0] < end)
 
 
 def check_by_hand(source: Source, wanted: PlanSettings, longest: int) -> None:
@@ -176,8 +183,8 @@ def check_by_hand(source: Source, wanted: PlanSettings, longest: int) -> None:
     text = wanted.text_stream if isinstance(wanted.text_stream, list) else []
     rank = wanted.modulation_rank if isinstance(wanted.modulation_rank, int) else None
     ffn, adapted = by_hand(wanted) or [], adapted_spans(wanted)
-    adapters = spans if adapted is None else adapted
-    dead = wanted.dead_code and source.family.text_end == "dead" and bool(text or ffn or rank is not None or adapters)
+    adapters = [s for s in spans if adaptable(source, s)] if adapted is None else adapted
+    dead = wanted.dead_code and source.family.has_dead_code and bool(text or ffn or rank is not None or adapters)
     plan = CompressionPlan.of(source.family.name, length, spans, text, rank, dead, ffn, adapters)
     student_config(source.family, source.config, plan)
     if isinstance(wanted.intervals, list):

@@ -26,7 +26,7 @@ def exported_program(
 ) -> ExportedProgram:
     """The module as torch.export captures it, with dynamic axes by name, one symbol a name.
 
-    Named dims and never `Dim.AUTO`, which freezes an axis without a word.
+    Named dims and never `Dim.AUTO`, which freezes an axis without a word. A name may be a multiple of another, as `2*height`.
 
     Raises:
         ValueError: a dynamic axis has size 1 in the example, which torch would take for a constant.
@@ -36,6 +36,9 @@ def exported_program(
             if inputs[name].shape[axis] == 1:
                 raise ValueError(f"{name}: axis {axis} ({label}) has size 1 in the example inputs; wanted 2 or more")
     dims = {label: Dim(label, min=least, max=greatest) for label, (least, greatest) in ranges.items()}
+    for label in {label for axes in dynamic.values() for label in axes.values()} - dims.keys():
+        times, _, base = label.partition("*")
+        dims[label] = int(times) * dims[base]
     shapes = {name: {axis: dims[label] for axis, label in dynamic.get(name, {}).items()} for name in inputs}
     with torch.no_grad():
         return torch.export.export(module, (), dict(inputs), dynamic_shapes=shapes)

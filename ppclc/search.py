@@ -155,7 +155,7 @@ class Search:
         return int(self.costs.stats.tensors["image.sum"].shape[-1])
 
     def _student_cost(self, text: Sequence[int] = (), rank: int | None = None) -> float:
-        dead = self.wanted.dead_code and self.source.family.text_end == "dead" and bool(text or rank is not None)
+        dead = self.wanted.dead_code and self.source.family.has_dead_code and bool(text or rank is not None)
         plan = CompressionPlan.of(self.source.family.name, self.length, [], list(text), rank, dead)
         return self.costs.share(self.costs.student(plan))
 

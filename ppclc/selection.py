@@ -90,7 +90,8 @@ class Options:
     text_runs: the last k student blocks of those that have a text stream, or `text_blocks` fixed by hand. texted: numbers
     of those blocks in the teacher, None for all. text_ends: whether nothing reads text after the last of them.
     dead_text: whether that block computes it all the same, so that dead code can go. ffns: (stream, block) by rising cost,
-    or `fixed_ffns` by hand. adapters: the intervals that have them, None for every interval of a plan.
+    or `fixed_ffns` by hand. adapters: the intervals that have them, None for every interval of a plan
+    that can: of `adaptable`, first blocks and ends of groups, where it is given.
     """
 
     family: str
@@ -107,6 +108,7 @@ class Options:
     protect: frozenset[int] = frozenset()
     text_reach: int = 10
     texted: range | None = None
+    adaptable: Sequence[Span] | None = None
     dead_text: bool = True
     text_ends: bool = True
 
@@ -125,7 +127,9 @@ class Options:
 
     def adapted(self, spans: Sequence[Span]) -> list[Span]:
         """Those of some intervals that have adapters."""
-        return [s for s in spans if self.adapters is None or s in self.adapters]
+        if self.adapters is not None:
+            return [s for s in spans if s in self.adapters]
+        return [s for s in spans if self.adaptable is None or any(first <= s[0] < end for first, end in self.adaptable)]
 
     def run(self, k: int, spans: Sequence[Span]) -> list[int] | None:
         """The last k student blocks, as teacher numbers; None when they are protected or out of reach of the moments."""

@@ -33,7 +33,7 @@ def student_config(family: Family, config: Mapping[str, Any], plan: CompressionP
     if plan.has_width_edits:
         edited["modulation_rank"] = plan.modulation_rank
         edited["mapped_text_blocks"] = [plan.student_block(e.block) for e in plan.text_stream]
-        if family.text_end == "dead":
+        if family.has_dead_code:
             edited["dead_code"] = plan.dead_code
     if plan.ffn:
         for stream in ("image", "text"):
@@ -53,6 +53,15 @@ def check_edits(family: Family, config: Mapping[str, Any], plan: CompressionPlan
                 f"plan.intervals: got {[interval.first, interval.last]}, whose blocks are of {groups[0].name} and of {groups[1].name}: "
                 "wanted blocks of one group"
             )
+    for interval in plan.adapters:
+        group, _ = family.place(config, interval.first)
+        if not group.adapters:
+            raise PlanError(
+                f"plan.adapters: got {[interval.first, interval.last]}: blocks of {group.name} in {family.name} join their streams and take "
+                "no adapters; wanted it left out"
+            )
+    if plan.dead_code and not family.has_dead_code:
+        raise PlanError(f"plan.dead_code = true: wanted false: nothing in {family.name} goes unread")
     if plan.has_width_edits and not family.student_class:
         raise PlanError(f"plan: got edits that change the class, wanted intervals alone: {family.name} takes no others")
     if plan.modulation_rank is not None and not family.modulations:
@@ -142,7 +151,7 @@ def _chunks(
     family: Family, config: Mapping[str, Any], plan: CompressionPlan, block: int, modulation: Modulation
 ) -> Callable[[int], Iterable[int]]:
     """Of so many chunks of a modulation those that a student's block has, in its order."""
-    if modulation.stream == "text" and not role(family, config, plan, block).emits_text:
+    if modulation.stream == "text" and block in family.text_blocks(config) and not role(family, config, plan, block).emits_text:
         return lambda count: modulation.input if count > len(modulation.input) else range(count)
     linear = any(e.block == block and e.stream == modulation.stream for e in plan.ffn)
     return lambda count: [n for n in range(count) if not (linear and n in modulation.ffn)]

@@ -36,7 +36,7 @@ class Group:
     stream that is not there takes no ffn edit. `ffn_modules`: by stream, the module of a student's block that is the linear
     map in the network's place. `text_modules`: the maps of a student's block whose text stream is gone, that of keys
     and values first; none where text streams cannot go. `text_input`: block, text state and what the block gets besides to the
-    modulated state that feeds its text keys and values.
+    modulated state that feeds its text keys and values. `adapters`: whether blocks take linear maps of each stream in front.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Group:
     ffn_modules: Mapping[str, str] = field(default_factory=dict)
     text_modules: tuple[str, ...] = ()
     text_input: Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor] | None = None
+    adapters: bool = True
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any], text_tokens: int | None) -> tuple[States, dict[str, Any]]:
         """States by stream that a call of a block carries, and its other arguments. `text_tokens` is read where streams are joined."""
@@ -112,6 +113,61 @@ class Lowered:
     reference: Callable[[dict[str, Any]], Any]
 
 
+class TensorResult(torch.nn.Module):
+    """A transformer with a tensor as its result, sharing the model's tensors."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.model(**inputs, return_dict=False)[0]
+        return out
+
+
+AXES: Mapping[str, Mapping[int, str]] = {
+    "hidden_states": {0: "batch", 1: "image_tokens"},
+    "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+    "encoder_attention_mask": {0: "batch", 1: "text_tokens"},
+    "pooled_projections": {0: "batch"},
+    "timestep": {0: "batch"},
+    "guidance": {0: "batch"},
+    "img_ids": {0: "image_tokens"},
+    "txt_ids": {0: "text_tokens"},
+}
+"""Dynamic axes of forward's inputs, by the names that diffusers' classes share."""
+
+
+def lowered_as_it_is(
+    model: Any, example_inputs: Callable[..., dict[str, Any]], axes: Mapping[str, Mapping[int, str]] = AXES, sides: bool = False
+) -> Lowered:
+    """A model that torch.export takes unchanged, with dynamic batch, image and text lengths; with `sides`, height and width for the image's."""
+    config = dict(model.config)
+
+    def inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(batch + 10 * height + 100 * width + 1000 * text)
+        return example_inputs(config, batch, height, width, text, generator)
+
+    def reference(given: dict[str, Any]) -> torch.Tensor:
+        cast = {k: v.to(model.dtype) if v.is_floating_point() and not k.endswith("_ids") else v for k, v in given.items()}
+        out: torch.Tensor = model(**cast, return_dict=False)[0]
+        return out
+
+    image = {"height": (1, 512), "width": (1, 512)} if sides else {"image_tokens": (1, 65536)}
+    return Lowered(
+        module=TensorResult(model).eval(),
+        inputs=inputs,
+        dynamic={name: axes[name] for name in inputs(1, 2, 2, 2)},
+        ranges={"batch": (1, 1024), **image, "text_tokens": (1, 4096)},
+        sizes=(
+            {"batch": 2, "height": 4, "width": 8, "text": 5},
+            {"batch": 1, "height": 6, "width": 10, "text": 9},
+            {"batch": 3, "height": 8, "width": 4, "text": 3},
+        ),
+        reference=reference,
+    )
+
+
 @dataclass(frozen=True)
 class Encoders:
     """How a family's pipeline turns prompts and images into what its transformer takes.
@@ -161,7 +217,8 @@ class Family:
 
     class_name: diffusers' class. student_class: `module:Class` of the width-edited student, empty where no edit changes the
     class. text_end: what becomes of text after the last block that has a text stream: `read` by blocks of another group,
-    `dead`: computed and read by nothing, `none`: not computed by the class. renumbered: configuration and plan to the
+    `dead`: computed and read by nothing, `none`: not computed by the class. has_dead_code: whether a student can go without
+    parts of that block whose result nothing reads. renumbered: configuration and plan to the
     student's values of keys that name blocks. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
     of `SiLU(temb)` of, None where there is none such. basis_module: module of a student that projects it. modulations: by
     path within a block (or, with `modulated_outside`, within the model) the linear maps that read it. may_start: whether the
@@ -183,6 +240,7 @@ class Family:
     tiny_config: Mapping[str, Any]
     student_class: str = ""
     text_end: Literal["read", "dead", "none"] = "read"
+    has_dead_code: bool = False
     renumbered: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]] = lambda config, plan: {}
     time_embedding: str | None = None
     basis_module: str = ""

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from ppclc.families import Family, Group, Lowered, Modulation
+from ppclc.families import Family, Group, Lowered, Modulation, lowered_as_it_is
 
 GUIDANCE = 3.5
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' FluxPipeline."""
@@ -48,69 +47,9 @@ def image_ids(height: int, width: int) -> torch.Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float()
 
 
-class ExportableFlux(nn.Module):
-    """The transformer with a tensor as its result, sharing the model's tensors."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        pooled_projections: torch.Tensor,
-        timestep: torch.Tensor,
-        img_ids: torch.Tensor,
-        txt_ids: torch.Tensor,
-        guidance: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        out: torch.Tensor = self.model(
-            hidden_states=hidden_states,
-            encoder_hidden_states=encoder_hidden_states,
-            pooled_projections=pooled_projections,
-            timestep=timestep,
-            img_ids=img_ids,
-            txt_ids=txt_ids,
-            guidance=guidance,
-            return_dict=False,
-        )[0]
-        return out
-
-
 def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, image and text lengths."""
-    config = dict(model.config)
-
-    def inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(batch + 10 * height + 100 * width + 1000 * text)
-        return example_inputs(config, batch, height, width, text, generator)
-
-    def reference(given: dict[str, Any]) -> torch.Tensor:
-        kept = {k: v if k.endswith("_ids") else v.to(model.dtype) for k, v in given.items()}
-        out: torch.Tensor = model(**kept, return_dict=False)[0]
-        return out
-
-    dynamic: dict[str, dict[int, str]] = {
-        "hidden_states": {0: "batch", 1: "image_tokens"},
-        "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
-        "pooled_projections": {0: "batch"},
-        "timestep": {0: "batch"},
-        "img_ids": {0: "image_tokens"},
-        "txt_ids": {0: "text_tokens"},
-    }
-    return Lowered(
-        module=ExportableFlux(model).eval(),
-        inputs=inputs,
-        dynamic=dynamic | ({"guidance": {0: "batch"}} if config.get("guidance_embeds") else {}),
-        ranges={"batch": (1, 1024), "image_tokens": (1, 65536), "text_tokens": (1, 4096)},
-        sizes=(
-            {"batch": 2, "height": 4, "width": 8, "text": 5},
-            {"batch": 1, "height": 6, "width": 10, "text": 9},
-            {"batch": 3, "height": 8, "width": 4, "text": 3},
-        ),
-        reference=reference,
-    )
+    return lowered_as_it_is(model, example_inputs)
 
 
 PLUGIN = Family(

@@ -196,6 +196,7 @@ PLUGIN = Family(
     groups=(BLOCKS,),
     student_class="ppclc.students.qwen_image:PrunedQwenImageTransformer2DModel",
     text_end="dead",
+    has_dead_code=True,
     time_embedding="time_text_embed",
     basis_module="time_text_embed.modulation_basis",
     modulations={"img_mod.1": Modulation("image"), "txt_mod.1": Modulation("text")},

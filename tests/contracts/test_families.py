@@ -185,7 +185,7 @@ def every_edit(subject: Subject) -> CompressionPlan:
     text = list(texted[-2:] if family.text_end == "read" else texted[-1:])
     ffn = [(0, s) for s in family.ffn_streams(config, 0)]
     rank = 4 if family.modulations else None
-    return subject.plan(spans, text, rank, family.text_end == "dead", ffn, spans[:1])
+    return subject.plan(spans, text, rank, family.has_dead_code, ffn, spans[:1])
 
 
 def test_edits_survive_the_disk_and_are_counted(edited: Subject, tmp_path: Path) -> None:
@@ -276,8 +276,8 @@ def test_adapters_are_linear_maps_in_front_of_the_block(edited: Subject, tmp_pat
     """The teacher with the maps and one block in an interval's place says what the student is."""
     family, model, inputs = edited.family, edited.model, edited.inputs
     seen = trace(model, family, inputs)
-    for first, size in edited.starts():
-        for at in {first, first + size - 2}:
+    for (first, size), own in zip(edited.starts(), family.groups, strict=True):
+        for at in {first, first + size - 2} if own.adapters else ():
             span = (at, at + 1)
             plan = edited.plan([span], adapters=[span])
             bank = random_bank(edited, plan)

@@ -1,0 +1,98 @@
+"""FLUX.2 (dev, klein): blocks of two streams, then blocks of one joined sequence; modulation by time and guidance, shared by all blocks of a kind.
+
+Shape suffixes: B batch, S image token, T text token, D width, C channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
+
+from ppclc.families import Family, Group, Lowered, Modulation, lowered_as_it_is
+
+GUIDANCE = 4.0
+"""What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' Flux2Pipeline."""
+
+
+def text_input(block: Any, text_BTD: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+    """The modulated text state of a stock block, which feeds its text keys and values."""
+    shift, scale, _ = Flux2Modulation.split(given["temb_mod_txt"], 2)[0]
+    modulated: torch.Tensor = block.norm1_context(text_BTD) * (1 + scale) + shift
+    return modulated
+
+
+def example_inputs(
+    config: Mapping[str, Any], batch: int = 1, height: int = 4, width: int = 8, text: int = 5, generator: torch.Generator | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of forward: random latents of a `height` x `width` grid of tokens, random text, random timesteps."""
+    return {
+        "hidden_states": torch.randn(batch, height * width, config["in_channels"], generator=generator),
+        "timestep": torch.rand(batch, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=generator),
+        **grid_inputs(config, batch, height, width, text),
+    }
+
+
+def grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+    """Positions (tokens, 4) by time, row, column and place in the text, and guidance (B,) where the model was distilled with it."""
+    one = torch.arange(1)
+    given: dict[str, Any] = {
+        "img_ids": torch.cartesian_prod(one, torch.arange(height), torch.arange(width), one).float(),
+        "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(text)).float(),
+    }
+    return given | ({"guidance": torch.full((batch,), GUIDANCE)} if config.get("guidance_embeds") else {})
+
+
+def lowered(model: Any) -> Lowered:
+    """The model ready for torch.export, with dynamic batch, image and text lengths."""
+    return lowered_as_it_is(model, example_inputs)
+
+
+PLUGIN = Family(
+    name="flux2",
+    class_name="Flux2Transformer2DModel",
+    groups=(
+        Group(
+            name="transformer_blocks",
+            path="transformer_blocks",
+            count_key="num_layers",
+            ffn_inputs={"image": "norm2", "text": "norm2_context"},
+            ffn_modules={"image": "img_ffn", "text": "txt_ffn"},
+            text_modules=("text_in", "text_out"),
+            text_input=text_input,
+        ),
+        Group(
+            name="single_transformer_blocks",
+            path="single_transformer_blocks",
+            count_key="num_single_layers",
+            joined="hidden_states",
+            adapters=False,
+        ),
+    ),
+    student_class="ppclc.students.flux2:PrunedFlux2Transformer2DModel",
+    text_end="read",
+    time_embedding="time_guidance_embed",
+    basis_module="time_guidance_embed.modulation_basis",
+    modulations={
+        "double_stream_modulation_img.linear": Modulation("image"),
+        "double_stream_modulation_txt.linear": Modulation("text"),
+        "single_stream_modulation.linear": Modulation("both"),
+    },
+    modulated_outside=True,
+    example_inputs=example_inputs,
+    grid_inputs=grid_inputs,
+    lowered=lowered,
+    tiny_config={
+        "in_channels": 8,
+        "num_layers": 4,
+        "num_single_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "timestep_guidance_channels": 16,
+        "axes_dims_rope": (4, 4, 4, 4),
+    },
+)
