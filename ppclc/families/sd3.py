@@ -1,0 +1,107 @@
+"""Stable Diffusion 3 and 3.5 (medium, large): blocks of two streams, some with a second attention of image alone; modulation by time and pooled text.
+
+The last block reads text and computes none (`context_pre_only`), which another block becomes when the last one goes.
+
+Shape suffixes: B batch, S image token, T text token, D width, C channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ppclc.families import AXES, Family, Group, Lowered, Modulation, lowered_as_it_is
+from ppclc.plan import CompressionPlan
+
+
+def text_input(block: Any, text_BTD: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
+    """The modulated text state of a stock block, which feeds its text keys and values."""
+    modulated: torch.Tensor
+    if block.context_pre_only:
+        modulated = block.norm1_context(text_BTD, given["temb"])
+    else:
+        modulated = block.norm1_context(text_BTD, emb=given["temb"])[0]
+    return modulated
+
+
+def example_inputs(
+    config: Mapping[str, Any], batch: int = 1, height: int = 4, width: int = 8, text: int = 5, generator: torch.Generator | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of forward: random latents of a `height` x `width` grid of tokens, random text, random timesteps."""
+    return {
+        "hidden_states": torch.randn(batch, *latents(config, height, width), generator=generator),
+        "timestep": 1000 * torch.rand(batch, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=generator),
+        "pooled_projections": torch.randn(batch, config["pooled_projection_dim"], generator=generator),
+    }
+
+
+def latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ...]:
+    """Channels, rows and columns: a token is a square of patches."""
+    side = int(config["patch_size"])
+    return (int(config["in_channels"]), side * height, side * width)
+
+
+def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
+    """The student's numbers of the blocks with a second attention."""
+    dual = set(config.get("dual_attention_layers") or ())
+    return {"dual_attention_layers": [n for n, block in enumerate(plan.kept) if block in dual]}
+
+
+def may_start(config: Mapping[str, Any], first: int, last: int, start: int) -> bool:
+    """A student block has the attentions of its interval's first block, and text unless it is the last of all."""
+    dual, end = set(config.get("dual_attention_layers") or ()), int(config["num_layers"]) - 1
+    return (first in dual) == (start in dual) and (start != end or last == end)
+
+
+def lowered(model: Any) -> Lowered:
+    """The model ready for torch.export, with dynamic batch, height, width and text length."""
+    side = model.config.patch_size
+    axes = {**AXES, "hidden_states": {0: "batch", 2: f"{side}*height", 3: f"{side}*width"}}
+    return lowered_as_it_is(model, example_inputs, axes, sides=True)
+
+
+PLUGIN = Family(
+    name="sd3",
+    class_name="SD3Transformer2DModel",
+    groups=(
+        Group(
+            name="transformer_blocks",
+            path="transformer_blocks",
+            count_key="num_layers",
+            ffn_inputs={"image": "norm2", "text": "norm2_context"},
+            ffn_modules={"image": "img_ffn", "text": "txt_ffn"},
+            text_modules=("text_in", "text_out"),
+            text_input=text_input,
+        ),
+    ),
+    student_class="ppclc.students.sd3:PrunedSD3Transformer2DModel",
+    text_end="none",
+    has_dead_code=True,
+    renumbered=renumbered,
+    may_start=may_start,
+    time_embedding="time_text_embed",
+    basis_module="time_text_embed.modulation_basis",
+    modulations={"norm1.linear": Modulation("image"), "norm1_context.linear": Modulation("text", input=(1, 0))},
+    example_inputs=example_inputs,
+    latents=latents,
+    timestep_scale=1000.0,
+    lowered=lowered,
+    tiny_config={
+        "sample_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 5,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 16,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 12,
+        "pos_embed_max_size": 24,
+        "dual_attention_layers": (0, 1, 2),
+        "qk_norm": "rms_norm",
+    },
+    text_tensors=("encoder_hidden_states", "pooled_projections"),
+)
