@@ -310,7 +310,7 @@ def _teachers(sources: Iterable[Source]) -> list[Source]:
     """Those that plans are made for, each configuration once."""
     found: dict[str, Source] = {}
     for source in sources:
-        if source.config.get("_class_name") != source.family.student_class_name:
+        if not source.family.is_edited(source.config):
             found.setdefault(digest_of(source.config), source)
     return list(found.values())
 

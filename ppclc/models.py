@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -235,9 +236,7 @@ def _class(name: str) -> Any:
 
 def model_class(family: Family, config: Mapping[str, Any]) -> Any:
     """The class that a configuration asks for: diffusers' own, or the family's width-edited one."""
-    if config.get("_class_name") == family.student_class_name:
-        return _class(family.student_class)
-    return _class(f"diffusers:{family.class_name}")
+    return _class(family.class_names.get(str(config.get("_class_name")), f"diffusers:{family.class_name}"))
 
 
 def _stock_config(family: Family) -> dict[str, Any]:
@@ -348,10 +347,9 @@ def student_config(family: Family, config: Mapping[str, Any], plan: CompressionP
         raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
     if plan.num_blocks != family.num_blocks(config):
         raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
-    if config.get("_class_name") == family.student_class_name:
-        raise PlanError("plan: the model is a width-edited student already; plans are made for its teacher")
-    name = family.student_class_name if plan.has_width_edits else family.class_name
-    return edited_config(family, config, plan) | {"_class_name": name}
+    if family.is_edited(config):
+        raise PlanError("plan: the model is an edited student already; plans are made for its teacher")
+    return edited_config(family, config, plan) | {"_class_name": family.class_of(plan)}
 
 
 def predicted_parameters(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> int:
@@ -423,25 +421,27 @@ def save_model(model: Any, plan: CompressionPlan, folder: Path) -> dict[str, str
     home = folder / "transformer"
     with disk_errors(folder):
         model.save_pretrained(home, safe_serialization=True, max_shard_size=SHARD_SIZE)
-        if plan.has_width_edits:
-            _bring_class(family, home)
+        if family.class_of(plan) != family.class_name:
+            _bring_class(family, family.class_of(plan), home)
         write_text(home / "plan.json", plan.to_json())
         return {str(p.relative_to(folder)): file_digest(p) for p in sorted(home.rglob("*")) if p.is_file()}
 
 
-def _bring_class(family: Family, home: Path) -> None:
+def _bring_class(family: Family, class_name: str, home: Path) -> None:
     """Put the student's class beside its weights and name it in `auto_map`."""
-    text = travelling_class(family)
+    text = travelling_class(family.class_names[class_name])
     name = f"ppclc_{family.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     write_text(home / f"{name}.py", text)
     config = _json_object(home / "config.json")
-    config["auto_map"] = {"AutoModel": f"{name}.{family.student_class_name}"}
+    config["auto_map"] = {"AutoModel": f"{name}.{class_name}"}
     write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def travelling_class(family: Family) -> str:
-    """The text of a family's student class as it travels: one module, with the parts that it shares with others in front."""
-    sources = [Path(str(import_module(m).__file__)).read_text("utf-8") for m in (PARTS, family.student_class.partition(":")[0])]
+def travelling_class(where: str) -> str:
+    """The text of a student's class, `module:Class`, as it travels: one module, with the parts that it shares with others in front."""
+    sources = [Path(str(import_module(m).__file__)).read_text("utf-8") for m in (PARTS, where.partition(":")[0])]
+    if f"from {PARTS} import" not in sources[1]:
+        return sources[1]
     future = "from __future__ import annotations\n"
     parts, own = (text.split(future, 1) for text in sources)
     imports = re.compile(rf"^from {re.escape(PARTS)} import (\([^)]*\)|.*)\n", re.MULTILINE)
@@ -658,6 +658,7 @@ def quiet_libraries() -> None:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*FluxPosEmbed", category=FutureWarning)  # its own Chroma imports that from the old place
     for name in ("transformers", "huggingface_hub", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in sys.modules:
@@ -676,5 +677,5 @@ def require_library(module: str, extra: str) -> Any:
 
 def check_teacher(source: Source) -> None:
     """Raise ModelError for a model that no plan can be made for: a width-edited student."""
-    if source.config.get("_class_name") == source.family.student_class_name:
-        raise ModelError(f"{source.path}: is a width-edited student already; plans are made for its teacher: give the teacher's folder")
+    if source.family.is_edited(source.config):
+        raise ModelError(f"{source.path}: is an edited student already; plans are made for its teacher: give the teacher's folder")

@@ -215,9 +215,10 @@ class Modulation:
 class Family:
     """All that ppclc knows of one family.
 
-    class_name: diffusers' class. student_class: `module:Class` of the width-edited student, empty where no edit changes the
-    class. text_end: what becomes of text after the last block that has a text stream: `read` by blocks of another group,
-    `dead`: computed and read by nothing, `none`: not computed by the class. has_dead_code: whether a student can go without
+    class_name: diffusers' class. student_class: `module:Class` of the width-edited student, depth_class: of one that only lacks
+    blocks; empty where that stays the stock class, or where there is no such edit. text_end: what becomes of text after the
+    last block that has a text stream: `read` by blocks of another group, `dead`: computed and read by nothing, `none`: not
+    computed by the class. has_dead_code: whether a student can go without
     parts of that block whose result nothing reads. renumbered: configuration and plan to the
     student's values of keys that name blocks. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
     of `SiLU(temb)` of, None where there is none such. basis_module: module of a student that projects it. modulations: by
@@ -239,6 +240,7 @@ class Family:
     lowered: Callable[[Any], Lowered]
     tiny_config: Mapping[str, Any]
     student_class: str = ""
+    depth_class: str = ""
     text_end: Literal["read", "dead", "none"] = "read"
     has_dead_code: bool = False
     renumbered: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]] = lambda config, plan: {}
@@ -256,9 +258,19 @@ class Family:
     encoders: Encoders | None = None
 
     @property
-    def student_class_name(self) -> str:
-        """Name of the width-edited class, as `_class_name` gives it; empty where there is none."""
-        return self.student_class.partition(":")[2]
+    def class_names(self) -> dict[str, str]:
+        """Classes of teachers and students by the names that `_class_name` gives them, each as `module:Class`."""
+        own = [c for c in (self.student_class, self.depth_class) if c]
+        return {self.class_name: f"diffusers:{self.class_name}"} | {c.partition(":")[2]: c for c in own}
+
+    def class_of(self, plan: CompressionPlan) -> str:
+        """Name of the class that a plan's student is of."""
+        own = self.student_class if plan.has_width_edits else self.depth_class if plan.intervals else ""
+        return own.partition(":")[2] or self.class_name
+
+    def is_edited(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration is that of a student that brings its own class."""
+        return config.get("_class_name") in self.class_names and config.get("_class_name") != self.class_name
 
     def mask_of(self, conditioning: Mapping[str, Any]) -> torch.Tensor | None:
         """The text's mask (B, T) among what a transformer takes, None where all of it counts."""
@@ -317,7 +329,7 @@ def _known() -> dict[str, Family]:
     found: dict[str, Family] = {}
     for name in plugins.names("families"):
         family: Family = plugins.load("families", name)
-        found |= {n: family for n in (family.class_name, family.student_class_name) if n}
+        found |= dict.fromkeys(family.class_names, family)
     return found
 
 

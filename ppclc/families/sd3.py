@@ -18,11 +18,8 @@ from ppclc.plan import CompressionPlan
 
 def text_input(block: Any, text_BTD: torch.Tensor, given: Mapping[str, Any]) -> torch.Tensor:
     """The modulated text state of a stock block, which feeds its text keys and values."""
-    modulated: torch.Tensor
-    if block.context_pre_only:
-        modulated = block.norm1_context(text_BTD, given["temb"])
-    else:
-        modulated = block.norm1_context(text_BTD, emb=given["temb"])[0]
+    norm, temb = block.norm1_context, given["temb"]
+    modulated: torch.Tensor = norm(text_BTD, temb) if block.context_pre_only else norm(text_BTD, emb=temb)[0]
     return modulated
 
 

@@ -389,7 +389,7 @@ def test_ranks_above_the_width_and_students_as_teachers_are_refused(teacher: Any
     with pytest.raises(PlanError, match="modulation_rank = 33: wanted at most the width, 32"):
         apply_plan(teacher, plan, random_bank(teacher, plan))
     student = apply_plan(teacher, PLANS["rank"], random_bank(teacher, PLANS["rank"]))
-    with pytest.raises(PlanError, match="a width-edited student already"):
+    with pytest.raises(PlanError, match="an edited student already"):
         apply_plan(student, PLANS["empty"])
 
 
