@@ -5,6 +5,8 @@ A family is one file here with a `PLUGIN`. Blocks are numbered through all group
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -114,15 +116,66 @@ class Lowered:
 
 
 class TensorResult(torch.nn.Module):
-    """A transformer with a tensor as its result, sharing the model's tensors."""
+    """A transformer with a tensor as its result, sharing the model's tensors. Its inputs are those that diffusers' classes have; each takes some."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.model(**inputs, return_dict=False)[0]
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        pooled_projections: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        img_ids: torch.Tensor | None = None,
+        txt_ids: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        more = {
+            "pooled_projections": pooled_projections,
+            "encoder_attention_mask": encoder_attention_mask,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+            "guidance": guidance,
+        }
+        out: torch.Tensor = self.model(
+            hidden_states=hidden_states,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            **{name: value for name, value in more.items() if value is not None},
+            return_dict=False,
+        )[0]
         return out
+
+
+class ExactTimesteps(torch.nn.Module):
+    """diffusers' `Timesteps` with its frequencies as a constant: another runtime's exponential, times a thousand, is another phase."""
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__()
+        half = stock.num_channels // 2
+        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - stock.downscale_freq_shift)
+        self.frequencies: torch.Tensor
+        self.register_buffer("frequencies", torch.exp(exponent), persistent=False)
+        self.stock = stock
+
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
+        angles = self.stock.scale * (timesteps[:, None].float() * self.frequencies)
+        parts = [torch.cos(angles), torch.sin(angles)] if self.stock.flip_sin_to_cos else [torch.sin(angles), torch.cos(angles)]
+        return torch.nn.functional.pad(torch.cat(parts, dim=-1), (0, self.stock.num_channels % 2))
+
+
+def exportable_copy(model: Any) -> Any:
+    """A copy of a model that shares all of its tensors and may be changed for torch.export; its time embeddings are exact already."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    copied = copy.deepcopy(model, memo=dict(shared))
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "Timesteps":
+                setattr(parent, name, ExactTimesteps(child))
+    return copied
 
 
 AXES: Mapping[str, Mapping[int, str]] = {
@@ -139,9 +192,16 @@ AXES: Mapping[str, Mapping[int, str]] = {
 
 
 def lowered_as_it_is(
-    model: Any, example_inputs: Callable[..., dict[str, Any]], axes: Mapping[str, Mapping[int, str]] = AXES, sides: bool = False
+    model: Any,
+    example_inputs: Callable[..., dict[str, Any]],
+    axes: Mapping[str, Mapping[int, str]] = AXES,
+    sides: bool = False,
+    exportable: Any = None,
 ) -> Lowered:
-    """A model that torch.export takes unchanged, with dynamic batch, image and text lengths; with `sides`, height and width for the image's."""
+    """A model that torch.export takes nearly unchanged, with dynamic batch, image and text lengths; with `sides`, height and width for the image's.
+
+    `exportable`: what stands for the model where more is to be changed than `exportable_copy` does.
+    """
     config = dict(model.config)
 
     def inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
@@ -155,7 +215,7 @@ def lowered_as_it_is(
 
     image = {"height": (1, 512), "width": (1, 512)} if sides else {"image_tokens": (1, 65536)}
     return Lowered(
-        module=TensorResult(model).eval(),
+        module=TensorResult(exportable_copy(model) if exportable is None else exportable).eval(),
         inputs=inputs,
         dynamic={name: axes[name] for name in inputs(1, 2, 2, 2)},
         ranges={"batch": (1, 1024), **image, "text_tokens": (1, 4096)},

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_chroma import ChromaCombinedTimestepTextProjEmbeddings
 
-from ppclc.families import Family, Group, Lowered, lowered_as_it_is
+from ppclc.families import Family, Group, Lowered, exportable_copy, lowered_as_it_is
 from ppclc.families.flux import image_ids
 from ppclc.plan import CompressionPlan
 
@@ -42,9 +43,26 @@ def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, An
     return {"teacher_blocks": [int(config["num_layers"]), int(config["num_single_layers"])], "kept_blocks": list(plan.kept)}
 
 
+class TimeEmbedding(ChromaCombinedTimestepTextProjEmbeddings):
+    """The stock one but for the batch, which that counts with a list: torch.export would take it for a constant."""
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        both = [self.time_proj(timestep), self.guidance_proj(torch.zeros_like(timestep))]
+        time = torch.cat([p.to(timestep.dtype) for p in both], dim=1)[:, None].expand(-1, self.mod_proj.shape[0], -1)
+        numbers = self.mod_proj.to(timestep)[None].expand(timestep.shape[0], -1, -1)
+        return torch.cat([time, numbers], dim=-1)
+
+
+def exportable(model: Any) -> Any:
+    """A copy that shares all tensors, with an embedding of time for any batch."""
+    copied = exportable_copy(model)
+    copied.time_text_embed.__class__ = TimeEmbedding
+    return copied
+
+
 def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, image and text lengths."""
-    return lowered_as_it_is(model, example_inputs)
+    return lowered_as_it_is(model, example_inputs, exportable=exportable(model))
 
 
 PLUGIN = Family(

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageAttnProcessor
 
-from ppclc.families import AXES, Family, Group, Lowered, lowered_as_it_is
+from ppclc.families import AXES, Family, Group, Lowered, exportable_copy, lowered_as_it_is
 
 GUIDANCE = 3.25
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' HunyuanImagePipeline."""
@@ -41,11 +42,34 @@ def latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ..
     return (int(config["in_channels"]), rows * height, columns * width)
 
 
+class ExpandedMask(HunyuanImageAttnProcessor):
+    """The stock attention with its mask (B, 1, 1, N) spelt out for every query, which ONNX Runtime insists on."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        queries = hidden_states.shape[1] + encoder_hidden_states.shape[1]
+        return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask.expand(-1, -1, queries, -1), image_rotary_emb)
+
+
+def exportable(model: Any) -> Any:
+    """A copy that shares all tensors, with masks as other runtimes take them."""
+    copied = exportable_copy(model)
+    for block in [*copied.transformer_blocks, *copied.single_transformer_blocks]:
+        block.attn.set_processor(ExpandedMask())
+    return copied
+
+
 def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, height, width and text length."""
     rows, columns = model.config.patch_size[-2:]
     axes = {**AXES, "hidden_states": {0: "batch", 2: f"{rows}*height", 3: f"{columns}*width"}}
-    return lowered_as_it_is(model, example_inputs, axes, sides=True)
+    return lowered_as_it_is(model, example_inputs, axes, sides=True, exportable=exportable(model))
 
 
 PLUGIN = Family(
