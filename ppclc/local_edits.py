@@ -189,16 +189,19 @@ def text_edit(teaching: Teaching, plan: CompressionPlan, edit: TextStreamEdit, b
     between = [b for b in plan.kept if edit.reference < b <= edit.block]
     own, end = _around(teaching, plan, [edit.reference, edit.block], text_stream=between)
     reference_end = i.last if (i := plan.interval_at(edit.reference)) else edit.reference
-    modules = teaching.group(edit.block).text_modules
+    # Where the class computes no text after its last block, that block's map of the text output is not there.
+    silent = teaching.family.text_end == "none" and end == plan.num_blocks - 1
+    modules = teaching.group(edit.block).text_modules[: 1 if silent else None]
 
     def loss(module: nn.Module, batch: BatchStates) -> Terms:
         source, target = batch.states[edit.reference][TEXT_INPUT], batch.states[edit.block][TEXT_INPUT]
         carried = torch.cat([batch.states[reference_end + 1]["text"], source], dim=-1)
         output = teaching.call(module, edit.block, {"image": batch.states[edit.block]["image"], "text": carried}, batch.shared)
         after = batch.states[end + 1]
-        return {
-            "image": weights.image * state_loss(output["image"], after["image"], weights.magnitude),
-            "text": weights.text * relative_error(output["text"], after["text"], batch.mask),
+        terms = {"image": weights.image * state_loss(output["image"], after["image"], weights.magnitude)}
+        if not silent:
+            terms["text"] = weights.text * relative_error(output["text"], after["text"], batch.mask)
+        return terms | {
             "text_input": weights.maps * relative_error(module.get_submodule(modules[0])(source), target, batch.mask),
         }
 

@@ -27,6 +27,7 @@ from ppclc.models import (
     linear_ffns,
     load_model,
     model_class,
+    open_source,
     predicted_parameters,
     replaced,
     save_model,
@@ -35,7 +36,7 @@ from ppclc.models import (
 )
 from ppclc.plan import CompressionPlan
 from ppclc.samples import open_samples
-from ppclc.teachers import ResidentTeacher
+from ppclc.teachers import ResidentTeacher, StreamedTeacher
 
 FAMILIES = plugins.names("families")
 EDITED = [name for name in FAMILIES if plugins.load("families", name).student_class]
@@ -358,3 +359,26 @@ def test_a_student_s_class_stands_alone(where: str) -> None:
             assert node.level == 0
             imported.add(str(node.module).split(".")[0])
     assert imported - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
+
+
+def test_a_streamed_teacher_gives_the_same_bits(subject: Subject, tmp_path: Path) -> None:
+    """Blocks of every group and shape, read one at a time: states, text inputs and velocity are those of the model in memory."""
+    subject.model.save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    samples = open_samples("noise", source, subject.model, "train")
+    drawn = [samples.draw(2, torch.Generator().manual_seed(n)) for n in range(2)]
+    texted = list(subject.family.text_blocks(subject.config))
+    stops, inputs = range(subject.length + 1), texted[1::2]
+    found = []
+    for teacher in (ResidentTeacher(subject.model, subject.family), StreamedTeacher(source, "float32")):
+        states = {}
+        for number, sweep in teacher.sweep(drawn, stops, inputs):
+            states[number] = sweep.states[number]
+        found.append((states, teacher.velocities(drawn), [teacher.block_tensors(b) for b in range(subject.length)]))
+    (resident, velocities, tensors), (streamed, other, read) = found
+    for number, batches in resident.items():
+        for n, batch in enumerate(batches):
+            assert batch.keys() == streamed[number][n].keys() == {*STREAMS, *(["text_input"] if number in inputs else [])}
+            assert all(torch.equal(x, streamed[number][n][s]) for s, x in batch.items())
+    assert all(torch.equal(a, b) for a, b in zip(velocities, other, strict=True))
+    assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(tensors, read, strict=True))
