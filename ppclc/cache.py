@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,12 +36,13 @@ SCAN = 64
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its rows, the shape of each tensor, and the grid of image tokens it was made for."""
+    """One file: its rows, the shape of each tensor, the grid of image tokens it was made for, and its prompts where it tells them."""
 
     file: Path
     rows: int
     shapes: Mapping[str, tuple[int, ...]]
     grid: tuple[int, int]
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Cache:
     def split(self, name: str) -> list[int]:
         """Rows of a split: of ten, six to train, two to choose, two to judge, by a fixed hash of the row's number."""
         return list(range(self.rows)) if self.shares_rows else [r for r in range(self.rows) if _split_of(r) == name]
+
+    def prompts(self, rows: Sequence[int]) -> list[str]:
+        """The prompts of these rows, or what stands for one that no file tells."""
+        every = [p for s in self.shards for p in (s.prompts or [f"sample {i}" for i in range(s.rows)])]
+        return [every[row] for row in rows]
 
     def read(self, rows: list[int]) -> dict[str, torch.Tensor]:
         """These rows by tensor, text cut or padded with zeros to the longest of them; a mask only where one is shorter."""
@@ -173,7 +180,18 @@ def _read_header(file: Path, source: Source, where: str) -> Shard:
         raise RecipeError(f"{where}: metadata height = {grid[0]!r}, width = {grid[1]!r}: wanted {wanted}")
     height, width = (int(g) for g in grid)
     _check_shapes(shapes, dtypes, (height, width), source, where)
-    return Shard(file, shapes[TEXT][0], shapes, (height, width))
+    rows = shapes[TEXT][0]
+    return Shard(file, rows, shapes, (height, width), _prompts(metadata.get("prompts"), rows))
+
+
+def _prompts(told: str | None, rows: int) -> tuple[str, ...]:
+    """A file's prompts, none where it does not tell one for each of its rows."""
+    try:
+        words = json.loads(told or "[]")
+    except ValueError:
+        return ()
+    fit = isinstance(words, list) and len(words) == rows and all(isinstance(w, str) for w in words)
+    return tuple(words) if fit else ()
 
 
 def _check_shapes(

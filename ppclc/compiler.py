@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from ppclc.closed_forms import check_reach
 from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
-from ppclc.encoding import Unencoded, cached, find_data
+from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
@@ -224,8 +225,15 @@ def verify(run: Run, progress: Callable[[float, str], None]) -> None:
         verify_pass.VERSION,
         settings.model_dump(mode="json"),
         (outcomes[0], outcomes[1], student),
-        lambda _: verify_pass.verify(run.teacher, model, run.source, (outcomes[0], outcomes[1]), run.samples("judge"), settings),
+        lambda _: _verdict(run, model, (outcomes[0], outcomes[1])),
     )
+
+
+def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdict:
+    """The verdict on a student; of a user's own pipeline its VAE decodes what both models sample."""
+    dtype, samples = run.recipe.model.dtype, run.samples("judge")
+    with decoder(run.source, run.cache.grid, dtype, run.recipe.model.revision) if run.cache else nullcontext() as decode:
+        return verify_pass.verify(run.teacher, model, run.source, outcomes, samples, run.recipe.verify, decode)
 
 
 def export(run: Run, progress: Callable[[float, str], None]) -> None:

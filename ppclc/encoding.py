@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -224,7 +225,8 @@ def _encode_prompts(data: Unencoded, work: Path, dtype: str, say: Callable[[str]
                 tensors, images = joined(parts), _shard(work, "images", start)
                 if data.pictures:
                     tensors |= load_file(images)
-                write_tensors(_shard(work, "samples", start), tensors, metadata)
+                words = json.dumps(list(data.prompts[start : start + SHARD_ROWS]))
+                write_tensors(_shard(work, "samples", start), tensors, metadata | {"prompts": words})
     for images in work.glob("images-*.safetensors"):
         images.unlink()
 
@@ -264,8 +266,32 @@ def _check(data: Unencoded, name: str, value: torch.Tensor, first: str) -> None:
 @contextmanager
 def _pipeline(data: Unencoded, parts: tuple[str, ...], dtype: str) -> Iterator[Any]:
     """The family's pipeline with these parts alone, which are gone from memory afterwards."""
-    kind = getattr(import_module("diffusers"), data.encoders.pipeline_class)
-    loaded: dict[str, Any] = {part: load_part(data.root, part, dtype) for part in parts}
+    with pipeline_with(data.root, data.encoders, parts, dtype) as pipeline:
+        yield pipeline
+
+
+@contextmanager
+def decoder(
+    source: Source, grid: tuple[int, int], dtype: str, revision: str | None = None
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+    """A function from latents to images (B, 3, H, W) in 0..1 by the pipeline's own VAE; None where there is no such pipeline."""
+    encoders = source.family.encoders
+    try:
+        root = open_parts(source, encoders.image_parts, revision) if encoders and source.task is None else None
+    except ModelError:  # a bare transformer, or a pipeline without a VAE
+        root = None
+    if encoders is None or root is None:
+        yield None
+        return
+    with pipeline_with(root, encoders, encoders.image_parts, dtype) as pipeline:
+        yield lambda latents: encoders.decode(pipeline, latents, grid)
+
+
+@contextmanager
+def pipeline_with(root: Path, encoders: Encoders, parts: tuple[str, ...], dtype: str) -> Iterator[Any]:
+    """A pipeline with these parts alone, which are gone from memory afterwards."""
+    kind = getattr(import_module("diffusers"), encoders.pipeline_class)
+    loaded: dict[str, Any] = {part: load_part(root, part, dtype) for part in parts}
     needed = [n for n, p in inspect.signature(kind.__init__).parameters.items() if n != "self" and p.default is p.empty]
     pipeline = kind(**{**dict.fromkeys(needed), **loaded})
     try:

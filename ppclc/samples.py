@@ -83,6 +83,16 @@ class Samples:
         latents, conditioning = self._clean(count, generator)
         return torch.randn(latents.shape, generator=generator), conditioning
 
+    def previews(self, count: int, seed: int) -> tuple[torch.Tensor, flow.Conditioning, list[str]]:
+        """Noise, conditioning and prompts of the first samples of the split, at most so many."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.cache is None:
+            noise, given = self.starts(count, generator)
+            return noise, given, [f"sample {i}" for i in range(count)]
+        rows = list(self.rows[:count])
+        latents, given = self._rows(rows)
+        return torch.randn(latents.shape, generator=generator), given, self.cache.prompts(rows)
+
     def _random(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, flow.Conditioning]:
         example = self.source.family.example_inputs(self.source.config, batch=count, generator=generator)
         noise: torch.Tensor = example.pop("hidden_states")
@@ -99,7 +109,12 @@ class Samples:
         order = torch.randperm(len(self.rows), generator=generator)
         while len(order) < count:
             order = torch.cat([order, torch.randperm(len(self.rows), generator=generator)])
-        batch = self.cache.read([self.rows[i] for i in order[rows.start : rows.stop].tolist()])
+        return self._rows([self.rows[i] for i in order[rows.start : rows.stop].tolist()])
+
+    def _rows(self, rows: list[int]) -> tuple[torch.Tensor, flow.Conditioning]:
+        """Latents and conditioning of rows of the cache."""
+        assert self.cache is not None
+        batch = self.cache.read(rows)
         (height, width), family = self.cache.grid, self.source.family
         latents = batch.pop(LATENTS, None)
         if latents is None:

@@ -235,8 +235,8 @@ class Encoders:
     pipeline_class: diffusers' class. text_parts, image_parts: the parts of `model_index.json` that
     each needs; no other is loaded. encode_prompts: pipeline and prompts to conditioning tensors by
     the names of forward, a row a prompt. encode_images: pipeline and images (B, 3, H, W) in -1..1 to
-    packed latents (B, S, C). pixels_per_token: the VAE's configuration to the side, in pixels, of the
-    square that one token stands for.
+    latents as the transformer takes them. decode: pipeline, latents and image grid in tokens to images (B, 3, H, W) in 0..1.
+    pixels_per_token: the VAE's configuration to the side, in pixels, of the square that one token stands for.
     """
 
     pipeline_class: str
@@ -244,6 +244,7 @@ class Encoders:
     image_parts: tuple[str, ...]
     encode_prompts: Callable[[Any, list[str]], dict[str, Any]]
     encode_images: Callable[[Any, Any], Any]
+    decode: Callable[[Any, Any, tuple[int, int]], Any]
     pixels_per_token: Callable[[Mapping[str, Any]], int]
 
 

@@ -71,6 +71,16 @@ def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
     return packed
 
 
+def decode(pipeline: Any, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Images (B, 3, H, W) in 0..1 of packed latents, as the pipeline does at its end."""
+    vae = pipeline.vae
+    height, width = (2 * side * pipeline.vae_scale_factor for side in grid)
+    z = pipeline._unpack_latents(latents.to(vae.dtype), height, width, pipeline.vae_scale_factor)
+    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1).to(z) for v in (vae.config.latents_mean, vae.config.latents_std))
+    images: torch.Tensor = vae.decode(z * std + mean, return_dict=False)[0][:, :, 0]
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
 def pixels_per_token(vae_config: Mapping[str, Any]) -> int:
     """Side of the square of pixels that one token stands for: the VAE halves once a stage, packing once more."""
     return int(2 ** (len(vae_config.get("temperal_downsample", (False, True, True))) + 1))
@@ -219,6 +229,7 @@ PLUGIN = Family(
         image_parts=("vae",),
         encode_prompts=encode_prompts,
         encode_images=encode_images,
+        decode=decode,
         pixels_per_token=pixels_per_token,
     ),
 )

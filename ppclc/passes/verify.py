@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ppclc import flow
 from ppclc.errors import RecipeError
 from ppclc.models import Source
-from ppclc.quality import velocity_error
+from ppclc.quality import BANDS, PSNR_TOP, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
 from ppclc.records import Gate, Measured, Quality, Verdict
 from ppclc.samples import Samples
 
-VERSION = 1
+VERSION = 2
 PREVIEWS = 24
+SEED, BATCH = 77, 16
+"""Of the samples that velocities are compared on; they are drawn so many at a time."""
 Progress = Callable[[float, str], None]
 Limit = Annotated[float, Field()] | Annotated[int, Field()]
 
@@ -29,13 +33,18 @@ class GateSettings(BaseModel):
 
 
 class VerifySettings(BaseModel):
-    """Section `verify` of a recipe: scenes a seed, sampling seeds, guidance scales, Euler steps, gates by metric."""
+    """Section `verify` of a recipe: scenes a seed, sampling seeds, guidance scales, Euler steps, gates by metric.
+
+    Of a model without a task: samples whose velocities are compared, and images of both models that are drawn side by side.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     scenes: Annotated[int, Field(ge=2, strict=True)] = 1024
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, strict=True)], ...], Field(min_length=1)] = (0, 1)
     guidance: Annotated[tuple[Annotated[float, Field(gt=0, strict=True)], ...], Field(min_length=1)] = (1.0, 2.0)
     steps: Annotated[int, Field(ge=1, strict=True)] = 10
+    samples: Annotated[int, Field(ge=2, strict=True)] = 128
+    images: Annotated[int, Field(ge=0, strict=True)] = 8
     gates: dict[str, GateSettings] = {}
 
     def measure_key(self) -> dict[str, Any]:
@@ -45,7 +54,7 @@ class VerifySettings(BaseModel):
 
 def check_gates(settings: VerifySettings, source: Source) -> None:
     """Raise RecipeError for gates on metrics that this model will not have."""
-    known = ["velocity_error"]
+    known = ["velocity_error", *(f"velocity_error_t{b + 1}" for b in range(BANDS)), "flow_loss", "ssim", "psnr"]
     if source.task:
         by_guidance = [f"{m}_g{g:g}" for m in ("scene_accuracy", "frechet_distance") for g in settings.guidance]
         known = [*by_guidance, "flow_loss", "velocity_error"]
@@ -63,11 +72,17 @@ def measure(model: Any, source: Source, settings: VerifySettings, progress: Prog
 
 
 def verify(
-    teacher: Any, student: Any, source: Source, measured: tuple[Measured, Measured], samples: Samples, settings: VerifySettings
+    teacher: Any,
+    student: Any,
+    source: Source,
+    measured: tuple[Measured, Measured],
+    samples: Samples,
+    settings: VerifySettings,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Verdict:
     """The verdict: figures for both models, gates, and images from the same noise."""
     if source.task is None:
-        return Verdict(quality=(q := _untasked(teacher, student, samples)), gates=gates(q, settings), prompts=[])
+        return judged_without_task(teacher, student, samples, settings, decode)
     quality = source.task.compare(measured[0].tensors, measured[1].tensors, settings)
     images = {}
     prompts: list[str] = []
@@ -76,29 +91,48 @@ def verify(
     return Verdict(quality=quality, gates=gates(quality, settings), prompts=prompts, tensors=images)
 
 
-def _untasked(teacher: Any, student: Any, samples: Samples) -> dict[str, Quality]:
-    import torch
+def judged_without_task(
+    teacher: Any, student: Any, samples: Samples, settings: VerifySettings, decode: Callable[[torch.Tensor], torch.Tensor] | None
+) -> Verdict:
+    """What can be said of a user's own model: velocity error by band, flow-matching loss where there are images, and both models' images side by side."""
+    generator = torch.Generator().manual_seed(SEED)
+    counts = [min(BATCH, settings.samples - i) for i in range(0, settings.samples, BATCH)]
+    drawn = [samples.draw_with_target(count, generator) for count in counts]
+    quality = velocity_table(*velocity_distances(teacher, student, [sample for sample, _ in drawn]), [SEED])
+    pairs = [(sample, target) for sample, target in drawn if target is not None]
+    if pairs:
+        losses = [flow_losses(model, pairs) for model in (teacher, student)]
+        quality["flow_loss"] = paired_quality(*losses, [SEED], "mean squared velocity", "lower")
+    if decode is None or not settings.images:
+        return Verdict(quality=quality, gates=gates(quality, settings), prompts=[])
+    noise, given, prompts = samples.previews(settings.images, settings.seeds[0])
+    images = {}
+    for name, model in (("teacher", teacher), ("student", student)):
+        images[name] = torch.cat([decode(x[None]) for x in flow.sample(model, noise, given, given, 1, settings.steps)]).float()
+    quality |= image_table(images["teacher"], images["student"], settings.seeds[:1])
+    return Verdict(quality=quality, gates=gates(quality, settings), prompts=prompts, tensors=images)
 
-    generator = torch.Generator().manual_seed(77)
-    error = velocity_error(teacher, student, [samples.draw(16, generator) for _ in range(8)])
-    row = Quality(
-        teacher=0.0,
-        student=error,
-        drop_percent=100 * error,
-        ci95=None,
-        n=128,
-        seeds=[77],
-        noise=0.0,
-        unit="share of the teacher's velocity energy",
-        better="lower",
-    )
-    return {"velocity_error": row}
+
+def image_table(teacher: torch.Tensor, student: torch.Tensor, seeds: Sequence[int]) -> dict[str, Quality]:
+    """How near the student's images are to the teacher's from the same noise; beside it what the teacher's own would be."""
+    if len(teacher) < 2:  # no spread to tell
+        return {}
+    top = torch.ones(len(teacher))
+    return {
+        "ssim": paired_quality(top, ssim(teacher, student), seeds, "1 for the teacher's own image", "higher"),
+        "psnr": paired_quality(PSNR_TOP * top, psnr(teacher, student), seeds, f"dB, {PSNR_TOP:g} for the teacher's own image", "higher"),
+    }
 
 
 def gates(quality: Mapping[str, Quality], settings: VerifySettings) -> list[Gate]:
     """Every limit of the recipe held against what was measured."""
     rows = []
     for metric, limits in settings.gates.items():
+        if metric not in quality:
+            raise RecipeError(
+                f"verify.gates.{metric}: was not measured; of {', '.join(quality)}, flow_loss wants images to calibrate on, ssim and psnr "
+                "two images or more (verify.images) and a pipeline's VAE"
+            )
         row = quality[metric]
         values = {"drop_percent": row.drop_percent, "upper_percent": row.ci95[1] if row.ci95 else row.drop_percent}
         for key, limit in limits.model_dump(exclude_none=True).items():

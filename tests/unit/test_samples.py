@@ -29,10 +29,8 @@ from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
 from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
+from tests.pipelines import MEAN, STD, qwen_pipeline
 
-TEMPLATE = (
-    "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the objects and background:"
-)
 PROMPTS = [
     "a cat",
     "a very long red dog on a blue mat",
@@ -46,56 +44,12 @@ PROMPTS = [
 ]
 SIZE = [16, 32]
 GRID = (4, 8)
-MEAN, STD = [0.1, -0.2, 0.3], [1.5, 0.5, 2.0]
-
-
-def tokenizer() -> Any:
-    """Bytes, and the template's words whole, so that the template is about as long as the 34 tokens that the pipeline drops."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    merges = []
-    for word in TEMPLATE.split():
-        whole = "\u0120" + word
-        for n in range(2, len(whole) + 1):
-            if whole[:n] not in vocab:
-                vocab[whole[:n]] = len(vocab)
-                merges.append((whole[: n - 1], whole[n - 1]))
-    made = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    return made
-
-
-def text_encoder(vocabulary: int, hidden_size: int = 16) -> Any:
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    text = {"vocab_size": vocabulary, "hidden_size": hidden_size, "intermediate_size": 32, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": hidden_size // 8, "num_key_value_heads": 1, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    text |= {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}, "max_position_embeddings": 2048}
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": hidden_size}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"fullatt_block_indexes": [0]})
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 @pytest.fixture(scope="module")
 def pipeline(make_teacher: Callable[..., Any]) -> Any:
     """A whole Qwen-Image pipeline of a few thousand parameters."""
-    from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        words = tokenizer()
-        vae = AutoencoderKLQwenImage(
-            base_dim=8, z_dim=3, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=MEAN, latents_std=STD
-        )
-        return QwenImagePipeline(
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            vae=vae.eval(),
-            text_encoder=text_encoder(len(words)),
-            tokenizer=words,
-            transformer=make_teacher(4),
-        )
+    return qwen_pipeline(make_teacher(4))
 
 
 @pytest.fixture(scope="module")
@@ -834,13 +788,13 @@ def test_encoders_that_are_not_whole(broken: Path, folder: Path, prompts_file: P
 
 
 def test_encoders_of_another_width(broken: Path, pipeline: Any, prompts_file: Path, tmp_path: Path) -> None:
-    text_encoder(len(pipeline.tokenizer), 32).save_pretrained(broken / "text_encoder")
+    qwen_text_encoder(len(pipeline.tokenizer), 32).save_pretrained(broken / "text_encoder")
     with pytest.raises(ModelError, match=r"text_encoder: gives encoder_hidden_states of width 32, wanted 16 by the transformer's config"):
         encoded(open_source(str(broken)), "prompts", prompts_file, tmp_path / "records")
 
 
 def test_an_encoder_that_fails_is_named(broken: Path, prompts_file: Path, tmp_path: Path) -> None:
-    text_encoder(100).save_pretrained(broken / "text_encoder")  # knows fewer words than its tokenizer
+    qwen_text_encoder(100).save_pretrained(broken / "text_encoder")  # knows fewer words than its tokenizer
     with pytest.raises(ModelError, match=r"text_encoder: fails from 'a cat' on \(.*index.*\); does it fit"):
         encoded(open_source(str(broken)), "prompts", prompts_file, tmp_path / "records")
 
