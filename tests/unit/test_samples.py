@@ -29,7 +29,7 @@ from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
 from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
-from tests.pipelines import MEAN, STD, qwen_pipeline
+from tests.pipelines import MEAN, STD, qwen_pipeline, qwen_text_encoder
 
 PROMPTS = [
     "a cat",
