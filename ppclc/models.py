@@ -28,7 +28,7 @@ from torch import nn
 from ppclc import families, plugins
 from ppclc.devices import cores
 from ppclc.errors import ModelError, PlanError, UnavailableError
-from ppclc.families import STREAMS, Bank, Family, Group, States
+from ppclc.families import STREAMS, Bank, Family, Group, Layout, States
 from ppclc.plan import CompressionPlan
 from ppclc.records import disk_errors, file_digest, write_text
 from ppclc.student_tensors import student_config as edited_config
@@ -54,6 +54,9 @@ class Source:
     folder: Path
     config: dict[str, Any]
     family: Family
+    layout: Layout | None = None
+    stored: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration as it lies there, where that is of another layout than ours."""
 
     @property
     def task(self) -> Any | None:
@@ -117,12 +120,14 @@ def open_source(path: str, revision: str | None = None) -> Source:
         raise ModelError(f"{path}: holds no transformer: wanted transformer/config.json or config.json")
     config = _json_object(folder / "config.json")
     family = families.of_config(config, str(folder / "config.json"))
+    layout = next((found for found in family.layouts if found.applies(config)), None)
+    stored, config = config, layout.config(config) if layout else config
     known = _stock_config(family)
     for key in [g.count_key for g in family.groups]:
         value = config.setdefault(key, known.get(key))
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
-    return Source(path, folder, known | config, family)
+    return Source(path, folder, known | config, family, layout, stored if layout else {})
 
 
 def open_configuration(path: str) -> Source:
@@ -293,6 +298,8 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     Raises:
         ModelError: weights truncated or corrupt; a tensor missing, extra, of a wrong shape, or not finite.
     """
+    if source.layout is not None:
+        return _from_layout(source, source.layout, dtype)
     empty = empty_model(source.family, source.config, str(source.folder / "config.json"))
     found: dict[str, tuple[int, ...]] = {}
     for file in source.weight_files():
@@ -308,6 +315,51 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{source.folder}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
     return model.eval().requires_grad_(False)
+
+
+def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
+    """The model of a folder in another layout, its tensors turned into ours.
+
+    Raises:
+        ModelError: a tensor missing, of a wrong shape, not finite, or there for nothing.
+    """
+    from ppclc.weight_files import WeightFiles  # which reads what this module finds
+
+    files = WeightFiles(source, DTYPES[dtype], torch.device("cpu"))
+    model = empty_model(source.family, source.config, str(source.folder / "config.json"))
+    read = _Accessed(files)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        try:
+            state[name] = layout.tensor(name, source.stored, read)
+        except KeyError as error:
+            raise ModelError(f"{source.folder}: tensor {error} is missing; wanted all that config.json calls for") from None
+        if state[name].shape != tensor.shape:
+            raise ModelError(f"{source.folder}: {name} comes out as {list(state[name].shape)}, wanted {list(tensor.shape)} by config.json")
+    extra = sorted(n for n in files.places if n not in read.names and not layout.unread(n, source.stored))
+    if extra:
+        raise ModelError(
+            f"{source.folder}: {len(extra)} tensors are not of this layout, {extra[0]} first; do the lists in config.json fit?"
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+class _Accessed(Mapping[str, torch.Tensor]):
+    """Tensors, and the names of those that were asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors, self.names = tensors, set[str]()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.names.add(name)
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:

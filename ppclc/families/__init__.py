@@ -259,6 +259,20 @@ def packed_latents(config: Mapping[str, Any], height: int, width: int) -> tuple[
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Another layout that students of a family are published in, read as ours.
+
+    applies: whether a configuration is of it. config: that configuration to ours. tensor: one tensor of ours by name, from
+    their configuration and tensors. unread: whether one of theirs has no tensor of ours that is it alone.
+    """
+
+    applies: Callable[[Mapping[str, Any]], bool]
+    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    tensor: Callable[[str, Mapping[str, Any], Tensors], torch.Tensor]
+    unread: Callable[[str, Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
 class Modulation:
     """A linear map of the time embedding whose output is cut into chunks of the width.
 
@@ -291,7 +305,7 @@ class Family:
     that masks text, (B, T). text_tokens: length of the blocks' text states, from forward's inputs. timestep_scale: what
     forward's `timestep` is where the flow's is 1. latents: shape of one sample's latents by configuration and image grid in
     tokens. grid_inputs: what forward takes besides, by configuration, batch, image grid in tokens and text length. encoders: the
-    way from prompts and images to tensors, None where there is none yet.
+    way from prompts and images to tensors, None where there is none yet. layouts: others that students are published in.
     """
 
     name: str
@@ -317,6 +331,7 @@ class Family:
     latents: Callable[[Mapping[str, Any], int, int], tuple[int, ...]] = packed_latents
     grid_inputs: Callable[[Mapping[str, Any], int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None
+    layouts: tuple[Layout, ...] = ()
 
     @property
     def class_names(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ppclc.errors import PlanError
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _oppo
 from ppclc.students.qwen_image import JointAttention
 
 
@@ -232,4 +232,5 @@ PLUGIN = Family(
         decode=decode,
         pixels_per_token=pixels_per_token,
     ),
+    layouts=(_oppo.LAYOUT,),
 )
