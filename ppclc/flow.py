@@ -74,5 +74,9 @@ def sample(
     x = noise_BSC
     for i in range(steps):
         timestep = torch.full((len(x),), 1 - i / steps, dtype=x.dtype, device=x.device)
-        x = x - guided(model, x, timestep, conditioning, unconditional, guidance) / steps
+        velocity = guided(model, x, timestep, conditioning, unconditional, guidance)
+        # Inpainting models have an image and its mask behind the latents, in features that stay as they are.
+        kept = x[..., velocity.shape[-1] :]
+        x = x[..., : velocity.shape[-1]] - velocity / steps
+        x = torch.cat([x, kept], dim=-1) if kept.shape[-1] else x
     return x

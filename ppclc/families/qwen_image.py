@@ -6,13 +6,12 @@ Shape suffixes: B batch, S image token, T text token, D width, C channel, P rota
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ppclc.errors import PlanError
 from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _oppo
 from ppclc.students.qwen_image import JointAttention
 
@@ -36,20 +35,32 @@ BLOCKS = Group(
 
 
 def example_inputs(
-    config: Mapping[str, Any], batch: int = 1, height: int = 4, width: int = 8, text: int = 5, generator: torch.Generator | None = None
+    config: Mapping[str, Any],
+    batch: int = 1,
+    height: int = 4,
+    width: int = 8,
+    text: int = 5,
+    generator: torch.Generator | None = None,
+    references: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of forward: random latents of a `height` x `width` grid of tokens, random text, random timesteps."""
+    """Keyword arguments of forward: random latents of a `height` x `width` grid of tokens, random text, random timesteps.
+
+    `references`: images of the same size beside it, as editing has them.
+    """
+    tokens = height * width * (1 + references)
     return {
-        "hidden_states": torch.randn(batch, height * width, config["in_channels"], generator=generator),
+        "hidden_states": torch.randn(batch, tokens, config["in_channels"], generator=generator),
         "timestep": torch.rand(batch, generator=generator),
         "encoder_hidden_states": torch.randn(batch, text, config["joint_attention_dim"], generator=generator),
         **grid_inputs(config, batch, height, width, text),
+        "img_shapes": [[(1, height, width)] * (1 + references)] * batch,
     }
 
 
 def grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> dict[str, Any]:
-    """The grid of every sample: one frame of `height` x `width` tokens."""
-    return {"img_shapes": [[(1, height, width)]] * batch}
+    """The grid of every sample: one frame of `height` x `width` tokens; and the condition beside the timestep that layered models take."""
+    given: dict[str, Any] = {"img_shapes": [[(1, height, width)]] * batch}
+    return given | ({"additional_t_cond": torch.zeros(batch, dtype=torch.int64)} if config.get("use_additional_t_cond") else {})
 
 
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
@@ -86,16 +97,30 @@ def pixels_per_token(vae_config: Mapping[str, Any]) -> int:
     return int(2 ** (len(vae_config.get("temperal_downsample", (False, True, True))) + 1))
 
 
-def position_ids(height: int, width: int, text: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions (S, 3) of image tokens and (T, 3) of text tokens, as the class's own rotary embedding counts them.
+def position_ids(images: Sequence[tuple[int, int, int]], text: int, layered: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions (S, 3) of image tokens and (T, 3) of text tokens, as the class's own rotary embeddings count them.
 
-    Height and width count from the middle; text goes on, on all three axes, after the larger half.
+    `images`: frames, rows and columns of each. Images count on the first axis, where a layered model has -1 for the last;
+    height and width count from the middle; text goes on, on all three axes, after the larger half.
     """
-    rows = torch.arange(height) - (height - height // 2)
-    columns = torch.arange(width) - (width - width // 2)
-    image = torch.stack([torch.zeros(height, width, dtype=torch.int64), *torch.meshgrid(rows, columns, indexing="ij")], -1)
-    start = max(height // 2, width // 2)
-    return image.reshape(-1, 3).float(), (torch.arange(text) + start)[:, None].expand(-1, 3).float().contiguous()
+    found, start = [], (len(images) - 1) if layered else 0
+    for number, (frames, height, width) in enumerate(images):
+        first = torch.arange(frames) + number if not (layered and number == len(images) - 1) else torch.full((frames,), -1)
+        rows = torch.arange(height) - (height - height // 2)
+        columns = torch.arange(width) - (width - width // 2)
+        found.append(torch.cartesian_prod(first, rows, columns))
+        start = max(start, height // 2, width // 2)
+    return torch.cat(found).float(), (torch.arange(text) + start)[:, None].expand(-1, 3).float().contiguous()
+
+
+def images_of(ids: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Frames, rows and columns of the images that positions (S, 3) are of, each a frame of its own."""
+    shapes = []
+    for number in dict.fromkeys(ids[:, 0].tolist()):
+        own = ids[ids[:, 0] == number, 1:]
+        height, width = ((own.amax(0) - own.amin(0)).int() + 1).tolist()
+        shapes.append((1, height, width))
+    return shapes
 
 
 class ExportableQwenImage(nn.Module):
@@ -128,11 +153,17 @@ class ExportableQwenImage(nn.Module):
         timestep: torch.Tensor,
         img_ids: torch.Tensor,
         txt_ids: torch.Tensor,
+        modulate_index: torch.Tensor | None = None,
+        additional_t_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
         m = self.model
         image = m.img_in(hidden_states)
         text = m.txt_in(m.txt_norm(encoder_hidden_states))
-        temb = m.time_text_embed(timestep.to(image.dtype), image)
+        timestep = timestep.to(image.dtype)
+        if modulate_index is not None:
+            timestep = torch.cat([timestep, timestep * 0])
+        temb = m.time_text_embed(timestep, image, additional_t_cond)
+        own = temb if modulate_index is None else temb.chunk(2)[0]
         rotary = (self.rotary(img_ids), self.rotary(txt_ids))
         for block in m.transformer_blocks:
             text, image = block(
@@ -141,8 +172,9 @@ class ExportableQwenImage(nn.Module):
                 encoder_hidden_states_mask=None,
                 temb=temb,
                 image_rotary_emb=rotary,
+                modulate_index=modulate_index,
             )
-        out: torch.Tensor = m.proj_out(m.norm_out(image, temb))
+        out: torch.Tensor = m.proj_out(m.norm_out(image, own))
         return out
 
 
@@ -157,44 +189,47 @@ def _one_operator(norm: Any) -> nn.RMSNorm:
 def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, image and text lengths.
 
-    Raises:
-        PlanError: a configuration whose forward needs more inputs than the exported one has.
+    What it takes beside positions: with `zero_cond_t`, by which of two timesteps each image token (B, S) is modulated.
     """
-    for key in ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"):
-        if model.config.get(key):
-            raise PlanError(f"config.json: {key} = true: export of this variant is not supported; wanted false")
     config = dict(model.config)
+    zero, layered = bool(config.get("zero_cond_t")), bool(config.get("use_layer3d_rope"))
 
-    def inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
+    def inputs(batch: int, height: int, width: int, text: int, references: int = 0) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(batch + 10 * height + 100 * width + 1000 * text)
-        example = example_inputs(config, batch, height, width, text, generator)
-        image_ids, text_ids = position_ids(height, width, text)
+        example = example_inputs(config, batch, height, width, text, generator, references)
+        image_ids, text_ids = position_ids(example.pop("img_shapes")[0], text, layered)
         names = ("hidden_states", "encoder_hidden_states", "timestep")
-        return {n: example[n] for n in names} | {"img_ids": image_ids, "txt_ids": text_ids}
+        given = {n: example.pop(n) for n in names} | {"img_ids": image_ids, "txt_ids": text_ids}
+        if zero:
+            given["modulate_index"] = (torch.arange(len(image_ids)) >= height * width).int().expand(batch, -1).contiguous()
+        return given | example
 
     def reference(given: dict[str, Any]) -> torch.Tensor:
-        ids = given["img_ids"][:, 1:]
-        height, width = ((ids.amax(0) - ids.amin(0)).int() + 1).tolist()
-        kwargs = {k: v.to(model.dtype) for k, v in given.items() if not k.endswith("_ids")}
-        kwargs["img_shapes"] = [[(1, height, width)]] * len(given["hidden_states"])
+        kwargs = {k: v for k, v in given.items() if k not in ("img_ids", "txt_ids", "modulate_index")}
+        kwargs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
+        kwargs["img_shapes"] = [images_of(given["img_ids"])] * len(given["hidden_states"])
         out: torch.Tensor = model(**kwargs, return_dict=False)[0]
         return out
 
+    dynamic: dict[str, dict[int, str]] = {
+        "hidden_states": {0: "batch", 1: "image_tokens"},
+        "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
+        "timestep": {0: "batch"},
+        "img_ids": {0: "image_tokens"},
+        "txt_ids": {0: "text_tokens"},
+        "modulate_index": {0: "batch", 1: "image_tokens"},
+        "additional_t_cond": {0: "batch"},
+    }
+    more = {"references": 1} if zero or layered else {}
     return Lowered(
         module=ExportableQwenImage(model).eval(),
         inputs=inputs,
-        dynamic={
-            "hidden_states": {0: "batch", 1: "image_tokens"},
-            "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
-            "timestep": {0: "batch"},
-            "img_ids": {0: "image_tokens"},
-            "txt_ids": {0: "text_tokens"},
-        },
+        dynamic={name: axes for name, axes in dynamic.items() if name in inputs(1, 2, 2, 2)},
         ranges={"batch": (1, 1024), "image_tokens": (1, 65536), "text_tokens": (1, 4096)},
         sizes=(
-            {"batch": 2, "height": 4, "width": 8, "text": 5},
+            {"batch": 2, "height": 4, "width": 8, "text": 5, **more},
             {"batch": 1, "height": 6, "width": 10, "text": 9},
-            {"batch": 3, "height": 8, "width": 4, "text": 3},
+            {"batch": 3, "height": 8, "width": 4, "text": 3, **more},
         ),
         reference=reference,
     )

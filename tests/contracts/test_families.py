@@ -84,15 +84,30 @@ def subject_of(name: str, **changes: Any) -> Subject:
     return Subject(family, model, family.example_inputs(dict(model.config), batch=2, generator=generator))
 
 
-@pytest.fixture(params=FAMILIES)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen_image-edit-2511": ("qwen_image", {"zero_cond_t": True}),
+    "qwen_image-layered": ("qwen_image", {"use_layer3d_rope": True, "use_additional_t_cond": True}),
+    "flux-schnell": ("flux", {"guidance_embeds": False}),
+    "flux-fill": ("flux", {"in_channels": 12, "out_channels": 4}),
+    "flux2-klein": ("flux2", {"guidance_embeds": False}),
+    "sd3-medium": ("sd3", {"dual_attention_layers": (), "qk_norm": None}),
+    "hunyuan_image-distilled": ("hunyuan_image", {"guidance_embeds": True}),
+}
+"""Other members of a family, by what their configurations differ in."""
+SUBJECTS = {name: (name, {}) for name in FAMILIES} | VARIANTS
+
+
+@pytest.fixture(params=SUBJECTS)
 def subject(request: pytest.FixtureRequest) -> Subject:
-    return subject_of(request.param)
+    name, changes = SUBJECTS[request.param]
+    return subject_of(name, **changes)
 
 
-@pytest.fixture(params=EDITED)
+@pytest.fixture(params=[s for s, (name, _) in SUBJECTS.items() if name in EDITED])
 def edited(request: pytest.FixtureRequest) -> Subject:
     """Of the families that take edits that change the class."""
-    return subject_of(request.param)
+    name, changes = SUBJECTS[request.param]
+    return subject_of(name, **changes)
 
 
 def run(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
