@@ -56,13 +56,13 @@ class DistillSettings(TrainingSettings):
 
     steps: local steps of an interval; width_steps: of a text stream's or a feed-forward network's linear maps.
     finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch, in the fine-tune for each of the
-    processes. local_batch: samples a local step, a quarter of `batch` where it is null. magnitude: weight of the magnitude term beside direction; image_weight, text_weight: of the streams in the
-    local phase; map_weight: of a linear map's own error beside its block's. data_weight: share of the flow-matching loss
-    on data in the fine-tune, where data are given; the rest is the teacher's velocity. state_weight: in the fine-tune, of
-    the image states after every block beside both. timestep_shift: above 1 moves the fine-tune's timesteps towards noise.
-    bank: which intervals are distilled, those of the plan or all that the analysis considered, so that other sizes can
-    be sliced later. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
-    checkpoint_every: steps between checkpoints.
+    processes. local_batch: samples a local step, a quarter of `batch` where it is null. magnitude: weight of the magnitude
+    term beside direction; image_weight, text_weight: of the streams in the local phase; map_weight: of a linear map's own
+    error beside its block's. data_weight: share of the flow-matching loss on data in the fine-tune, where data are given; the
+    rest is the teacher's velocity. state_weight: in the fine-tune, of the image states after every block beside both.
+    timestep_shift: above 1 moves the fine-tune's timesteps towards noise. bank: which intervals are distilled, those of the
+    plan or all that the analysis considered, so that other sizes can be sliced later. teacher: `streamed` reads its blocks
+    one at a time from disk, `chunk` samples a sweep. checkpoint_every: steps between checkpoints.
     """
 
     steps: Annotated[int, Field(ge=0)] = 150
