@@ -295,7 +295,8 @@ def distill_seconds(work: Work) -> float:
     width = _edits_seconds(work, max(ends, default=-1) + 1, len(ends))
     joint = work.beside(work.speeds.teacher_s + work.draw_s, work.speeds.student_s * work.speeds.training)
     steps = 0 if plan.is_empty else settings.finetune_steps
-    return settings.batch * settings.accumulate * (settings.steps * local + settings.width_steps * width + steps * joint)
+    learned = settings.local_samples * (settings.steps * local + settings.width_steps * width)
+    return settings.accumulate * (learned + settings.batch * steps * joint)
 
 
 def _edits_seconds(work: Work, reach: int, edits: int) -> float:

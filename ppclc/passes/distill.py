@@ -31,7 +31,7 @@ from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, tr
 
 VERSION = 4
 REFIT_BATCHES = 16
-LOCAL_KEYS = {"learning_rate", "batch", "seed", *TrainingSettings.model_fields}
+LOCAL_KEYS = {"learning_rate", "seed", *TrainingSettings.model_fields}
 JOINT_KEYS = {
     *("finetune_steps", "finetune_learning_rate", "data_weight", "state_weight", "magnitude", "timestep_shift", "batch", "seed"),
     *TrainingSettings.model_fields,
@@ -56,13 +56,13 @@ class DistillSettings(TrainingSettings):
 
     steps: local steps of an interval; width_steps: of a text stream's or a feed-forward network's linear maps.
     finetune_steps: joint steps. Learning rates are peaks. batch: samples a batch, in the fine-tune for each of the
-    processes. magnitude: weight of the magnitude term beside direction; image_weight, text_weight: of the streams in the
-    local phase; map_weight: of a linear map's own error beside its block's. data_weight: share of the flow-matching loss
-    on data in the fine-tune, where data are given; the rest is the teacher's velocity. state_weight: in the fine-tune, of
-    the image states after every block beside both. timestep_shift: above 1 moves the fine-tune's timesteps towards noise.
-    bank: which intervals are distilled, those of the plan or all that the analysis considered, so that other sizes can
-    be sliced later. teacher: `streamed` reads its blocks one at a time from disk, `chunk` samples a sweep.
-    checkpoint_every: steps between checkpoints.
+    processes. local_batch: samples a local step, a quarter of `batch` where it is null. magnitude: weight of the magnitude
+    term beside direction; image_weight, text_weight: of the streams in the local phase; map_weight: of a linear map's own
+    error beside its block's. data_weight: share of the flow-matching loss on data in the fine-tune, where data are given; the
+    rest is the teacher's velocity. state_weight: in the fine-tune, of the image states after every block beside both.
+    timestep_shift: above 1 moves the fine-tune's timesteps towards noise. bank: which intervals are distilled, those of the
+    plan or all that the analysis considered, so that other sizes can be sliced later. teacher: `streamed` reads its blocks
+    one at a time from disk, `chunk` samples a sweep. checkpoint_every: steps between checkpoints.
     """
 
     steps: Annotated[int, Field(ge=0)] = 150
@@ -71,6 +71,7 @@ class DistillSettings(TrainingSettings):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     finetune_learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     batch: Annotated[int, Field(ge=1)] = 64
+    local_batch: Annotated[int, Field(ge=1)] | None = None
     magnitude: Annotated[float, Field(ge=0)] = 0.1
     image_weight: Annotated[float, Field(ge=0)] = 1.0
     text_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -97,16 +98,20 @@ class DistillSettings(TrainingSettings):
             "text": {"width_steps", "map_weight", "image_weight", "text_weight"},
             "ffn": {"width_steps", "map_weight"},
         }
-        return self.model_dump(include={*own[kind], "magnitude", *LOCAL_KEYS})
+        return self.model_dump(include={*own[kind], "magnitude", *LOCAL_KEYS}) | {"local_batch": self.local_samples}
 
     def joint(self) -> dict[str, Any]:
         """The settings on which the fine-tune depends."""
         return self.model_dump(include=JOINT_KEYS)
 
     @property
-    def together(self) -> int:
-        """Steps whose batches go through a streamed teacher in one sweep."""
-        return max(1, self.chunk // (self.batch * self.accumulate))
+    def local_samples(self) -> int:
+        """Samples a batch of a local step: one learns much from each token, so that many small steps go further."""
+        return self.local_batch or max(1, self.batch // 4)
+
+    def together(self, batch: int) -> int:
+        """Steps whose batches of so many samples go through a streamed teacher in one sweep."""
+        return max(1, self.chunk // (batch * self.accumulate))
 
 
 def refit_samples(samples: Samples, settings: DistillSettings, device: str = "cpu") -> list[Sample]:
@@ -129,9 +134,15 @@ def distill_edits(
 ) -> Iterator[Distilled]:
     """A record for each edit, all taught on the same batches, on a device that the teacher is on; one after the other once all are."""
     local = LocalSettings(
-        steps, settings.batch, settings.learning_rate, settings.checkpoint_every, settings.seed, settings.together, settings
+        steps,
+        settings.local_samples,
+        settings.learning_rate,
+        settings.checkpoint_every,
+        settings.seed,
+        settings.together(settings.local_samples),
+        settings,
     )
-    draw = partial(_draw, samples, settings.batch, device)
+    draw = partial(_draw, samples, settings.local_samples, device)
     return LocalPhase(teacher, draw, edits, works, local, progress, curves, device, text_blocks).run()
 
 
@@ -164,7 +175,7 @@ def finetune(
         draw=partial(_draw_with_target, shifted, settings.batch * ranks.world, Share(ranks.rank, ranks.world)),
         ready=partial(_lessons, teacher, ranks.device, followed, settings.data_weight < 1),
         accumulate=settings.accumulate,
-        together=settings.together if streamed else 1,
+        together=settings.together(settings.batch) if streamed else 1,
         ahead=not streamed and has_spare_core(ranks.device),
     )
     curve = partial(Curve, curves, curve_name) if curves and settings.finetune_steps and ranks.is_main else None

@@ -318,3 +318,12 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing(
     assert calls == [9, 18]
     assert [n for n, _ in tuned[0].losses] == [n for n, _ in tuned[1].losses]
     assert all(torch.allclose(v, tuned[1].tensors[k], rtol=1e-5, atol=1e-6) for k, v in tuned[0].tensors.items())
+
+
+def test_a_local_step_takes_a_quarter_of_the_batch_unless_told() -> None:
+    assert [DistillSettings(batch=b).local_samples for b in (64, 4, 1)] == [16, 1, 1]
+    told = DistillSettings(local_batch=5)
+    assert told.local_samples == 5
+    assert told.local() == DistillSettings(batch=20).local()  # what counts is what a step takes
+    assert told.local() != DistillSettings(batch=64).local()
+    assert DistillSettings(batch=64, chunk=64).together(16) == 4
