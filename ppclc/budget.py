@@ -37,6 +37,8 @@ class TargetSettings(BaseModel):
     latency_ms: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
 
 
+RANK_TOLERANCE = 1e-3
+"""Largest squared relative velocity error that an automatic modulation rank may cost, where the recipe does not say."""
 SHARES = ("parameters", "bytes")
 """Targets that may be a share of the teacher's."""
 
@@ -52,6 +54,8 @@ class FfnChoice(BaseModel):
 class PlanSettings(BaseModel):
     """Section `plan` of a recipe: what is fixed by hand; `auto` leaves it to the selection, `none` forbids it.
 
+    modulation_error: largest squared relative velocity error that a modulation rank may cost; one by hand that costs more is
+    refused where this is given, an automatic one is kept below RANK_TOLERANCE otherwise.
     adapters: linear maps in front of the student blocks that stand for intervals; `auto` is every interval of the
     plan, a list those of `intervals` that have them.
     """
@@ -61,6 +65,7 @@ class PlanSettings(BaseModel):
     text_stream: Auto | list[int] = "auto"
     ffn: Auto | list[FfnChoice] = "auto"
     modulation_rank: Auto | Annotated[int, Field(ge=1)] = "auto"
+    modulation_error: Annotated[float, Field(gt=0)] | None = None
     adapters: Auto | list[Pair] = "none"
     dead_code: bool = True
     protect: list[int] = []

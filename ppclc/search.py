@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, supernet, trials
-from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target, layout
+from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target, layout
 from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
@@ -27,8 +27,6 @@ from ppclc.selection import Budget, Chain, Options, Removed
 from ppclc.supernet import Dropped
 
 MAX_TEXT_BLOCKS = 8
-RANK_TOLERANCE = 1e-3
-"""Largest squared relative velocity error that an automatic modulation rank may cost."""
 FREE = 1e-3
 """Largest squared relative velocity error of intervals that are taken without a search: nothing is to be gained."""
 RESAMPLES = 40
@@ -276,9 +274,23 @@ class Search:
         if isinstance(wanted, int):
             if wanted > self.width:
                 raise RecipeError(f"plan.modulation_rank = {wanted}: wanted at most the width, {self.width}")
+            self._check_rank(wanted)
             return [(0.0, wanted)]
-        fit = [r for r, c in self.rank_costs.items() if c <= RANK_TOLERANCE]
+        fit = [r for r, c in self.rank_costs.items() if c <= (self.wanted.modulation_error or RANK_TOLERANCE)]
         return [(0.0, None), *([(self.rank_costs[min(fit)], min(fit))] if fit else [])]
+
+    def _check_rank(self, rank: int) -> None:
+        """Raise RecipeError for a rank by hand that costs more than the recipe allows."""
+        limit = self.wanted.modulation_error
+        if limit is None:
+            return
+        cost = self.rank_costs.setdefault(rank, self._student_cost(rank=rank))
+        if cost > limit:
+            enough = min((r for r, c in self.rank_costs.items() if c <= limit), default=None)
+            way_out = f"a rank of {enough} or more, or a larger limit" if enough else "a larger limit, or none"
+            raise RecipeError(
+                f"plan.modulation_rank = {rank}: costs {cost:.3g} of the velocity's energy, plan.modulation_error = {limit:g}: wanted {way_out}"
+            )
 
     def _text_choices(self) -> list[tuple[float, int]]:
         self.measure_text()

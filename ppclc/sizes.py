@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from ppclc import compiler, distilling, selection
 from ppclc.bank import EditBank, considered, interval_plan
-from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
+from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.models import Source, apply_plan, quiet_libraries, rebuild_student, student_config
@@ -29,7 +29,6 @@ from ppclc.plan import CompressionPlan, Interval
 from ppclc.recipe import Recipe, read_recipe
 from ppclc.records import Analysis, Distilled, Store, Student, check_writable, digest_of, file_digest, whole_folder, write_text
 from ppclc.run import Run
-from ppclc.search import RANK_TOLERANCE
 from ppclc.selection import Budget, Options, Span
 
 VERSION = 1
@@ -89,7 +88,7 @@ class Choice:
         """The choice that a recipe's `plan` leaves of these intervals. reach: blocks that the moments span."""
         costs = Costs.of(analysis)
         allowed = {s: costs.interval(s) for s in spans if interval_allowed(wanted, s)}
-        fit = [r for r, c in costs.ranks.items() if c <= RANK_TOLERANCE]
+        fit = [r for r, c in costs.ranks.items() if c <= (wanted.modulation_error or RANK_TOLERANCE)]
         rank = {"auto": min(fit, default=None), "none": None}.get(str(wanted.modulation_rank), wanted.modulation_rank)
         base = Options(
             **layout(source),

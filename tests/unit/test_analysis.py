@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ppclc import flow, trials
 from ppclc.block_costs import BlockCosts
-from ppclc.budget import PlanSettings, TargetSettings, budget_of, even_plan
+from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, budget_of, even_plan
 from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, linear_map, modulation_basis, text_maps
 from ppclc.detection import even_intervals, first_difference_intervals, spans_of_dropped, trimmed
 from ppclc.edit_costs import EditCosts, kept_choices
@@ -32,7 +32,7 @@ from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.quality import velocity_error
 from ppclc.records import Analysis, CalibrationStats
 from ppclc.samples import Samples, open_samples
-from ppclc.search import RANK_TOLERANCE, AnalyzeSettings, Search, agreement
+from ppclc.search import AnalyzeSettings, Search, agreement
 from ppclc.selection import cheapest_chains
 from ppclc.supernet import fits
 
@@ -617,6 +617,20 @@ def test_half_of_the_parameters(planted: Planted, half: Analysis) -> None:
     check_target(planted, half.plan, 0.5 * count_parameters(planted.model))
     fit = [r for r, c in half.modulation_error.items() if c <= RANK_TOLERANCE]
     assert half.plan.modulation_rank in (None, *([min(fit)] if fit else []))
+
+
+def test_a_modulation_rank_costs_no_more_than_the_recipe_allows(planted: Planted, half: Analysis) -> None:
+    """Given by hand it is refused above the limit, which names a rank that would do; chosen, it is the least below it."""
+    costs = half.modulation_error
+    rank = min(costs)
+    limit = 1.01 * min(costs.values())  # that of the largest rank
+    with pytest.raises(
+        RecipeError, match=rf"plan.modulation_rank = {rank}: costs .* plan.modulation_error = .*: wanted a rank of \d+ or more"
+    ):
+        planted.select(0.7, {"modulation_rank": rank, "modulation_error": limit})
+    chosen = planted.select(0.6, {"modulation_error": limit, "ffn": "none", "text_stream": "none"}).modulation_rank
+    assert chosen is None or costs[chosen] <= limit
+    assert planted.select(0.7, {"modulation_rank": rank, "modulation_error": 1.01 * costs[rank]}).modulation_rank == rank
 
 
 @pytest.mark.parametrize("target", [0.97, 0.9, 0.7, 0.6, 0.3])
