@@ -161,17 +161,22 @@ def _modulation(
     kind: str, plan: CompressionPlan, source: Tensors, linear: str, bank: Bank, chunks: Callable[[int], Iterable[int]] = range
 ) -> torch.Tensor:
     """Weight (K, D or R) or bias (K,) of a modulation, of the chunks that are left and of the plan's rank."""
-    weight, bias = source[f"{linear}.weight"], source.get(f"{linear}.bias")
+    weight: torch.Tensor = source[f"{linear}.weight"]
+    bias: torch.Tensor | None = source.get(f"{linear}.bias")
     width = weight.shape[1]
-    left, count = list(chunks(len(weight) // width)), len(weight) // width
-    if left != list(range(count)):
-        weight, bias = (None if x is None else torch.cat([x[n * width : (n + 1) * width] for n in left]) for x in (weight, bias))
+    count = len(weight) // width
+    left = list(chunks(count))
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return x if left == list(range(count)) else torch.cat([x[n * width : (n + 1) * width] for n in left])
+
+    weight, bias = cut(weight), None if bias is None else cut(bias)
     if plan.modulation_rank is None:
-        return weight if kind == "weight" else bias  # type: ignore[return-value]
+        return weight if kind == "weight" or bias is None else bias
     basis, mean = _basis(plan, bank)
     if kind == "weight":
-        return weight.to(basis.dtype) @ basis  # type: ignore[union-attr]
-    shift = weight.to(basis.dtype) @ mean  # type: ignore[union-attr]
+        return weight.to(basis.dtype) @ basis
+    shift = weight.to(basis.dtype) @ mean
     return shift if bias is None else shift + bias.to(basis.dtype)
 
 

@@ -43,7 +43,7 @@ def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, An
     return {"teacher_blocks": [int(config["num_layers"]), int(config["num_single_layers"])], "kept_blocks": list(plan.kept)}
 
 
-class TimeEmbedding(ChromaCombinedTimestepTextProjEmbeddings):
+class TimeEmbedding(ChromaCombinedTimestepTextProjEmbeddings):  # type: ignore[misc]
     """The stock one but for the batch, which that counts with a list: torch.export would take it for a constant."""
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:

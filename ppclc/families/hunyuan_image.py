@@ -42,7 +42,7 @@ def latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ..
     return (int(config["in_channels"]), rows * height, columns * width)
 
 
-class ExpandedMask(HunyuanImageAttnProcessor):
+class ExpandedMask(HunyuanImageAttnProcessor):  # type: ignore[misc]
     """The stock attention with its mask (B, 1, 1, N) spelt out for every query, which ONNX Runtime insists on."""
 
     def __call__(

@@ -101,8 +101,9 @@ def judged_without_task(
     quality = velocity_table(*velocity_distances(teacher, student, [sample for sample, _ in drawn]), [SEED])
     pairs = [(sample, target) for sample, target in drawn if target is not None]
     if pairs:
-        losses = [flow_losses(model, pairs) for model in (teacher, student)]
-        quality["flow_loss"] = paired_quality(*losses, [SEED], "mean squared velocity", "lower")
+        quality["flow_loss"] = paired_quality(
+            flow_losses(teacher, pairs), flow_losses(student, pairs), [SEED], "mean squared velocity", "lower"
+        )
     if decode is None or not settings.images:
         return Verdict(quality=quality, gates=gates(quality, settings), prompts=[])
     noise, given, prompts = samples.previews(settings.images, settings.seeds[0])

@@ -244,7 +244,7 @@ class EditedBlock:
         image = self._network(image, image_mod.ffn, "image", "norm2", "ff")
         if self.role.mapped:
             return (self.text_out(carried[..., : self.dim]) if self.role.emits_text else carried), image
-        if text_attended is None:
+        if text_attended is None or text_mod is None:
             return text_input, image
         text = carried + text_mod.attention.gate * text_attended
         text = self._network(text, text_mod.ffn, "text", "norm2_context", "ff_context")
@@ -252,9 +252,9 @@ class EditedBlock:
 
     def _network(self: Any, x: torch.Tensor, mod: Chunks | None, stream: str, norm: str, network: str) -> torch.Tensor:
         if stream in self.linear_ffn:
-            return x + getattr(self, LINEAR_FFN[stream])(x)  # type: ignore[no-any-return]
+            return x + getattr(self, LINEAR_FFN[stream])(x)
         assert mod is not None
-        return x + mod.gate * getattr(self, network)(mod.of(getattr(self, norm)(x)))  # type: ignore[no-any-return]
+        return x + mod.gate * getattr(self, network)(mod.of(getattr(self, norm)(x)))
 
 
 def _norm(module: Any) -> Any:

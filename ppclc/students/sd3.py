@@ -71,9 +71,7 @@ class PrunedJointTransformerBlock(EditedBlock, JointTransformerBlock):
         chunks = self._chunks(self.norm1, temb)
         second = Chunks(*chunks[-3:]) if self.use_dual_attention else None
         image_mod = Modulated(Chunks(*chunks[:3]), None if "image" in self.linear_ffn else Chunks(*chunks[3:6]), second)
-        return self.joint_forward(  # type: ignore[no-any-return]
-            hidden_states, encoder_hidden_states, image_mod, self._text_mod(temb), **(joint_attention_kwargs or {})
-        )
+        return self.joint_forward(hidden_states, encoder_hidden_states, image_mod, self._text_mod(temb), **(joint_attention_kwargs or {}))
 
     def _text_mod(self, temb: torch.Tensor) -> Modulated | None:
         if self.role.mapped:
