@@ -157,7 +157,7 @@ def blocks_by_group(family: Family, config: Mapping[str, Any], plan: Compression
 def default_size(family: Family, batch: int = 1) -> dict[str, int]:
     """The size that bench runs at: batch, image grid and text length of the family's example."""
     parameters = inspect.signature(family.example_inputs).parameters
-    return {n: p.default for n, p in parameters.items() if isinstance(p.default, int)} | {"batch": batch}
+    return {n: parameters[n].default for n in ("height", "width", "text")} | {"batch": batch}
 
 
 def example_call(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int]) -> Call:

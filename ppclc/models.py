@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from ppclc import families, plugins
@@ -323,9 +324,10 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
     Raises:
         ModelError: a tensor missing, of a wrong shape, not finite, or there for nothing.
     """
-    from ppclc.weight_files import WeightFiles  # which reads what this module finds
-
-    files = WeightFiles(source, DTYPES[dtype], torch.device("cpu"))
+    files: dict[str, torch.Tensor] = {}
+    for file in source.weight_files():
+        stored_shapes(file)  # a file that is not whole is refused with its name
+        files |= load_file(file)
     model = empty_model(source.family, source.config, str(source.folder / "config.json"))
     read = _Accessed(files)
     state = {}
@@ -334,9 +336,12 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
             state[name] = layout.tensor(name, source.stored, read)
         except KeyError as error:
             raise ModelError(f"{source.folder}: tensor {error} is missing; wanted all that config.json calls for") from None
+        state[name] = state[name].to(DTYPES[dtype])
+        if not bool(torch.isfinite(state[name]).all()):
+            raise ModelError(f"{source.folder}: {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
         if state[name].shape != tensor.shape:
             raise ModelError(f"{source.folder}: {name} comes out as {list(state[name].shape)}, wanted {list(tensor.shape)} by config.json")
-    extra = sorted(n for n in files.places if n not in read.names and not layout.unread(n, source.stored))
+    extra = sorted(n for n in files if n not in read.names and not layout.unread(n, source.stored))
     if extra:
         raise ModelError(
             f"{source.folder}: {len(extra)} tensors are not of this layout, {extra[0]} first; do the lists in config.json fit?"

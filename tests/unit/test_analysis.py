@@ -494,12 +494,12 @@ def test_cuts_that_cost_nothing_are_taken_without_a_supernet(planted: Planted) -
 def test_the_supernet_is_always_asked_for_a_set_that_it_can_leave_out(planted: Planted) -> None:
     search = planted.search({"protect": [3]})
     search.kept |= {(0, 1): 0, (4, 5): 5}  # to drop 4 alone would be to merge it into the protected block 3
-    sets = search._known_sets(2, [(0.0, [(0, 1), (4, 5)])])
+    sets = search._known_sets((2,), [(0.0, [(0, 1), (4, 5)])])
     assert sets
-    assert all(fits(d, search.spans, 8) for d in sets)
+    assert all(fits(d, search.spans, [8]) for d in sets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_picked", lambda *_: None)
-        assert search._known_sets(2, [(0.0, [(0, 1), (4, 5)])]) == [(1, 5)]
+        assert search._known_sets((2,), [(0.0, [(0, 1), (4, 5)])]) == [(1, 5)]
 
 
 def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:

@@ -341,7 +341,9 @@ def test_what_is_predicted_of_a_whole_bank_is_what_is_distilled(
     assert set(run_costs.distilled_spans(work)) == wanted
     assert len(wanted) == (12 if budget == 16384 else len(wanted)) <= 12
     few = Work(_planned(run.recipe), run.source, run.plan, model, model, work.speeds, 1)
-    assert run_costs.disk_bytes(work) - run_costs.disk_bytes(few) == (len(wanted) - len(run.plan.intervals)) * run_costs._block_bytes(work)
+    assert (
+        run_costs.disk_bytes(work) - run_costs.disk_bytes(few) == (len(wanted) - len(run.plan.intervals)) * run_costs._block_bytes(work)[0]
+    )
 
 
 def _planned(recipe: Recipe) -> Recipe:
@@ -352,7 +354,7 @@ def test_lists_by_hand_mean_any_part_of_them(whole: Path) -> None:
     run, bank = opened(whole)
     assert run.analysis
     wanted = PlanSettings(intervals=[[1, 2], [3, 4]], text_stream=[5], ffn="none", modulation_rank="none")
-    choice = sizes.Choice.of(run.analysis, wanted, bank.intervals(), 4)
+    choice = sizes.Choice.of(run.source, run.analysis, wanted, bank.intervals(), 4)
     assert {s for chains in choice.options[0].chains.values() for _, spans in chains for s in spans} == {(1, 2), (3, 4)}
     assert [o.text_blocks for o in choice.options] == [None, [5]]
     budget = sizes.budget_of(run.source, sizes.target_of(0.83), "float32")
@@ -363,7 +365,9 @@ def test_lists_by_hand_mean_any_part_of_them(whole: Path) -> None:
     smallest = choice.smallest(budget)
     assert [(i.first, i.last) for i in smallest.intervals] == [(1, 2), (3, 4)]
     assert [e.block for e in smallest.text_stream] == [5]
-    nothing = sizes.Choice.of(run.analysis, PlanSettings(intervals="none", text_stream="none", ffn="none", modulation_rank="none"), [], 4)
+    nothing = sizes.Choice.of(
+        run.source, run.analysis, PlanSettings(intervals="none", text_stream="none", ffn="none", modulation_rank="none"), [], 4
+    )
     assert nothing.smallest(budget).is_empty
     assert nothing.best(budget) is None
 

@@ -15,7 +15,7 @@ from ppclc.batches import WHOLE
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, state_loss
-from ppclc.models import apply_plan, block_state, open_source, trace
+from ppclc.models import apply_plan, block_state, groups_of, open_source, trace
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, Lesson, distill_edits, finetune, image_states, joint_terms
@@ -228,7 +228,7 @@ def test_the_joint_loss_is_its_formula(teacher: Any, family: Family, samples: Sa
     data = torch.randn(sample[0].shape, generator=generator)
     ((velocity, found),) = ResidentTeacher(teacher, family).outputs([sample], set(plan.ends))
     lesson = Lesson(sample, velocity, data, [found[end]["image"] for end in plan.ends])
-    states = image_states(list(student.transformer_blocks), family)
+    states = image_states(list(student.transformer_blocks), groups_of(student, family))
     terms = joint_terms(settings, states, student, lesson)
     assert states == []  # nothing of a step stays behind
     inputs = flow.inputs_for(student, *sample)
@@ -245,7 +245,7 @@ def test_the_teacher_itself_has_no_joint_loss(teacher: Any, family: Family, samp
     sample = samples.draw(3, torch.Generator().manual_seed(7))
     ((velocity, found),) = ResidentTeacher(teacher, family).outputs([sample], range(1, 7))
     lesson = Lesson(sample, velocity, None, [found[n]["image"] for n in range(1, 7)])
-    states = image_states(list(copied.transformer_blocks), family)
+    states = image_states(list(copied.transformer_blocks), groups_of(copied, family))
     terms = joint_terms(DistillSettings(data_weight=0.5, state_weight=1.0), states, copied, lesson)
     assert set(terms) == {"velocity", "states"}  # without data there is no share for them
     assert terms["velocity"].item() == 0

@@ -112,7 +112,7 @@ def states_for(model: Any, family: Family, edits: list[LocalEdit], sample: Sampl
     """All that some edits read of a batch."""
     stops, texts = {s for e in edits for s in e.stops}, {b for e in edits for b in e.text_inputs}
     _, sweep = list(ResidentTeacher(model, family).sweep([sample], stops, texts))[-1]
-    return batch_states(sweep, [sample], 0)
+    return batch_states(family, sweep, [sample], 0)
 
 
 def total(edit: LocalEdit, module: nn.Module, batch: BatchStates) -> torch.Tensor:
@@ -249,7 +249,7 @@ def test_3_linear_maps_are_trained_and_get_better_on_samples_that_were_not_seen(
 ) -> None:
     """Fault 3: each step overwrites the maps of the width stage by least squares on one batch."""
     edits = [e for e in edits_of(teacher, family, EDITS, bank) if not e.key.startswith("interval")]
-    settings = DistillSettings(width_steps=60, batch=8, learning_rate=3e-3)
+    settings = DistillSettings(width_steps=60, local_batch=8, learning_rate=3e-3)
     works = [tmp_path / e.key for e in edits]
     for work in works:
         work.mkdir()
@@ -490,7 +490,7 @@ def test_8_a_streamed_teacher_holds_no_block_while_an_edit_learns_and_one_edit_l
 
         def loss(module: nn.Module, batch: BatchStates) -> Mapping[str, torch.Tensor]:
             nonlocal most
-            assert all(p.is_meta for p in streamed._module.parameters())
+            assert all(p.is_meta for block in streamed._modules for p in block.parameters())
             most = max(most, sum(ref() is not None for ref in alive))
             return edit.loss(module, batch)
 

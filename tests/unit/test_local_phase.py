@@ -166,7 +166,7 @@ def test_accumulated_batches_are_one_step(resident: Teacher, stats: CalibrationS
 def states(teacher: Teacher, edits: Sequence[LocalEdit], drawn: Sequence[Sample]) -> list[Any]:
     stops, inputs = {s for e in edits for s in e.stops}, {s for e in edits for s in e.text_inputs}
     _, sweep = list(teacher.sweep(drawn, stops, inputs))[-1]
-    return [batch_states(sweep, drawn, n) for n in range(len(drawn))]
+    return [batch_states(teacher.family, sweep, drawn, n) for n in range(len(drawn))]
 
 
 def test_width_edits_learn_and_nothing_else_of_their_block_does(
