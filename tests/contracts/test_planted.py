@@ -182,7 +182,7 @@ def test_planted_redundancy_is_found(family: Family, case: tuple[int, str, int])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.name == "qwen_image"], ids=lambda f: f.name)
 @settings(max_examples=200)
 @given(case=cases)
 def test_planted_redundancy_is_found_in_two_hundred_models(family: Family, case: tuple[int, str, int]) -> None:
