@@ -24,7 +24,7 @@ from ppclc.models import load_source, open_source, set_threads
 
 RATIO = 6
 """Local steps for one joint step. Source: arXiv 2511.16156, training set-up (6,000 and 1,000)."""
-LOCAL, TIMED = 50, 24
+LOCAL, TIMED = 200, 24
 TRAINED = {"learning_rate": 5e-3, "finetune_learning_rate": 7e-3}
 """Peaks that were best of several for the one and for the other, each alone."""
 
