@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.75, 0.6, 0.48, 0.42, 0.34])
     parser.add_argument("--finetune-steps", type=int, nargs="+", default=[0, 50, 200])
-    parser.add_argument("--training-seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--training-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=1024)
     parser.add_argument("--seeds", type=int, nargs="+", default=[230, 231, 232, 233])
     parser.add_argument("--out", type=Path, default=Path("out/pluggability"))
