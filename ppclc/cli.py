@@ -91,7 +91,7 @@ def compress(
 
 @app.command(name="slice")
 def cut(
-    run: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder of a finished run.")],
+    run: Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a finished run; or a model, with --plan and -o.")],
     parameters: Annotated[float | None, typer.Option("--parameters", help="What remains: a share up to 1.0, or a number.")] = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json to follow exactly.")] = None,
     out: Out = None,

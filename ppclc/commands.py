@@ -20,7 +20,7 @@ from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.environment import versions
-from ppclc.errors import ModelError, OutputError, RecipeError, UnavailableError
+from ppclc.errors import OutputError, RecipeError, UnavailableError
 from ppclc.models import (
     BUILTIN,
     DTYPES,
@@ -41,8 +41,9 @@ from ppclc.passes.bench import bench_models
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.recipe import Recipe, find_recipe, read_recipe
-from ppclc.records import digest_of, file_digest, write_text
+from ppclc.records import digest_of, write_text
 from ppclc.run_costs import run_costs
+from ppclc.slicing import check_weights
 
 HEAD = ("teacher", "student", "plan", "gates")
 """What `compress` and `slice` print of a report."""
@@ -110,21 +111,9 @@ def inspect(model: str, check: bool) -> dict[str, Any]:
         "parameters_by_part": dict(sorted(parts.items(), key=lambda p: -p[1])),
     }
     if check:
-        load_source(source)
-        changed = [f"{f}" for f, digest in _checksums(source).items() if file_digest(source.folder / f) != digest]
-        if changed:
-            raise ModelError(f"{source.folder}: {', '.join(changed)}: not as it was written")
+        check_weights(source)
         document["checked"] = "every tensor is there, of the right shape, and finite"
     return document
-
-
-def _checksums(source: Source) -> dict[str, str]:
-    """Digests that a student's own run recorded for its files, where that run's records lie beside it."""
-    records = sorted(source.folder.parent.parent.glob("records/slice-*/record.json"), key=lambda p: p.stat().st_mtime)
-    if not records:
-        return {}
-    files: dict[str, str] = json.loads(records[-1].read_text("utf-8"))["files"]
-    return {Path(f).name: d for f, d in files.items()}
 
 
 def _part(name: str, source: Source) -> str:
@@ -214,10 +203,13 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
 
 
 def slice_size(
-    out: Path, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
+    where: str, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
 ) -> dict[str, Any]:
-    """Cut another size from a finished run; the head of what a report would say of it. Raises as `sizes.slice_size` does."""
-    document = sizes.slice_size(out, parameters, plan_file, folder, changes, verbosity)
+    """Cut another size from a finished run, or a model by a plan; the head of what a report would say. Raises as `ppclc.sizes` does."""
+    if sizes.is_model(where, parameters, plan_file):
+        document = sizes.slice_model(where, plan_file, folder, verbosity)
+    else:
+        document = sizes.slice_size(Path(where), parameters, plan_file, folder, changes, verbosity)
     return {k: document[k] for k in HEAD}
 
 

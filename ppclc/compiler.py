@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ppclc.bank import needed
+from ppclc.bank import joined, needed
 from ppclc.closed_forms import check_reach
 from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
@@ -19,7 +19,17 @@ from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
 from ppclc.interrupts import raise_if_stopped
-from ppclc.models import check_teacher, count_parameters, load_model, open_source, quiet_libraries, set_threads, student_config
+from ppclc.models import (
+    Source,
+    check_teacher,
+    count_parameters,
+    empty_model,
+    load_model,
+    open_source,
+    quiet_libraries,
+    set_threads,
+    student_config,
+)
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
 from ppclc.passes import calibrate as calibrate_pass
@@ -186,14 +196,16 @@ def _edited_plan(run: Run, plan: CompressionPlan) -> CompressionPlan:
 
 def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:
     """The student's folder, `OUT/model`."""
-    plan, trained, folder = made(run.plan), run.edits[-1], run.out / "model"
+    plan, stats, folder, dtype = made(run.plan), made(run.stats), run.out / "model", run.recipe.model.dtype
+    *edits, trained = run.edits
+    bank = joined(stats, run.recipe.analyze.ridge, plan, run.source.family, edits)
     run.student = run.store.make(
         Student,
         "slice",
         slice_pass.VERSION,
         plan.model_dump(),
         (trained,),
-        lambda _: slice_pass.slice_student(run.teacher, plan, trained, folder),
+        lambda _: slice_pass.slice_student(run.source, dtype, plan, bank, trained.tensors, folder),
         valid=lambda student: slice_pass.is_intact(student, folder),
     )
 
@@ -318,8 +330,13 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
 
 def teacher_size(run: Run) -> dict[str, int]:
     """Parameters, bytes and blocks of the teacher."""
+    return size_of(run.source)
+
+
+def size_of(source: Source) -> dict[str, int]:
+    """Parameters, bytes and blocks of a model."""
     return {
-        "parameters": count_parameters(run.teacher),
-        "bytes": sum(f.stat().st_size for f in run.source.weight_files()),
-        "blocks": run.source.family.num_blocks(run.source.config),
+        "parameters": count_parameters(empty_model(source.family, source.config)),
+        "bytes": sum(f.stat().st_size for f in source.weight_files()),
+        "blocks": source.family.num_blocks(source.config),
     }

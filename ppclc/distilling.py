@@ -107,11 +107,13 @@ def finetune(
     progress: Callable[[float, str], None],
     curve_name: str = "finetune",
 ) -> Distilled:
-    """The whole student of a plan, trained end to end from the bank and the plan's distilled edits."""
+    """The whole student of a plan, trained end to end from the bank and the plan's distilled edits; without steps, no tensors."""
     samples, ridge, teacher = run.samples("train"), run.recipe.analyze.ridge, run.by_blocks
     told = settings.model_copy(update={"finetune_steps": 0 if plan.is_empty else settings.finetune_steps})
 
     def whole(work: Path) -> Distilled:
+        if not told.finetune_steps:  # the student follows from teacher and bank, neither of which need fit in memory
+            return Distilled(edit="finetune", steps=0, losses=[])
         student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
         return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends, curve_name)
 

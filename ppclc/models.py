@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from ppclc import families, plugins
+from ppclc.checkpoints import WEIGHTS, Piece, Place, held, places_in, places_of, write_checkpoint
 from ppclc.devices import cores
 from ppclc.errors import ModelError, PlanError, UnavailableError
 from ppclc.families import STREAMS, Bank, Family, Group, Layout, States
@@ -36,11 +36,9 @@ from ppclc.student_tensors import student_config as edited_config
 from ppclc.student_tensors import student_tensor
 
 BUILTIN = "builtin:"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
 """Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
-SHARD_SIZE = "5GB"
 PARTS = "ppclc.students.parts"
 """What the travelling classes of all families share."""
 NARROW = 256
@@ -72,7 +70,7 @@ class Source:
         """
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
-            places = _json_object(index).get("weight_map", {})
+            places = json_object(index).get("weight_map", {})
             names = sorted({str(n) for n in places.values()} if isinstance(places, dict) else ["no weight_map"])
             bad = [n for n in names if Path(n).name != n or not (self.folder / n).is_file()]
             if bad or not names:
@@ -83,6 +81,10 @@ class Source:
         pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pt")]
         also = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
         raise ModelError(f"{self.folder}: no weights, wanted {WEIGHTS} or its index{also}")
+
+    def places(self) -> dict[str, Place]:
+        """Where every tensor lies, from the files' headers. Raises ModelError for files that are not whole or do not agree."""
+        return places_of(self.weight_files(), self.folder / f"{WEIGHTS}.index.json")
 
     @property
     def has_weights(self) -> bool:
@@ -119,7 +121,7 @@ def open_source(path: str, revision: str | None = None) -> Source:
     folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: holds no transformer: wanted transformer/config.json or config.json")
-    config = _json_object(folder / "config.json")
+    config = json_object(folder / "config.json")
     family = families.of_config(config, str(folder / "config.json"))
     layout = next((found for found in family.layouts if found.applies(config)), None)
     stored, config = config, layout.config(config) if layout else config
@@ -147,7 +149,7 @@ def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = No
     index = root / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{source.path}: is a bare transformer: there is no {index}, wanted a pipeline's folder with {', '.join(parts)}")
-    listed = _json_object(index)
+    listed = json_object(index)
     for part in parts:
         if not isinstance(listed.get(part), list) or None in listed[part]:
             raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
@@ -171,7 +173,7 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
     Raises:
         ModelError: of a library that ppclc loads nothing from, or not whole.
     """
-    library, name = _json_object(root / "model_index.json")[part][:2]
+    library, name = json_object(root / "model_index.json")[part][:2]
     kind = getattr(import_module(library), name, None) if library in PART_LIBRARIES else None
     if kind is None:
         raise ModelError(f"{root / 'model_index.json'}: {part} = {[library, name]}: wanted a class of {' or '.join(PART_LIBRARIES)}")
@@ -199,12 +201,12 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
 
 def pipeline_class(root: Path) -> str:
     """Name of the class that a pipeline's folder is of."""
-    return str(_json_object(root / "model_index.json").get("_class_name"))
+    return str(json_object(root / "model_index.json").get("_class_name"))
 
 
 def part_config(root: Path, part: str) -> dict[str, Any]:
     """Configuration of a part of a pipeline. Raises ModelError when it cannot be read."""
-    return _json_object(root / part / "config.json")
+    return json_object(root / part / "config.json")
 
 
 def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:
@@ -225,10 +227,11 @@ def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None
         ) from None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises ModelError when that is no object."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: got a {type(value).__name__}, wanted a JSON object")
@@ -302,10 +305,7 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     if source.layout is not None:
         return _from_layout(source, source.layout, dtype)
     empty = empty_model(source.family, source.config, str(source.folder / "config.json"))
-    found: dict[str, tuple[int, ...]] = {}
-    for file in source.weight_files():
-        found |= stored_shapes(file)
-    compare_tensors(source.folder, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, found)
+    check_tensors(source, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, source.places())
     model, info = model_class(source.family, source.config).from_pretrained(
         source.folder, torch_dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, local_files_only=True
     )
@@ -326,7 +326,7 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
     """
     files: dict[str, torch.Tensor] = {}
     for file in source.weight_files():
-        stored_shapes(file)  # a file that is not whole is refused with its name
+        places_in(file)  # a file that is not whole is refused with its name
         files |= load_file(file)
     model = empty_model(source.family, source.config, str(source.folder / "config.json"))
     read = _Accessed(files)
@@ -367,25 +367,37 @@ class _Accessed(Mapping[str, torch.Tensor]):
         return len(self.tensors)
 
 
-def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of a safetensors file, from its header. Raises ModelError when the file is not whole."""
-    try:
-        with safe_open(file, "pt") as handle:
-            return {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
-
-
-def compare_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Place]) -> None:
     """Nothing when names and shapes are those that the class wants. Raises ModelError naming the first that is not."""
+    _check_blocks(source, found)
+    folder = source.folder
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
         raise ModelError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that config.json calls for")
     if extra:
-        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; does num_layers in config.json fit?")
+        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; does config.json fit?")
     for name, shape in expected.items():
-        if found[name] != shape:
-            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name])}, wanted {list(shape)} by config.json")
+        if found[name].shape != shape:
+            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name].shape)}, wanted {list(shape)} by config.json")
+
+
+def _check_blocks(source: Source, names: Iterable[str]) -> None:
+    """Raise ModelError for gaps in the numbers of blocks, and for another number of them than the configuration tells."""
+    for group in source.family.groups:
+        starts = re.compile(rf"{re.escape(group.path)}\.(\d+)\.")
+        numbers = {int(m[1]) for m in map(starts.match, names) if m}
+        if not numbers:
+            continue
+        if gaps := sorted(set(range(max(numbers))) - numbers):
+            raise ModelError(
+                f"{source.folder}: {group.path} has blocks up to {max(numbers)} but no {', '.join(map(str, gaps[:5]))}: wanted numbers from 0 "
+                "without gaps; fetch the model again"
+            )
+        if len(numbers) != source.config[group.count_key]:
+            raise ModelError(
+                f"{source.folder / 'config.json'}: {group.count_key} = {source.config[group.count_key]}, but the weights hold {len(numbers)} blocks "
+                f"in {group.path}; wanted both to agree: fetch the model again, or set it to {len(numbers)}"
+            )
 
 
 def load_model(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Any:
@@ -452,36 +464,30 @@ def student_block(
     return module.eval().requires_grad_(False)
 
 
-def rebuild_student(model: Any, plan: CompressionPlan, state: Mapping[str, torch.Tensor]) -> Any:
-    """The student of a teacher with all of its tensors given. Raises PlanError when they are not the plan's."""
-    config = {"_class_name": type(model).__name__, **model.config}
-    family = families.of_config(config, "model")
-    student = empty_model(family, student_config(family, config, plan))
-    if student.state_dict().keys() != state.keys():
-        raise PlanError("plan: the trained tensors are those of another plan")
-    return _fill(student, state, next(model.parameters()))
-
-
 def _fill(student: Any, state: Mapping[str, torch.Tensor], like: torch.Tensor) -> Any:
     copies = {n: t.detach().to(like.device, like.dtype, copy=True).contiguous() for n, t in state.items()}
     student.load_state_dict(copies, strict=True, assign=True)
     return student.eval().requires_grad_(False)
 
 
-def save_model(model: Any, plan: CompressionPlan, folder: Path) -> dict[str, str]:
+def save_model(model: Any, plan: CompressionPlan, folder: Path, pieces: Mapping[str, Piece] | None = None) -> dict[str, str]:
     """Write a student as a diffusers folder (`folder/transformer`) and give the SHA-256 of each file.
 
-    A width-edited student's class travels with it, under a name made from its content.
+    A width-edited student's class travels with it, under a name made from its content. With `pieces`, its tensors by
+    name, the model itself may be empty. `plan.json` tells the SHA-256 of the files beside it.
     """
     config = {"_class_name": type(model).__name__, **model.config}
     family = families.of_config(config, "model")
     home = folder / "transformer"
     with disk_errors(folder):
-        model.save_pretrained(home, safe_serialization=True, max_shard_size=SHARD_SIZE)
+        digests = write_checkpoint(home, {n: held(t) for n, t in model.state_dict().items()} if pieces is None else pieces)
+        model.save_config(home)
         if family.class_of(plan) != family.class_name:
             _bring_class(family, family.class_of(plan), home)
-        write_text(home / "plan.json", plan.to_json())
-        return {str(p.relative_to(folder)): file_digest(p) for p in sorted(home.rglob("*")) if p.is_file()}
+        digests |= {p.name: file_digest(p) for p in home.iterdir() if p.name not in digests}
+        write_text(home / "plan.json", plan.to_json(digests))
+        digests["plan.json"] = file_digest(home / "plan.json")
+    return {f"{home.name}/{name}": digest for name, digest in sorted(digests.items())}
 
 
 def _bring_class(family: Family, class_name: str, home: Path) -> None:
@@ -489,7 +495,7 @@ def _bring_class(family: Family, class_name: str, home: Path) -> None:
     text = travelling_class(family.class_names[class_name])
     name = f"ppclc_{family.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     write_text(home / f"{name}.py", text)
-    config = _json_object(home / "config.json")
+    config = json_object(home / "config.json")
     config["auto_map"] = {"AutoModel": f"{name}.{class_name}"}
     write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 

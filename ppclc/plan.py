@@ -7,7 +7,7 @@ Blocks carry the teacher's numbers, counted through all groups in forward order.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,9 +234,10 @@ class CompressionPlan(BaseModel):
         rank: list[Literal["modulation_rank"]] = ["modulation_rank"] if self.modulation_rank is not None else []
         return [*self.intervals, *self.text_stream, *self.ffn, *rank]
 
-    def to_json(self) -> str:
-        """`plan.json`, one edit a line."""
-        rows = [f"  {json.dumps(k)}: {_compact(v)}" for k, v in self.model_dump(mode="json").items()]
+    def to_json(self, files: Mapping[str, str] | None = None) -> str:
+        """`plan.json`, one edit a line; beside a student's weights with the SHA-256 of the `files` there by name."""
+        fields = self.model_dump(mode="json") | ({"files": dict(files)} if files else {})
+        rows = [f"  {json.dumps(k)}: {_compact(v)}" for k, v in fields.items()]
         return "{\n" + ",\n".join(rows) + "\n}\n"
 
     @staticmethod
@@ -244,9 +245,13 @@ class CompressionPlan(BaseModel):
         """The plan in a JSON text. Raises PlanError for anything else."""
         try:
             data: Any = json.loads(text)
+            if isinstance(data, dict):
+                data.pop("files", None)  # of what lies beside it, no part of the plan
             plan = CompressionPlan.model_validate(data)
         except json.JSONDecodeError as error:
             raise PlanError(f"{where}: line {error.lineno}: {error.msg}, wanted JSON") from None
+        except RecursionError:
+            raise PlanError(f"{where}: nested too deep, wanted a plan.json") from None
         except ValidationError as error:
             raise PlanError(f"{where}: {_first_fault(error)}") from None
         plan.check(where)
@@ -277,6 +282,8 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def _compact(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{\n" + ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n  }"
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return "[\n" + ",\n".join(f"    {json.dumps(v)}" for v in value) + "\n  ]"
     return json.dumps(value)

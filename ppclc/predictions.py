@@ -17,15 +17,15 @@ from pydantic import BaseModel, ConfigDict
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from ppclc import models
+from ppclc import checkpoints
 from ppclc.block_costs import BlockCosts, blocks_by_group, default_size, width_of
+from ppclc.checkpoints import METADATA
 from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import DTYPES, count_parameters, empty_model, model_class, student_config
 from ppclc.plan import CompressionPlan
-from ppclc.records import STORED_AS
+from ppclc.records import safetensors_header
 
-METADATA = {"format": "pt"}
 TRACED_BLOCKS = 2
 """Blocks of a group that activations are followed through: the peak of a forward does not grow with depth."""
 
@@ -90,27 +90,15 @@ def _dtype_of(tensor: torch.Tensor, dtype: str) -> torch.dtype:
 def weight_bytes(empty: Any, dtype: str) -> int:
     """Bytes of the safetensors files that `save_model` writes for a model, headers included, its index not.
 
-    `empty` may be on the meta device. Source: the layout of safetensors: eight bytes of length, a JSON header
-    padded with spaces to a multiple of eight, the tensors.
+    `empty` may be on the meta device.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     # With the target's dtype, since the limit of a shard is in bytes.
     state = {n: t.to(_dtype_of(t, dtype)) for n, t in empty.state_dict().items()}
-    split = split_torch_state_dict_into_shards(state, max_shard_size=models.SHARD_SIZE)
-    return sum(_file_bytes({n: state[n] for n in names}) for names in split.filename_to_tensors.values())
-
-
-def _file_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of one safetensors file: tensors stand by falling width of their dtype, then by name."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        kind = STORED_AS[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-length // 8) * 8 + end
+    split = split_torch_state_dict_into_shards(state, max_shard_size=checkpoints.SHARD_SIZE)
+    headers = [safetensors_header({n: state[n] for n in names}, METADATA) for names in split.filename_to_tensors.values()]
+    return sum(len(h) for h in headers) + _tensor_bytes(empty, dtype)
 
 
 def student_activation_bytes(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -355,28 +356,37 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
     """Write tensors as safetensors, whole or not at all, one after the other from where they lie.
 
     The library's own writer copies all of them into memory first, which doubles what a checkpoint takes.
-    Source: https://github.com/huggingface/safetensors#format. Wide dtypes come first, so that all are aligned.
+    Source: https://github.com/huggingface/safetensors#format.
     """
     import torch
 
-    order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        kind = STORED_AS[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with disk_errors(path):
         draft = path.parent / f".{path.name}.draft"
         with draft.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
+            file.write(safetensors_header(tensors, metadata))
+            for name in file_order(tensors):
                 file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         _settle(draft)
         os.replace(draft, path)
+
+
+def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The first bytes of a safetensors file that holds these tensors, or what has a dtype and a shape like them, in `file_order`."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in file_order(tensors):
+        tensor = tensors[name]
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        kind = STORED_AS[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_order(tensors: Mapping[str, Any]) -> list[str]:
+    """Names in the order in which the library lays tensors down: by falling width of their dtype, so that all are aligned, then by name."""
+    return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
 
 
 def write_record(record: Record, folder: Path) -> None:

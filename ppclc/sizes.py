@@ -18,11 +18,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ppclc import compiler, distilling, selection
-from ppclc.bank import EditBank, considered, interval_plan
+from ppclc.bank import INTERVAL, EditBank, considered, interval_plan, needed
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
-from ppclc.models import Source, apply_plan, quiet_libraries, rebuild_student, student_config
+from ppclc.models import BUILTIN, Source, check_teacher, open_source, quiet_libraries, student_config
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
@@ -314,12 +314,10 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
     }
 
     def build(_: Path) -> Student:
-        student = rebuild_student(run.teacher, plan, tuned[0].tensors) if tuned else apply_plan(run.teacher, plan, tensors)
         with whole_folder(home) as draft:
-            made = slice_pass.write_student(student, plan, draft)
-            document["student"] = _size_of(made)
-            write_text(draft / SIZE_FILE, json.dumps(document, indent=1) + "\n")
-            return made.model_copy(update={"files": made.files | {SIZE_FILE: file_digest(draft / SIZE_FILE)}})
+            trained = tuned[0].tensors if tuned else {}
+            made = slice_pass.write_student(run.source, run.recipe.model.dtype, plan, tensors, trained, draft)
+            return _with_document(made, document, draft)
 
     with display.stage("slice"):
         made = run.store.make(
@@ -332,6 +330,65 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
             valid=lambda student: slice_pass.is_intact(student, home),
         )
     return document | {"student": _size_of(made)}
+
+
+def _with_document(made: Student, document: dict[str, Any], draft: Path) -> Student:
+    """A student with `size.json` beside it."""
+    document["student"] = _size_of(made)
+    write_text(draft / SIZE_FILE, json.dumps(document, indent=1) + "\n")
+    return made.model_copy(update={"files": made.files | {SIZE_FILE: file_digest(draft / SIZE_FILE)}})
+
+
+def is_model(where: str, parameters: float | None, plan_file: Path | None) -> bool:
+    """Whether what is to be cut is a model, and no output folder of a run."""
+    folder = Path(where).expanduser()
+    if where.startswith(BUILTIN) or (folder / "transformer" / "config.json").is_file() or (folder / "config.json").is_file():
+        return not (folder / "recipe.yaml").is_file()
+    return not folder.exists() and parameters is None and plan_file is not None  # an id of the hub
+
+
+def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosity: int) -> dict[str, Any]:
+    """Cut a model by a plan with no run at all: blocks that go, and nothing that would have to be fitted; what `size.json` says of it.
+
+    Raises:
+        RecipeError: no plan, or no folder to write to.
+        PlanError: a plan of another model, or with edits that follow from a run.
+        ModelError: there is no such model, or it is not whole.
+        OutputError: something else's folder to write to.
+    """
+    if plan_file is None or folder is None:
+        raise RecipeError(
+            f"ppclc slice {model}: a model and no run of ppclc compress: wanted --plan plan.json, and -o for the student's folder"
+        )
+    quiet_libraries()
+    source, plan = open_source(model), CompressionPlan.read(plan_file)
+    check_teacher(source)
+    student_config(source.family, source.config, plan)
+    fitted = [key for key in needed(plan, source.family) if not INTERVAL.match(key)]
+    if fitted or plan.adapters:
+        raise PlanError(
+            f"{plan_file}: {', '.join(fitted) or 'adapters'} follow from calibration, which a model's folder does not hold; "
+            "wanted intervals alone, or the output folder of ppclc compress"
+        )
+    home, display = folder.absolute(), Display(1, verbosity)
+    check_home(home)
+    document: dict[str, Any] = {
+        "teacher": compiler.size_of(source),
+        "student": {},
+        "plan": plan.model_dump(mode="json"),
+        "gates": [],
+        "finetune_steps": 0,
+        "pluggable": [],
+        "closed_form": [],
+    }
+    dtype = next(iter(source.places().values())).dtype
+    with display.stage("slice"), whole_folder(home) as draft:
+        _with_document(slice_pass.write_student(source, str(dtype).removeprefix("torch."), plan, {}, {}, draft), document, draft)
+    for line in [*summary(document, model, _shown(home)), "no interval was trained: its first block stands for it"][
+        : None if plan.intervals else -1
+    ]:
+        display.say(line)
+    return document
 
 
 def _size_of(student: Student) -> dict[str, int]:

@@ -15,6 +15,8 @@ from ppclc.families import Bank, Family, Modulation, Part, Tensors
 from ppclc.plan import CompressionPlan
 from ppclc.students.parts import TextRole, text_roles
 
+ROWS = 1024
+"""Rows of a modulation that are projected in one go."""
 ADAPTERS = ("image_adapter", "text_adapter")
 """Modules in front of a block, named by their stream."""
 
@@ -174,9 +176,11 @@ def _modulation(
     if plan.modulation_rank is None:
         return weight if kind == "weight" or bias is None else bias
     basis, mean = _basis(plan, bank)
+    # Rows at a time: a weight may be large, and the basis' dtype wide.
+    onto = basis if kind == "weight" else mean
+    shift = torch.cat([rows.to(basis.dtype) @ onto for rows in weight.split(ROWS)])
     if kind == "weight":
-        return weight.to(basis.dtype) @ basis
-    shift = weight.to(basis.dtype) @ mean
+        return shift
     return shift if bias is None else shift + bias.to(basis.dtype)
 
 

@@ -21,13 +21,13 @@ from safetensors import safe_open
 from torch import nn
 
 from ppclc.batches import Feed
+from ppclc.checkpoints import STATES, places_in, read_at
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, gradients_settle
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.interrupts import noted_interrupts
 from ppclc.records import write_tensors
 from ppclc.shards import forget_older, like, local, newest_step, shard_file, whole
-from ppclc.weight_files import STATES, places_in, read_at
 
 Progress = Callable[[float, str], None]
 Terms = Mapping[str, torch.Tensor]

@@ -1,36 +1,14 @@
-"""Weights where they lie: the tensors of a model's safetensors files, each read when it is asked for.
-
-Files are read, not mapped. Pages of a mapped file count as the process's own memory for as long as the
-mapping lives, so that a model larger than memory would seem, and under a limit be, as large as it is.
-"""
+"""Weights where they lie: the tensors of a model's safetensors files, each read when it is asked for."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from ppclc.checkpoints import fill
 from ppclc.errors import ModelError
-from ppclc.models import Source, compare_tensors, stored_shapes
-from ppclc.records import STORED_AS
-
-STATES = {name: getattr(torch, dtype) for dtype, name in STORED_AS.items()}
-"""Dtypes of the safetensors format, all of which the state of a training may have."""
-STORED = {name: dtype for name, dtype in STATES.items() if dtype.is_floating_point}
-"""Those that weights may have."""
-
-
-class Place(NamedTuple):
-    """Where a tensor lies: its file, the byte at which it starts, and what it is."""
-
-    file: Path
-    start: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+from ppclc.models import Source, check_tensors
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
@@ -42,10 +20,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
-        self.folder, self.dtype, self.device = source.folder, dtype, device
-        self.places: dict[str, Place] = {}
-        for file in source.weight_files():
-            self.places |= places_in(file)
+        self.source, self.dtype, self.device = source, dtype, device
+        self.places = source.places()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, torch.empty(self.places[name].shape, dtype=self.dtype, device=self.device))
@@ -58,7 +34,7 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Nothing when the headers hold just these names and shapes. Raises ModelError naming the first that is not so."""
-        compare_tensors(self.folder, expected, {name: place.shape for name, place in self.places.items()})
+        check_tensors(self.source, expected, self.places)
 
     def read(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """`out`, contiguous and of the tensor's shape, with its values.
@@ -68,52 +44,10 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         place = self.places[name]
         direct = out.dtype == place.dtype and out.device.type == "cpu"
         stored = out if direct else torch.empty(place.shape, dtype=place.dtype)
-        _fill(stored, place)
+        fill(stored, place)
         if not direct:
             out.copy_(stored)
         # The extremes tell NaN and infinity alike, and take no memory of the tensor's size.
         if out.numel() and not all(bool(torch.isfinite(v)) for v in torch.aminmax(out)):
             raise ModelError(f"{place.file}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
         return out
-
-
-def _fill(tensor: torch.Tensor, place: Place) -> None:
-    """Read a tensor's bytes into its memory."""
-    left: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
-    try:
-        with place.file.open("rb", buffering=0) as file:
-            file.seek(place.start)
-            while left:
-                count = file.readinto(left)  # the system reads 2 GiB at most in one go
-                if not count:
-                    raise ModelError(f"{place.file}: ends too early; fetch it again")
-                left = left[count:]
-    except OSError as error:
-        raise ModelError(f"{place.file}: cannot be read ({error}); fetch it again") from None
-
-
-def read_at(place: Place) -> torch.Tensor:
-    """A tensor as it lies in its file, read and not mapped."""
-    tensor = torch.empty(place.shape, dtype=place.dtype)
-    _fill(tensor, place)
-    return tensor
-
-
-def places_in(file: Path, kinds: Mapping[str, torch.dtype] = STORED) -> dict[str, Place]:
-    """Place of every tensor of a file.
-
-    Source: the format of safetensors, https://github.com/huggingface/safetensors#format: eight bytes that tell
-    the header's length, the header, and the data, in which offsets count from its own start.
-    """
-    shapes = stored_shapes(file)  # the library's own checks: a sound header, and offsets that fill the file
-    with file.open("rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(length))
-    places = {}
-    for name, shape in shapes.items():
-        kind, (first, last) = header[name]["dtype"], header[name]["data_offsets"]
-        if kind not in kinds:
-            raise ModelError(f"{file}: tensor {name} is stored as {kind}, wanted one of {', '.join(kinds)}")
-        assert last - first == math.prod(shape) * kinds[kind].itemsize
-        places[name] = Place(file, 8 + length + first, kinds[kind], shape)
-    return places

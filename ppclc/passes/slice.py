@@ -1,39 +1,45 @@
-"""slice: the student as a diffusers folder, smaller on disk and in memory, equal to the model in memory bit for bit."""
+"""slice: the student as a diffusers folder, written a tensor at a time, so that neither model need fit in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ppclc.errors import VerificationError
-from ppclc.models import count_parameters, load_model, rebuild_student, save_model
+from ppclc.families import Bank
+from ppclc.models import DTYPES, Source, count_parameters, save_model
 from ppclc.plan import CompressionPlan
-from ppclc.records import Distilled, Student, file_digest, whole_folder
+from ppclc.records import Student, file_digest, whole_folder
+from ppclc.slicing import empty_student, student_pieces, trained_pieces
+from ppclc.weight_files import WeightFiles
 
-VERSION = 1
+VERSION = 2
 
 
-def slice_student(model: Any, plan: CompressionPlan, trained: Distilled, folder: Path) -> Student:
-    """Write the student to `folder` and read it back.
+def slice_student(
+    source: Source, dtype: str, plan: CompressionPlan, bank: Bank, trained: Mapping[str, torch.Tensor], folder: Path
+) -> Student:
+    """The student of a plan in `folder`, whole or not at all: of all its tensors where they were `trained`, else of the teacher's and the bank's.
 
     Raises:
-        VerificationError: what was read back is not what was written.
+        PlanError: a plan of another model, or one that needs what the bank lacks.
+        ModelError: the teacher's files are not whole.
     """
     with whole_folder(folder) as draft:
-        return write_student(rebuild_student(model, plan, trained.tensors), plan, draft)
+        return write_student(source, dtype, plan, bank, trained, draft)
 
 
-def write_student(student: Any, plan: CompressionPlan, folder: Path) -> Student:
-    """Write a student into a folder and read it back. Raises VerificationError as `slice_student` does."""
-    files = save_model(student, plan, folder)
-    again = load_model(folder, str(next(student.parameters()).dtype).removeprefix("torch.")).state_dict()
-    for name, tensor in student.state_dict().items():
-        if not torch.equal(tensor, again[name]):
-            raise VerificationError(f"{folder}: tensor {name} came back changed from disk; is the disk sound?")
-    weights = sum((folder / f).stat().st_size for f in files if f.endswith(".safetensors"))
-    return Student(plan=plan, parameters=count_parameters(student), bytes=weights, blocks=len(plan.kept), files=files)
+def write_student(
+    source: Source, dtype: str, plan: CompressionPlan, bank: Bank, trained: Mapping[str, torch.Tensor], folder: Path
+) -> Student:
+    """As `slice_student`, into a folder that is somebody else's draft."""
+    student = empty_student(source, plan)
+    files = WeightFiles(source, DTYPES[dtype], torch.device("cpu"))
+    pieces = trained_pieces(student, trained, files.dtype) if trained else student_pieces(source, files, plan, bank)
+    written = save_model(student, plan, folder, pieces)
+    weights = sum((folder / f).stat().st_size for f in written if f.endswith(".safetensors"))
+    return Student(plan=plan, parameters=count_parameters(student), bytes=weights, blocks=len(plan.kept), files=written)
 
 
 def is_intact(student: Student, folder: Path) -> bool:

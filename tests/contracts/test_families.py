@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import plugins
+from ppclc import checkpoints, plugins
 from ppclc.errors import PlanError
 from ppclc.families import STREAMS, Family
 from ppclc.models import (
@@ -34,9 +34,12 @@ from ppclc.models import (
     trace,
     travelling_class,
 )
+from ppclc.passes.slice import slice_student
 from ppclc.plan import CompressionPlan
 from ppclc.samples import open_samples
+from ppclc.slicing import student_pieces
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
+from ppclc.weight_files import WeightFiles
 
 FAMILIES = plugins.names("families")
 EDITED = [name for name in FAMILIES if plugins.load("families", name).student_class]
@@ -397,3 +400,36 @@ def test_a_streamed_teacher_gives_the_same_bits(subject: Subject, tmp_path: Path
             assert all(torch.equal(x, streamed[number][n][s]) for s, x in batch.items())
     assert all(torch.equal(a, b) for a, b in zip(velocities, other, strict=True))
     assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(tensors, read, strict=True))
+
+
+def test_a_student_written_from_files_is_the_one_in_memory(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file to the byte, in one file and in shards; of a stock student those that diffusers writes; and what stays is only moved."""
+    subject.model.save_pretrained(tmp_path / "teacher")
+    source = open_source(str(tmp_path / "teacher"))
+    edits = subject.family.name in EDITED
+    for n, plan in enumerate([subject.plan([(0, 1)]), *([every_edit(subject)] if edits else [])]):
+        bank = random_bank(subject, plan)
+        student = apply_plan(subject.model, plan, bank)
+        for size in ("5GB", "40KB"):
+            monkeypatch.setattr(checkpoints, "SHARD_SIZE", size)
+            wanted = save_model(student, plan, tmp_path / f"memory-{n}-{size}")
+            made = slice_student(source, "float32", plan, bank, {}, tmp_path / f"files-{n}-{size}")
+            assert made.files == wanted
+            assert made.parameters == count_parameters(student)
+            again = load_model(tmp_path / f"files-{n}-{size}").state_dict()
+            assert all(torch.equal(t, again[k]) for k, t in student.state_dict().items())
+            if type(student) is type(subject.model):
+                student.save_pretrained(tmp_path / f"diffusers-{n}-{size}", max_shard_size=size)
+                for file in (tmp_path / f"diffusers-{n}-{size}").iterdir():
+                    assert file.read_bytes() == (tmp_path / f"files-{n}-{size}" / "transformer" / file.name).read_bytes()
+        pieces = student_pieces(source, WeightFiles(source, torch.float32, torch.device("cpu")), plan, bank)
+        made_anew = {name for name, piece in pieces.items() if isinstance(piece, checkpoints.Made)}
+        own = {
+            name for name, tensor in student.state_dict().items() if not any(same(tensor, t) for t in subject.model.state_dict().values())
+        }
+        assert own <= made_anew
+        assert made_anew == set() if not plan.has_width_edits else len(made_anew) < len(pieces)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)

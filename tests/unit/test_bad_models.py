@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppclc.errors import ModelError
-from ppclc.models import WEIGHTS, load_model
+from ppclc.models import WEIGHTS, load_model, open_source
+from ppclc.slicing import check_weights
 
 INDEX = f"{WEIGHTS}.index.json"
+SHARDS = tuple(WEIGHTS.replace(".safetensors", f"-0000{n}-of-00002.safetensors") for n in (1, 2))
 BLOCK = "transformer_blocks.5.attn.to_q.weight"
 
 
@@ -65,6 +67,54 @@ def only_pickle(home: Path) -> None:
     (home / WEIGHTS).unlink()
 
 
+def without_block(block: int) -> Callable[[Path], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.startswith(f"transformer_blocks.{block}.")]:
+            del tensors[name]
+
+    return edit_tensors(change)
+
+
+def huge_tensor(home: Path) -> None:
+    header = json.dumps({BLOCK: {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (home / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def relink(file: Path) -> None:
+    file.unlink()
+    file.symlink_to(file.name)
+
+
+def loop(home: Path) -> None:
+    relink(home / WEIGHTS)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def sharded(break_it: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """Two shards and their index in the place of one file, then broken."""
+
+    def edit(home: Path) -> None:
+        tensors = load_file(home / WEIGHTS)
+        names = sorted(tensors)
+        parts = dict(zip(SHARDS, (names[: len(names) // 2], names[len(names) // 2 :]), strict=True))
+        for file, held in parts.items():
+            save_file({n: tensors[n] for n in held}, home / file, metadata={"format": "pt"})
+        (home / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {n: f for f, held in parts.items() for n in held}}), "utf-8")
+        (home / WEIGHTS).unlink()
+        break_it(home)
+
+    return edit
+
+
+def relist(home: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    listed = json.loads((home / INDEX).read_text("utf-8"))
+    change(listed["weight_map"])
+    (home / INDEX).write_text(json.dumps(listed), "utf-8")
+
+
 def set_value(name: str, value: float) -> Callable[[Path], None]:
     return edit_tensors(lambda tensors: tensors[name].view(-1)[7:8].fill_(value))
 
@@ -78,8 +128,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "config a list": (config_text("[1]"), ["config.json", "got a list, wanted a JSON object"]),
     "blocks zero": (set_config(num_layers=0), ["config.json", "num_layers = 0", "a whole number above 0"]),
     "blocks text": (set_config(num_layers="6"), ["config.json", "num_layers = '6'", "a whole number above 0"]),
-    "blocks too many": (set_config(num_layers=7), ["tensors are missing", "transformer_blocks.6.", "config.json"]),
-    "blocks too few": (set_config(num_layers=5), ["are not in the class", "transformer_blocks.5.", "does num_layers in config.json fit?"]),
+    "blocks too many": (set_config(num_layers=7), ["config.json: num_layers = 7", "the weights hold 6 blocks", "set it to 6"]),
+    "blocks too few": (set_config(num_layers=5), ["config.json: num_layers = 5", "the weights hold 6 blocks", "set it to 6"]),
+    "blocks with a gap": (without_block(3), ["transformer_blocks has blocks up to 5 but no 3", "without gaps"]),
+    "last block gone": (without_block(5), ["config.json: num_layers = 6", "the weights hold 5 blocks"]),
+    "two dtypes": (
+        edit_tensors(lambda t: t.update({BLOCK: t[BLOCK].to(torch.bfloat16)})),
+        ["several dtypes", f"bfloat16 ({BLOCK})", "float32 (", "wanted one"],
+    ),
     "width": (set_config(num_attention_heads=3), ["has shape [", "wanted [", "by config.json"]),
     "width text": (set_config(num_attention_heads="two"), ["config.json: cannot be built as a model of qwen_image"]),
     "truncated": (edit_bytes(lambda b: b[: len(b) // 2]), [WEIGHTS, "not a whole safetensors file", "fetch it again"]),
@@ -90,13 +146,31 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "missing tensor": (edit_tensors(lambda t: t.pop(BLOCK)), ["1 tensors are missing", BLOCK, "wanted all that config.json calls for"]),
     "extra tensor": (
         edit_tensors(lambda t: t.update({"lora.up": torch.ones(2)})),
-        ["1 tensors are not in the class", "lora.up", "num_layers"],
+        ["1 tensors are not in the class", "lora.up", "does config.json fit?"],
     ),
     "wrong shape": (edit_tensors(lambda t: t.update({BLOCK: torch.ones(32, 31)})), [BLOCK, "shape [32, 31]", "wanted [32, 32]"]),
     "NaN": (set_value(BLOCK, float("nan")), [BLOCK, "NaN or infinite", "fetch the model again"]),
     "infinite": (set_value("proj_out.bias", float("-inf")), ["proj_out.bias", "NaN or infinite"]),
     "pickle only": (only_pickle, ["no weights", ".bin is a pickle, which is never loaded", "convert it to safetensors"]),
     "no weights": (lambda home: (home / WEIGHTS).unlink(), ["no weights", f"wanted {WEIGHTS} or its index"]),
+    "header of gigabytes": (edit_bytes(lambda b: (60 << 30).to_bytes(8, "little") + b[8:]), [WEIGHTS, "not a whole safetensors file"]),
+    "tensor of gigabytes": (huge_tensor, [WEIGHTS, "not a whole safetensors file"]),
+    "weights a loop": (loop, ["no weights"]),
+    "shard truncated": (sharded(lambda home: truncate(home / SHARDS[1])), [SHARDS[1], "not a whole safetensors file"]),
+    "shard gone": (sharded(lambda home: (home / SHARDS[1]).unlink()), [INDEX, SHARDS[1], "fetch the model again"]),
+    "shard a loop": (sharded(lambda home: relink(home / SHARDS[1])), [INDEX, SHARDS[1], "fetch the model again"]),
+    "shard twice": (
+        sharded(lambda home: shutil.copy(home / SHARDS[0], home / SHARDS[1]) and None),
+        [SHARDS[1], "is in", SHARDS[0], "each tensor once"],
+    ),
+    "index names a tensor that is not there": (
+        sharded(lambda home: relist(home, lambda w: w.update({"ghost.weight": SHARDS[0]}))),
+        [INDEX, f"ghost.weight in {SHARDS[0]}", "does not hold it"],
+    ),
+    "index names the other shard": (
+        sharded(lambda home: relist(home, lambda w: w.update({BLOCK: next(s for s in SHARDS if s != w[BLOCK])}))),
+        [INDEX, BLOCK, "does not hold it"],
+    ),
     "index without shards": (index({"weight_map": {"a": "x-1.safetensors"}}), [INDEX, "x-1.safetensors", "fetch the model again"]),
     "index leads out": (index({"weight_map": {"a": "../outside.safetensors"}}), [INDEX, "../outside.safetensors", "lie beside it"]),
     "index empty": (index({"weight_map": {}}), [INDEX, "no shards"]),
@@ -122,6 +196,9 @@ def test_broken_folders_say_where_what_and_the_way_out(name: str, folder: Path) 
     assert caught.value.exit_code == 2
     for word in [str(folder), *words]:
         assert word in message, message
+    with pytest.raises(ModelError) as streamed:  # read a tensor at a time, the same is found
+        check_weights(open_source(str(folder)))
+    assert all(word in str(streamed.value) for word in [str(folder), *words])
 
 
 @pytest.mark.parametrize(

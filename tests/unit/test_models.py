@@ -26,7 +26,6 @@ from ppclc.models import (
     load_model,
     open_source,
     predicted_parameters,
-    rebuild_student,
     replaced,
     save_model,
     trace,
@@ -380,8 +379,6 @@ def test_plans_of_other_models_are_refused(teacher: Any, family: Family) -> None
         apply_plan(teacher, PLANS["rank"])
     with pytest.raises(PlanError, match=r"the bank holds no 'text-1-1-0-0'"):
         apply_plan(teacher, PLANS["text"], {"modulation": {}})
-    with pytest.raises(PlanError, match="trained tensors are those of another plan"):
-        rebuild_student(teacher, PLANS["depth"], teacher.state_dict())
 
 
 def test_ranks_above_the_width_and_students_as_teachers_are_refused(teacher: Any, random_bank: Banks) -> None:

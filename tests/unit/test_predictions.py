@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import models, run_costs
+from ppclc import checkpoints, models, run_costs
 from ppclc.block_costs import default_size
 from ppclc.errors import PlanError
 from ppclc.families import Family
@@ -64,7 +64,7 @@ def test_parameters_and_bytes_are_those_of_the_student(
 
 @pytest.mark.parametrize("shard", ["40KB", "100KB", "300KB"])
 def test_bytes_of_shards_are_exact(shard: str, family: Family, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "SHARD_SIZE", shard)
+    monkeypatch.setattr(checkpoints, "SHARD_SIZE", shard)
     plan = plan_of(family, "merged")
     save_model(apply_plan(teacher, plan), plan, tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) > 1
