@@ -9,12 +9,14 @@ header, and the data, in which offsets count from its own start.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -32,8 +34,8 @@ STATES = {name: getattr(torch, dtype) for dtype, name in STORED_AS.items()}
 """Dtypes of the safetensors format, all of which the state of a training may have."""
 STORED = {name: dtype for name, dtype in STATES.items() if dtype.is_floating_point}
 """Those that weights may have."""
-CHUNK_BYTES, CHUNKS = 4 << 20, 4
-"""Bytes that are moved in one go, and how many such pieces are under way: read, hashed and written beside each other."""
+CHUNK_BYTES, COPY_BYTES = 1 << 20, 8 << 20
+"""Bytes that are read in one go, and that the system is asked to copy in one go."""
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -221,13 +223,14 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[Made | tuple[Path, int, int]]:
 
 
 class _Writer:
-    """A file that grows, and its SHA-256, which is computed in a thread beside reading and writing."""
+    """A file that grows, and its SHA-256, for which a thread reads the same bytes once more.
+
+    The system copies from file to file where it can, several times as fast as through this process's memory.
+    """
 
     def __init__(self, out: BinaryIO, hasher: ThreadPoolExecutor) -> None:
         self.out, self.hasher, self.sum = out, hasher, hashlib.sha256()
-        self.buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(CHUNKS)]
-        self.hashed: list[Future[None] | None] = [None] * CHUNKS
-        self.turn = 0
+        self.buffers = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(2)]
 
     def write(self, data: Any) -> None:
         """Add bytes."""
@@ -237,32 +240,30 @@ class _Writer:
 
     def move(self, file: Path, start: int, count: int) -> None:
         """Add bytes of another file. Raises ModelError when it cannot be read that far."""
-        try:
-            source = os.open(file, os.O_RDONLY)
-        except OSError as error:
-            raise ModelError(f"{file}: cannot be read ({error}); fetch it again") from None
-        try:
-            while count:
-                moved = self._move(file, source, start, min(count, CHUNK_BYTES))
-                start, count = start + moved, count - moved
-        finally:
-            os.close(source)
+        with _opened(file) as source:
+            for first in range(start, start + count, COPY_BYTES):
+                size = min(COPY_BYTES, start + count - first)
+                hashed = self.hasher.submit(self._hash, file, source, first, size)
+                self._copy(file, source, first, size)
+                hashed.result()
+                _forget(source, first, size)
 
-    def _move(self, file: Path, source: int, start: int, count: int) -> int:
-        turn, self.turn = self.turn, (self.turn + 1) % CHUNKS
-        before = self.hashed[turn]
-        if before is not None:
-            before.result()
-        buffer = self.buffers[turn][:count]
-        try:
-            read = os.preadv(source, [buffer], start)
-        except OSError as error:
-            raise ModelError(f"{file}: cannot be read ({error}); fetch it again") from None
-        if not read:
-            raise ModelError(f"{file}: ends too early; fetch it again")
-        self.hashed[turn] = self.hasher.submit(self.sum.update, buffer[:read])
-        self._out(buffer[:read])
-        return read
+    def _copy(self, file: Path, source: int, start: int, count: int) -> None:
+        while count:
+            moved = _copied(source, self.out.fileno(), start, count)
+            if moved is None:
+                data = _read(file, source, self.buffers[0][:count], start)
+                self._out(data)
+                moved = len(data)
+            if not moved:
+                raise ModelError(f"{file}: ends too early; fetch it again")
+            start, count = start + moved, count - moved
+
+    def _hash(self, file: Path, source: int, start: int, count: int) -> None:
+        while count:
+            data = _read(file, source, self.buffers[1][:count], start)
+            self.sum.update(data)
+            start, count = start + len(data), count - len(data)
 
     def _out(self, data: memoryview) -> None:
         while data:
@@ -270,7 +271,46 @@ class _Writer:
 
     def digest(self) -> str:
         """The SHA-256 of all that was added."""
-        for done in self.hashed:
-            if done is not None:
-                done.result()
         return self.sum.hexdigest()
+
+
+def _copied(source: int, out: int, start: int, count: int) -> int | None:
+    """Bytes that the system copied to the end of a file, None where it does not do that between these two."""
+    try:
+        return os.copy_file_range(source, out, count, start)
+    except (AttributeError, OSError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        return None
+
+
+def _forget(source: int, start: int, count: int) -> None:
+    """Let the system use the memory in which it kept these bytes for the next ones, which is faster than new memory."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(source, start, count, os.POSIX_FADV_DONTNEED)
+
+
+def _read(file: Path, source: int, buffer: memoryview, start: int) -> memoryview:
+    """Some bytes of a file, at least one. Raises ModelError when there are none left."""
+    try:
+        count = os.preadv(source, [buffer], start)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error}); fetch it again") from None
+    if not count:
+        raise ModelError(f"{file}: ends too early; fetch it again")
+    return buffer[:count]
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    """A descriptor of a file that is read from front to end."""
+    try:
+        source = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read ({error}); fetch it again") from None
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(source, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        yield source
+    finally:
+        os.close(source)

@@ -20,7 +20,7 @@ from ppclc.models import Source, check_tensors, empty_model, json_object, load_s
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
 from ppclc.student_tensors import student_tensor
-from ppclc.weight_files import WeightFiles
+from ppclc.weight_files import WeightFiles, is_finite
 
 
 class _Outlines(Mapping[str, torch.Tensor]):
@@ -74,8 +74,8 @@ def student_pieces(source: Source, files: WeightFiles, plan: CompressionPlan, ba
 
 
 def _tensor(source: Source, files: WeightFiles, plan: CompressionPlan, bank: Bank, name: str) -> torch.Tensor:
-    tensor = student_tensor(source.family, source.config, plan, name, files, bank).to(files.dtype)
-    if not all(bool(torch.isfinite(v)) for v in torch.aminmax(tensor)):
+    tensor = student_tensor(source.family, source.config, plan, name, files, bank).to(files.dtype).contiguous()
+    if not is_finite(tensor):
         raise ModelError(f"{source.folder}: the student's {name} comes out with NaN or infinite values; is the edit's training sound?")
     return tensor
 

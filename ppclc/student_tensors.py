@@ -15,7 +15,7 @@ from ppclc.families import Bank, Family, Modulation, Part, Tensors
 from ppclc.plan import CompressionPlan
 from ppclc.students.parts import TextRole, text_roles
 
-ROWS = 1024
+ROWS = 512
 """Rows of a modulation that are projected in one go."""
 ADAPTERS = ("image_adapter", "text_adapter")
 """Modules in front of a block, named by their stream."""
@@ -178,7 +178,9 @@ def _modulation(
     basis, mean = _basis(plan, bank)
     # Rows at a time: a weight may be large, and the basis' dtype wide.
     onto = basis if kind == "weight" else mean
-    shift = torch.cat([rows.to(basis.dtype) @ onto for rows in weight.split(ROWS)])
+    shift = torch.empty((len(weight), *onto.shape[1:]), dtype=onto.dtype, device=weight.device)
+    for first in range(0, len(weight), ROWS):
+        shift[first : first + ROWS] = weight[first : first + ROWS].to(basis.dtype) @ onto
     if kind == "weight":
         return shift
     return shift if bias is None else shift + bias.to(basis.dtype)

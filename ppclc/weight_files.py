@@ -10,6 +10,9 @@ from ppclc.checkpoints import fill
 from ppclc.errors import ModelError
 from ppclc.models import Source, check_tensors
 
+PIECE = 2**22
+"""Values that are looked at in one go."""
+
 
 class WeightFiles(Mapping[str, torch.Tensor]):
     """Every tensor of a model by its full name, in one dtype, on one device; each access reads a new copy.
@@ -47,7 +50,14 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         fill(stored, place)
         if not direct:
             out.copy_(stored)
-        # The extremes tell NaN and infinity alike, and take no memory of the tensor's size.
-        if out.numel() and not all(bool(torch.isfinite(v)) for v in torch.aminmax(out)):
+        if not is_finite(out):
             raise ModelError(f"{place.file}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
         return out
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value of a contiguous tensor is NaN or infinite; takes no memory of its size.
+
+    The extremes tell both alike. In pieces: those of a narrow dtype are found in a wide copy.
+    """
+    return all(bool(torch.isfinite(v)) for piece in tensor.view(-1).split(PIECE) if piece.numel() for v in torch.aminmax(piece))

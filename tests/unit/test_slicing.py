@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -89,15 +91,20 @@ def test_trained_tensors_are_written_as_they_are(teacher: Any, teacher_folder: P
     assert not (tmp_path / "other").exists()
 
 
+def refuse(*_: int) -> int:
+    raise OSError(errno.EXDEV, "not between these")
+
+
 @settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=8),
     moved=st.lists(st.booleans(), min_size=8, max_size=8),
     chunk=st.sampled_from([1, 7, 64, 4096]),
     dtypes=st.lists(st.sampled_from(["float32", "bfloat16", "int8"]), min_size=8, max_size=8),
+    by_system=st.booleans(),
 )
 def test_any_mixture_of_pieces_is_the_library_s_own_file(
-    sizes: list[int], moved: list[bool], chunk: int, dtypes: list[str], tmp_path: Path
+    sizes: list[int], moved: list[bool], chunk: int, dtypes: list[str], by_system: bool, tmp_path: Path
 ) -> None:
     """Moved or made, in pieces of any size: the bytes are those of `safetensors.torch.save_file`."""
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -108,6 +115,9 @@ def test_any_mixture_of_pieces_is_the_library_s_own_file(
     pieces = {n: places[n] if moved[i] else held(t) for i, (n, t) in enumerate(tensors.items())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "CHUNK_BYTES", chunk)
+        patch.setattr(checkpoints, "COPY_BYTES", chunk)
+        if not by_system:  # other file systems, other systems
+            patch.setattr(os, "copy_file_range", refuse)
         digests = write_checkpoint(folder / "to", pieces)
     assert (folder / "to" / WEIGHTS).read_bytes() == (folder / "from.safetensors").read_bytes()
     assert digests == {WEIGHTS: file_digest(folder / "from.safetensors")}
