@@ -109,6 +109,8 @@ def inspect(model: str, check: bool) -> dict[str, Any]:
         "bytes": sum(f.stat().st_size for f in source.weight_files()),
         "parameters_by_part": dict(sorted(parts.items(), key=lambda p: -p[1])),
     }
+    if source.notes:
+        document["notes"] = list(source.notes)
     if check:
         load_source(source)
         changed = [f"{f}" for f, digest in _checksums(source).items() if file_digest(source.folder / f) != digest]
@@ -120,6 +122,8 @@ def inspect(model: str, check: bool) -> dict[str, Any]:
 
 def _checksums(source: Source) -> dict[str, str]:
     """Digests that a student's own run recorded for its files, where that run's records lie beside it."""
+    if source.folder.is_file():
+        return {}
     records = sorted(source.folder.parent.parent.glob("records/slice-*/record.json"), key=lambda p: p.stat().st_mtime)
     if not records:
         return {}

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
 from ppclc import families, plugins
@@ -31,7 +30,8 @@ from ppclc.devices import cores
 from ppclc.errors import ModelError, PlanError, UnavailableError
 from ppclc.families import STREAMS, Bank, Family, Group, Layout, States
 from ppclc.plan import CompressionPlan
-from ppclc.records import disk_errors, file_digest, write_text
+from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
+from ppclc.single_files import cuts_of, layout_of, recognise, stacked_shapes
 from ppclc.student_tensors import student_config as edited_config
 from ppclc.student_tensors import student_tensor
 
@@ -49,7 +49,7 @@ NARROW = 256
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: the folder that holds its `config.json`, what the configuration says, its family."""
+    """Where a model lies: the folder that holds its `config.json` or the one file that it is, what the configuration says, its family."""
 
     path: str
     folder: Path
@@ -58,6 +58,8 @@ class Source:
     layout: Layout | None = None
     stored: Mapping[str, Any] = field(default_factory=dict)
     """The configuration as it lies there, where that is of another layout than ours."""
+    notes: tuple[str, ...] = ()
+    """What is to be told of it."""
 
     @property
     def task(self) -> Any | None:
@@ -70,6 +72,8 @@ class Source:
         Raises:
             ModelError: none there, only pickles there, or an index that names files that are not there.
         """
+        if self.folder.is_file():
+            return [self.folder]
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
             places = _json_object(index).get("weight_map", {})
@@ -87,13 +91,12 @@ class Source:
     @property
     def has_weights(self) -> bool:
         """Whether weights lie beside the configuration, whole or not."""
-        return any(self.folder.glob("*.safetensors*"))
+        return self.folder.is_file() or any(self.folder.glob("*.safetensors*"))
 
     def digest(self) -> str:
         """SHA-256 over configuration and weight files."""
-        return _files_digest(
-            tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [self.folder / "config.json", *self.weight_files()])
-        )
+        described = [] if self.folder.is_file() else [self.folder / "config.json"]
+        return _files_digest(tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [*described, *self.weight_files()]))
 
 
 @cache
@@ -104,11 +107,13 @@ def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def open_source(path: str, revision: str | None = None) -> Source:
-    """Find a model: a folder (pipeline or bare transformer), a hub id, or `builtin:NAME`.
+    """Find a model: a folder (pipeline or bare transformer), a safetensors file as ComfyUI loads it, a hub id, or `builtin:NAME`.
 
     Raises:
-        ModelError: there is no such folder, it holds no transformer, or no family knows its class.
+        ModelError: there is no such folder or file, it holds no transformer, or no family knows it.
     """
+    if (file := Path(path).expanduser()).suffix == ".safetensors" and file.is_file():
+        return _open_file(path, file)
     if path.startswith(BUILTIN):
         name = path.removeprefix(BUILTIN)
         if name not in plugins.names("tasks"):
@@ -129,6 +134,21 @@ def open_source(path: str, revision: str | None = None) -> Source:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
     return Source(path, folder, known | config, family, layout, stored if layout else {})
+
+
+def _open_file(path: str, file: Path) -> Source:
+    """A transformer in a single file. Raises ModelError as `single_files.recognise` does, and for a tensor missing, extra or of a wrong shape."""
+    shapes = stored_shapes(file)
+    found = recognise(shapes, str(file))
+    config, layout = _stock_config(found.family) | found.config, found.family.single_file
+    assert layout is not None
+    ours = {name: tuple(tensor.shape) for name, tensor in empty_model(found.family, config, str(file)).state_dict().items()}
+    cuts = cuts_of(layout, ours)
+    wanted = {found.prefix + name: shape for name, shape in stacked_shapes(cuts, ours).items()}
+    aside = {*found.others, *(found.prefix + name for name in layout.markers(config))}
+    compare_tensors(file, wanted, {name: shape for name, shape in shapes.items() if name not in aside}, "its own blocks and widths")
+    notes = [f"{path}: {len(found.others)} tensors beside the transformer's are not read, {found.others[0]} first"] if found.others else []
+    return Source(path, file, config, found.family, layout_of(found, cuts), found.config, tuple(notes))
 
 
 def open_configuration(path: str) -> Source:
@@ -212,7 +232,9 @@ def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None
     if root.is_dir():
         return root
     if root.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise ModelError(f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', or builtin:two-digits")
+        raise ModelError(
+            f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', a .safetensors file, or builtin:two-digits"
+        )
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
@@ -324,10 +346,9 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
     Raises:
         ModelError: a tensor missing, of a wrong shape, not finite, or there for nothing.
     """
-    files: dict[str, torch.Tensor] = {}
+    files: dict[str, StoredTensors] = {}
     for file in source.weight_files():
-        stored_shapes(file)  # a file that is not whole is refused with its name
-        files |= load_file(file)
+        files |= dict.fromkeys(stored_shapes(file), StoredTensors(file))  # one that is not whole is refused with its name
     model = empty_model(source.family, source.config, str(source.folder / "config.json"))
     read = _Accessed(files)
     state = {}
@@ -351,14 +372,15 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
 
 
 class _Accessed(Mapping[str, torch.Tensor]):
-    """Tensors, and the names of those that were asked for."""
+    """Tensors by the files that hold them, and the names of those that were asked for."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensors]) -> None:
         self.tensors, self.names = tensors, set[str]()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self.names.add(name)
-        return self.tensors[name]
+        tensor: torch.Tensor = self.tensors[name][name]
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -376,16 +398,21 @@ def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
 
 
-def compare_tensors(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def compare_tensors(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], by: str = "config.json"
+) -> None:
     """Nothing when names and shapes are those that the class wants. Raises ModelError naming the first that is not."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
-        raise ModelError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that config.json calls for")
+        raise ModelError(
+            f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that {by} call{'s' if by == 'config.json' else ''} for"
+        )
     if extra:
-        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; does num_layers in config.json fit?")
+        asked = f"does num_layers in {by} fit?" if by == "config.json" else "wanted the transformer's alone"
+        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; {asked}")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name])}, wanted {list(shape)} by config.json")
+            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name])}, wanted {list(shape)} by {by}")
 
 
 def load_model(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Any:

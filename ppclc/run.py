@@ -136,6 +136,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
         check_target(recipe.plan, budget)
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     run = Run(recipe, name, out, display, source, cache, ranks)
+    for note in source.notes if ranks.is_main else ():
+        display.say(note)
     check_optimizer(recipe.distill)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding

@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 
 from ppclc.errors import ModelError
+from ppclc.families import Cut
 from ppclc.models import Source, compare_tensors, stored_shapes
 from ppclc.records import STORED_AS
+from ppclc.single_files import halves_swapped
 
 STATES = {name: getattr(torch, dtype) for dtype, name in STORED_AS.items()}
 """Dtypes of the safetensors format, all of which the state of a training may have."""
@@ -25,12 +27,13 @@ STORED = {name: dtype for name, dtype in STATES.items() if dtype.is_floating_poi
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: its file, the byte at which it starts, and what it is."""
+    """Where a tensor lies: its file, the byte at which it starts, and what it is; `swapped`: its halves of rows stand in the other order."""
 
     file: Path
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    swapped: bool = False
 
 
 class WeightFiles(Mapping[str, torch.Tensor]):
@@ -44,8 +47,11 @@ class WeightFiles(Mapping[str, torch.Tensor]):
     def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
         self.folder, self.dtype, self.device = source.folder, dtype, device
         self.places: dict[str, Place] = {}
+        cuts = source.layout.cuts if source.layout else {}
         for file in source.weight_files():
-            self.places |= places_in(file)
+            self.places |= places_in(file, STATES if cuts else STORED)
+        if cuts:
+            self.places = {name: _place_of(cut, self.places[cut.name]) for name, cut in cuts.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name, torch.empty(self.places[name].shape, dtype=self.dtype, device=self.device))
@@ -69,8 +75,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         direct = out.dtype == place.dtype and out.device.type == "cpu"
         stored = out if direct else torch.empty(place.shape, dtype=place.dtype)
         _fill(stored, place)
-        if not direct:
-            out.copy_(stored)
+        if not direct or place.swapped:
+            out.copy_(halves_swapped(stored, place.swapped))
         # The extremes tell NaN and infinity alike, and take no memory of the tensor's size.
         if out.numel() and not all(bool(torch.isfinite(v)) for v in torch.aminmax(out)):
             raise ModelError(f"{place.file}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
@@ -93,10 +99,19 @@ def _fill(tensor: torch.Tensor, place: Place) -> None:
 
 
 def read_at(place: Place) -> torch.Tensor:
-    """A tensor as it lies in its file, read and not mapped."""
+    """A tensor as it lies in its file, read and not mapped; its halves in our order."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
     _fill(tensor, place)
-    return tensor
+    return halves_swapped(tensor, place.swapped)
+
+
+def _place_of(cut: Cut, whole: Place) -> Place:
+    """The place of a tensor of ours within one of another layout. Raises ModelError for a dtype that weights have not."""
+    if whole.dtype not in STORED.values():
+        raise ModelError(f"{whole.file}: tensor {cut.name} is stored as {whole.dtype}, wanted one of {', '.join(STORED)}")
+    row = math.prod(whole.shape[1:]) * whole.dtype.itemsize
+    shape = (cut.last - cut.first, *whole.shape[1:])
+    return Place(whole.file, whole.start + cut.first * row, whole.dtype, shape, cut.swapped)
 
 
 def places_in(file: Path, kinds: Mapping[str, torch.dtype] = STORED) -> dict[str, Place]:
