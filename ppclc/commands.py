@@ -218,10 +218,16 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
 
 
 def slice_size(
-    out: Path, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
+    out: Path,
+    parameters: float | None,
+    plan_file: Path | None,
+    folder: Path | None,
+    changes: list[str],
+    verbosity: int,
+    single_file: bool = False,
 ) -> dict[str, Any]:
     """Cut another size from a finished run; the head of what a report would say of it. Raises as `sizes.slice_size` does."""
-    document = sizes.slice_size(out, parameters, plan_file, folder, changes, verbosity)
+    document = sizes.slice_size(out, parameters, plan_file, folder, changes, verbosity, single_file)
     return {k: document[k] for k in HEAD}
 
 
@@ -252,7 +258,7 @@ def newest_out() -> Path:
     found = [p.parents[2] for p in Path("out").glob("*/model/transformer/config.json")]
     if not found:
         raise RecipeError("no student below out/ yet; give a MODEL, or run first: ppclc compress two_digits")
-    return max(found, key=lambda f: (f / "model").stat().st_mtime)
+    return max(found, key=lambda f: (f / "model" / "transformer").stat().st_mtime)  # the folder above changes with its card
 
 
 def export(model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int) -> dict[str, Any]:

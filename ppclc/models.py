@@ -76,7 +76,7 @@ class Source:
             return [self.folder]
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
-            places = _json_object(index).get("weight_map", {})
+            places = json_object(index).get("weight_map", {})
             names = sorted({str(n) for n in places.values()} if isinstance(places, dict) else ["no weight_map"])
             bad = [n for n in names if Path(n).name != n or not (self.folder / n).is_file()]
             if bad or not names:
@@ -124,7 +124,7 @@ def open_source(path: str, revision: str | None = None) -> Source:
     folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: holds no transformer: wanted transformer/config.json or config.json")
-    config = _json_object(folder / "config.json")
+    config = json_object(folder / "config.json")
     family = families.of_config(config, str(folder / "config.json"))
     layout = next((found for found in family.layouts if found.applies(config)), None)
     stored, config = config, layout.config(config) if layout else config
@@ -167,7 +167,7 @@ def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = No
     index = root / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{source.path}: is a bare transformer: there is no {index}, wanted a pipeline's folder with {', '.join(parts)}")
-    listed = _json_object(index)
+    listed = json_object(index)
     for part in parts:
         if not isinstance(listed.get(part), list) or None in listed[part]:
             raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
@@ -191,7 +191,7 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
     Raises:
         ModelError: of a library that ppclc loads nothing from, or not whole.
     """
-    library, name = _json_object(root / "model_index.json")[part][:2]
+    library, name = json_object(root / "model_index.json")[part][:2]
     kind = getattr(import_module(library), name, None) if library in PART_LIBRARIES else None
     if kind is None:
         raise ModelError(f"{root / 'model_index.json'}: {part} = {[library, name]}: wanted a class of {' or '.join(PART_LIBRARIES)}")
@@ -219,12 +219,12 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
 
 def pipeline_class(root: Path) -> str:
     """Name of the class that a pipeline's folder is of."""
-    return str(_json_object(root / "model_index.json").get("_class_name"))
+    return str(json_object(root / "model_index.json").get("_class_name"))
 
 
 def part_config(root: Path, part: str) -> dict[str, Any]:
     """Configuration of a part of a pipeline. Raises ModelError when it cannot be read."""
-    return _json_object(root / part / "config.json")
+    return json_object(root / part / "config.json")
 
 
 def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:
@@ -237,7 +237,7 @@ def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None
         )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
+    wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors", "README.md", "LICENSE*"]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=[*wanted, *(more or [])]))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
@@ -247,7 +247,8 @@ def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None
         ) from None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises ModelError when it cannot be read as an object."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -516,7 +517,7 @@ def _bring_class(family: Family, class_name: str, home: Path) -> None:
     text = travelling_class(family.class_names[class_name])
     name = f"ppclc_{family.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     write_text(home / f"{name}.py", text)
-    config = _json_object(home / "config.json")
+    config = json_object(home / "config.json")
     config["auto_map"] = {"AutoModel": f"{name}.{class_name}"}
     write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 

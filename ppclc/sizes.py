@@ -17,14 +17,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ppclc import compiler, distilling, selection
+from ppclc import comfyui, compiler, distilling, selection
 from ppclc.bank import EditBank, considered, interval_plan
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
+from ppclc.cards import CARD, Card, write_card
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.models import Source, apply_plan, quiet_libraries, rebuild_student, student_config
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
+from ppclc.pipelines import names_in, surround
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.recipe import Recipe, read_recipe
 from ppclc.records import Analysis, Distilled, Store, Student, check_writable, digest_of, file_digest, whole_folder, write_text
@@ -217,13 +219,19 @@ def plan_by_hand(run: Run, bank: EditBank, path: Path) -> CompressionPlan:
 
 
 def slice_size(
-    out: Path, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
+    out: Path,
+    parameters: float | None,
+    plan_file: Path | None,
+    folder: Path | None,
+    changes: list[str],
+    verbosity: int,
+    single_file: bool = False,
 ) -> dict[str, Any]:
-    """Cut another size from a finished run; what `size.json` says of it.
+    """Cut another size from a finished run; what `size.json` says of it. With `single_file`, a file for ComfyUI lies beside it.
 
     Raises:
         RecipeError: neither a size nor a plan, both, or a changed key that is not of the fine-tune.
-        PlanError: a size or a plan that the bank does not reach.
+        PlanError: a size or a plan that the bank does not reach, or that ComfyUI has no class for.
         OutputError: no finished run in `out`, or something else's folder to write to.
     """
     if (parameters is None) == (plan_file is None):
@@ -239,10 +247,16 @@ def slice_size(
     run.store = Store(out)
     bank = _open_bank(run)
     plan = plan_of_size(run, bank, target) if target else plan_by_hand(run, bank, Path(str(plan_file)))
+    if single_file:
+        comfyui.check_layout(run.source.family, plan)
     home = (folder or out / "sizes" / size_name(plan, parameters, 0 if plan.is_empty else settings.finetune_steps)).absolute()
     if not folder:
         check_home(home)
     document = _cut(run, bank, plan, settings, home)
+    if single_file:
+        name = home.name if folder else f"{out.absolute().name}-{home.name}"
+        written = comfyui.write_single_file(home, home / comfyui.FOLDER / f"{name}.safetensors")
+        display.say(f"wrote {_shown(written)}: for ComfyUI's models/diffusion_models")
     for line in summary(document, recipe.model.path, _shown(home)):
         display.say(line)
     return document
@@ -288,8 +302,9 @@ def size_name(plan: CompressionPlan, parameters: float | None, steps: int) -> st
 def check_home(home: Path) -> None:
     """Raise OutputError for a folder that cannot be written, or holds anything but an earlier size: it would be replaced whole."""
     there = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
-    if there and there != [SIZE_FILE, "transformer"]:
-        other = [name for name in there if name not in (SIZE_FILE, "transformer")] or there
+    known = {SIZE_FILE, "transformer", CARD, comfyui.FOLDER, *names_in(home)}
+    if there and not {SIZE_FILE, "transformer"} <= set(there) <= known:
+        other = [name for name in there if name not in known] or there
         raise OutputError(f"{home}: holds something else than a size, {other[0]}, which would be lost; give another folder with -o")
     check_writable(home)
 
@@ -318,6 +333,8 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
         with whole_folder(home) as draft:
             made = slice_pass.write_student(student, plan, draft)
             document["student"] = _size_of(made)
+            surround(run.source, draft)
+            write_card(_card(run, document, plan, steps), draft)
             write_text(draft / SIZE_FILE, json.dumps(document, indent=1) + "\n")
             return made.model_copy(update={"files": made.files | {SIZE_FILE: file_digest(draft / SIZE_FILE)}})
 
@@ -331,7 +348,16 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
             build,
             valid=lambda student: slice_pass.is_intact(student, home),
         )
+    for note in surround(run.source, home):
+        display.say(note)
     return document | {"student": _size_of(made)}
+
+
+def _card(run: Run, document: Mapping[str, Any], plan: CompressionPlan, steps: int) -> Card:
+    """What the card of a size tells: how far it was trained, and that nobody measured it."""
+    tuned = f"fine-tuned end to end for {steps} steps" if steps else "not fine-tuned end to end, which makes it a starting point"
+    words = f"It was cut from distilled edits, and {tuned}."
+    return Card(run.source, plan, document["teacher"], document["student"], run.recipe.model.dtype, [words])
 
 
 def _size_of(student: Student) -> dict[str, int]:

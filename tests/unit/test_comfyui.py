@@ -253,7 +253,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not a whole safetensors file"):
         open_source(str(tmp_path / "a.safetensors"))
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="a .safetensors file, or builtin"):
+    with pytest.raises(ModelError, match=r"a \.safetensors file, or builtin"):
         open_source(str(tmp_path / "a.gguf"))
 
 
