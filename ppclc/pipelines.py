@@ -100,7 +100,7 @@ def files_below(folder: Path) -> dict[str, Path]:
 
     Hidden files are left out, and pickles where the same folder holds safetensors.
     """
-    found = dict(_walk(folder, "", ()))
+    found = dict(_walk(folder, "", (folder.parent.resolve(),)))
     safe = {name.rpartition("/")[0] for name in found if name.endswith(".safetensors")}
     return {n: p for n, p in found.items() if not (n.endswith(PICKLES) and n.rpartition("/")[0] in safe)}
 
@@ -110,7 +110,7 @@ def _walk(folder: Path, prefix: str, above: tuple[Path, ...]) -> Iterator[tuple[
         real = folder.resolve(strict=True)
     except (OSError, RuntimeError):
         return
-    if not real.is_dir() or real in above:
+    if not real.is_dir() or any(folder.is_relative_to(real) for folder in above):
         return
     for entry in sorted(real.iterdir()):
         if entry.name.startswith("."):
