@@ -6,7 +6,6 @@ end meet the same one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
 from ppclc.single_files import cuts_of, layout_of, recognise, stacked_shapes
 from ppclc.student_tensors import student_config as edited_config
 from ppclc.student_tensors import student_tensor
+from ppclc.students.parts import travelling_file
 
 BUILTIN = "builtin:"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -41,8 +41,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
 """Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
 SHARD_SIZE = "5GB"
-PARTS = "ppclc.students.parts"
-"""What the travelling classes of all families share."""
 NARROW = 256
 """Widths up to which operators run on one thread."""
 
@@ -501,36 +499,16 @@ def save_model(model: Any, plan: CompressionPlan, folder: Path) -> dict[str, str
 
     A width-edited student's class travels with it, under a name made from its content.
     """
-    config = {"_class_name": type(model).__name__, **model.config}
-    family = families.of_config(config, "model")
     home = folder / "transformer"
     with disk_errors(folder):
         model.save_pretrained(home, safe_serialization=True, max_shard_size=SHARD_SIZE)
-        if family.class_of(plan) != family.class_name:
-            _bring_class(family, family.class_of(plan), home)
         write_text(home / "plan.json", plan.to_json())
         return {str(p.relative_to(folder)): file_digest(p) for p in sorted(home.rglob("*")) if p.is_file()}
 
 
-def _bring_class(family: Family, class_name: str, home: Path) -> None:
-    """Put the student's class beside its weights and name it in `auto_map`."""
-    text = travelling_class(family.class_names[class_name])
-    name = f"ppclc_{family.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    write_text(home / f"{name}.py", text)
-    config = json_object(home / "config.json")
-    config["auto_map"] = {"AutoModel": f"{name}.{class_name}"}
-    write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def travelling_class(where: str) -> str:
     """The text of a student's class, `module:Class`, as it travels: one module, with the parts that it shares with others in front."""
-    sources = [Path(str(import_module(m).__file__)).read_text("utf-8") for m in (PARTS, where.partition(":")[0])]
-    if f"from {PARTS} import" not in sources[1]:
-        return sources[1]
-    future = "from __future__ import annotations\n"
-    parts, own = (text.split(future, 1) for text in sources)
-    imports = re.compile(rf"^from {re.escape(PARTS)} import (\([^)]*\)|.*)\n", re.MULTILINE)
-    return own[0] + future + parts[1].rstrip() + "\n\n\n" + imports.sub("", own[1]).lstrip()
+    return travelling_file(_class(where))[1]
 
 
 def blocks_of(model: Any, family: Family) -> list[nn.Module]:

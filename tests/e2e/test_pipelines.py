@@ -257,17 +257,25 @@ def test_a_size_is_a_whole_pipeline_too_with_a_file_for_comfyui(whole: tuple[Pat
     assert sorted(p.name for p in home.rglob("*")) == before
 
 
-def test_a_pipeline_saved_again_loads_again(whole: tuple[Path, Path, bool], tmp_path: Path) -> None:
-    """A stock one by diffusers alone; of a class that travels the transformer, by `ppclc.load_model`."""
+def test_what_is_saved_again_loads_again(whole: tuple[Path, Path, bool], tmp_path: Path) -> None:
+    """By diffusers alone, with trust where the class travels: a student read by ppclc, a pipeline, and one that a student was put into."""
     import diffusers
 
-    _, out, edited = whole
+    teacher, out, edited = whole
+    trust = {"trust_remote_code": True} if edited else {}
     student = load_model(out / "model")
     student.save_pretrained(tmp_path / "alone")
-    again = load_model(tmp_path / "alone")
-    assert type(again) is type(student)
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in student.state_dict().items())
-    if not edited:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(out / "model")
-        pipeline.save_pretrained(tmp_path / "pipeline")
-        assert torch.equal(drawn(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "pipeline")), drawn(pipeline))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(out / "model", **trust)
+    pipeline.save_pretrained(tmp_path / "whole")
+    type(pipeline).from_pretrained(teacher, transformer=student).save_pretrained(tmp_path / "put")
+    kind = diffusers.AutoModel if edited else type(student)
+    found = [kind.from_pretrained(str(tmp_path / "alone"), **trust), load_model(tmp_path / "alone")]
+    for name in ("whole", "put"):
+        again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / name, **trust)
+        assert torch.equal(drawn(again), drawn(pipeline))
+        found += [again.transformer, load_model(tmp_path / name)]
+        again.save_pretrained(tmp_path / f"{name} once more")
+        assert torch.equal(drawn(diffusers.DiffusionPipeline.from_pretrained(tmp_path / f"{name} once more", **trust)), drawn(pipeline))
+    for model in found:
+        assert type(model).__name__ == type(student).__name__
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in student.state_dict().items())
