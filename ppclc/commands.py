@@ -270,6 +270,8 @@ def export(model: str | None, backend: str, out: Path | None, dtype: str, verbos
     set_threads(source)
     folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
     display = Display(1, verbosity)
+    for note in source.notes:
+        display.say(note)
     with display.stage(f"export {source.path} to {backend}"):
         record = export_pass.export_model(load_source(source), source.family, backend, dtype, folder, source.digest())
     display.say(f"wrote {folder}")
@@ -306,6 +308,8 @@ def bench(
     if random_weights:
         sources[random_weights] = open_configuration(random_weights)
     display = Display(2, verbosity)
+    for note in [note for source in sources.values() for note in source.notes]:
+        display.say(note)
     with display.stage("block costs") as progress:
         for source in _teachers(sources.values()):
             _keep_block_costs(source, dtype, runs, progress, display)

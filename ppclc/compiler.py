@@ -20,7 +20,7 @@ from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
 from ppclc.interrupts import raise_if_stopped
-from ppclc.models import check_teacher, count_parameters, load_model, open_source, quiet_libraries, set_threads, student_config
+from ppclc.models import check_teacher, count_parameters, empty_model, load_model, open_source, quiet_libraries, set_threads, student_config
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
 from ppclc.passes import calibrate as calibrate_pass
@@ -207,9 +207,9 @@ def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:
 
 
 def describe(run: Run) -> None:
-    """The student's model card and the recipe beside it, with all that is known of it so far; of a student that is whole."""
+    """The student's model card and the recipe beside it, with all that is known of it so far, where its folder is still there."""
     plan, student, folder = made(run.plan), made(run.student), run.out / "model"
-    if not slice_pass.is_intact(student, folder):
+    if not (folder / "transformer" / "config.json").is_file():
         return
     sizes = student.model_dump(include={"parameters", "bytes", "blocks"})
     card = Card(run.source, plan, teacher_size(run), sizes, run.recipe.model.dtype, verdict=run.verdict, recipe=True)
@@ -337,7 +337,7 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
 def teacher_size(run: Run) -> dict[str, int]:
     """Parameters, bytes and blocks of the teacher."""
     return {
-        "parameters": count_parameters(run.teacher),
+        "parameters": count_parameters(empty_model(run.source.family, run.source.config)),
         "bytes": sum(f.stat().st_size for f in run.source.weight_files()),
         "blocks": run.source.family.num_blocks(run.source.config),
     }

@@ -191,7 +191,7 @@ def test_scenes_leak_nowhere(module: str) -> None:
 
 @every_module
 def test_student_classes_stand_alone(module: str) -> None:
-    """They are copied beside a student's weights, where there is no ppclc; what they share goes with them (`models.travelling_class`)."""
+    """They are copied beside a student's weights, where there is no ppclc; what they share goes with them (`parts.Travelling`)."""
     if _part(module) == "students":
         own = IMPORTS[module] - {"ppclc.students.parts"}
         roots = {target.split(".")[0] for target in own} - set(sys.stdlib_module_names)

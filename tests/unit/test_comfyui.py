@@ -14,12 +14,15 @@ from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ppclc import comfyui, plugins
+from ppclc import cli, comfyui, commands, plugins
 from ppclc.comfyui import check_layout, write_single_file
+from ppclc.compiler import compress
+from ppclc.display import Display
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import rotary_axes
 from ppclc.models import WEIGHTS, apply_plan, load_model, open_source, save_model
 from ppclc.plan import CompressionPlan
+from ppclc.recipe import parse_recipe
 from ppclc.samples import open_samples
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.weight_files import WeightFiles
@@ -270,3 +273,44 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(ModelError, match=r"img_in.bias is stored as torch.int8, wanted one of"):
         WeightFiles(open_source(str(tmp_path / "b.safetensors")), torch.float32, torch.device("cpu"))
+
+
+# -- as a teacher, and by the command line ----------------------------------------------------------------------------
+
+
+def test_a_single_file_is_compressed_and_cut_for_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """File in, file out: the teacher streamed from a file for ComfyUI, its student written as one by the command itself."""
+    student_of("qwen_image", tmp_path / "first")
+    file = write_single_file(tmp_path / "first", tmp_path / "teacher.safetensors")
+    out = tmp_path / "out"
+    recipe = {
+        "model": {"path": str(file)},
+        "calibrate": {"source": "noise", "samples": 64, "longest": 2},
+        "analyze": {"probes": 16, "trials": 0, "supernet_steps": 0},
+        "target": {"parameters": 0.75},
+        "plan": {"text_stream": "none", "ffn": "none", "modulation_rank": "none"},
+        "distill": {"steps": 2, "width_steps": 2, "finetune_steps": 2, "batch": 4, "teacher": "streamed"},
+    }
+    compress(parse_recipe(recipe, "r"), "r", out, Display(0, -1), until="slice")
+    assert sorted(p.name for p in (out / "model").iterdir()) == ["README.md", "recipe.yaml", "transformer"]
+    assert "base_model" not in (out / "model" / "README.md").read_text("utf-8")
+    monkeypatch.setattr("sys.argv", ["ppclc", "slice", str(out), "--plan", str(out / "plan.json"), "--comfyui", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    document = json.loads(capsys.readouterr().out)
+    [home] = (out / "sizes").iterdir()
+    [written] = (home / "comfyui").iterdir()
+    assert written.name == f"out-{home.name}.safetensors"
+    assert same(dict(load_model(written).state_dict()), dict(load_model(home).state_dict()))
+    assert sum(t.numel() for t in load_file(written).values()) == document["student"]["parameters"]
+
+
+def test_inspect_tells_what_it_leaves(tmp_path: Path) -> None:
+    student = student_of("flux", tmp_path)
+    tensors = load_file(write_single_file(tmp_path, tmp_path / "a.safetensors"))
+    save_file({PREFIX + k: v for k, v in tensors.items()} | {"vae.x": torch.ones(1)}, tmp_path / "b.safetensors")
+    told = commands.inspect(str(tmp_path / "b.safetensors"), check=True)
+    assert (told["family"], told["groups"]) == ("flux", {"transformer_blocks": 3, "single_transformer_blocks": 2})
+    assert told["parameters"] == sum(p.numel() for p in student.parameters())
+    assert told["notes"] == [f"{tmp_path / 'b.safetensors'}: 1 tensors beside the transformer's are not read, vae.x first"]
