@@ -20,10 +20,11 @@ from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import rotary_axes
-from ppclc.models import WEIGHTS, apply_plan, load_model, open_source, save_model
+from ppclc.models import WEIGHTS, apply_plan, empty_model, load_model, open_source, save_model
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.samples import open_samples
+from ppclc.single_files import cuts_of, recognise, stacked_shapes
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.weight_files import WeightFiles
 from tests.contracts.test_families import subject_of
@@ -314,3 +315,22 @@ def test_inspect_tells_what_it_leaves(tmp_path: Path) -> None:
     assert (told["family"], told["groups"]) == ("flux", {"transformer_blocks": 3, "single_transformer_blocks": 2})
     assert told["parameters"] == sum(p.numel() for p in student.parameters())
     assert told["notes"] == [f"{tmp_path / 'b.safetensors'}: 1 tensors beside the transformer's are not read, vae.x first"]
+
+
+@pytest.mark.parametrize(("guidance", "count"), [(True, 780), (False, 776)])
+def test_the_published_file_of_flux_is_met_in_names_and_shapes(guidance: bool, count: int) -> None:
+    """FLUX.1 dev and schnell at their own size, from shapes alone: as many tensors as their files have, and the configuration back from them."""
+    family = plugins.load("families", "flux")
+    published = {"_class_name": family.class_name, "guidance_embeds": guidance, "num_layers": 19, "num_single_layers": 38}
+    ours = {n: tuple(t.shape) for n, t in empty_model(family, published).state_dict().items()}
+    there = stacked_shapes(cuts_of(family.single_file, ours), ours)
+    assert len(there) == count
+    assert there["double_blocks.0.img_attn.qkv.weight"] == (9216, 3072)
+    assert there["single_blocks.37.linear1.weight"] == (21504, 3072)
+    assert there["single_blocks.37.linear2.weight"] == (3072, 15360)
+    assert there["final_layer.adaLN_modulation.1.weight"] == (6144, 3072)
+    found = recognise({PREFIX + n: s for n, s in there.items()}, "flux1.safetensors")
+    assert found.config["axes_dims_rope"] == (16, 56, 56)
+    model = empty_model(family, found.config)
+    assert {n: tuple(t.shape) for n, t in model.state_dict().items()} == ours
+    assert model.config.guidance_embeds is guidance
