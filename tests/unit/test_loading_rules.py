@@ -172,3 +172,21 @@ def test_a_student_saved_again_is_the_student(cut: Cut) -> None:
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in student.state_dict().items())
     a, b = ({k: v for k, v in json.loads(m.to_json_string()).items() if k != "_name_or_path"} for m in (again, student))
     assert a == b
+
+
+def test_a_class_that_travels_loads_as_the_card_says(tmp_path: Path) -> None:
+    """Of a bare transformer: by `AutoModel` and the subfolder; saved again it does so too."""
+    plan = CompressionPlan.of("qwen_image", 4, [(1, 2)], modulation_rank=4)
+    model = subject_of("qwen_image").model
+    bank = {"modulation": {"basis": torch.eye(model.inner_dim), "mean": torch.zeros(model.inner_dim)}}
+    student = apply_plan(model, plan, bank)
+    save_model(student, plan, tmp_path)
+    found = diffusers.AutoModel.from_pretrained(str(tmp_path), subfolder="transformer", trust_remote_code=True)
+    found.save_pretrained(tmp_path / "again" / "transformer")
+    again = diffusers.AutoModel.from_pretrained(str(tmp_path / "again"), subfolder="transformer", trust_remote_code=True)
+    for other in (found, again, load_model(tmp_path / "again")):
+        assert type(other).__name__ == type(student).__name__
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in student.state_dict().items())
+    assert {p.name for p in (tmp_path / "again" / "transformer").iterdir()} == {
+        p.name for p in (tmp_path / "transformer").iterdir() if p.name != "plan.json"
+    }
