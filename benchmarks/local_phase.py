@@ -1,6 +1,6 @@
 """Local and joint training against joint training alone, and against PPCL as printed: the same cut, the same time.
 
-    python -m benchmarks.local_phase [--joint-steps 85 140 280] [--training-seeds 0 1 2] [--scenes 2048] [--seeds 220 ... 227]
+    python -m benchmarks.local_phase [--joint-steps 85 140 280] [--local-steps 300] [--training-seeds 0 1 2] [--scenes 2048] [--seeds 220 ... 227]
 
 Six of twelve blocks gone at modulation rank 8, in the time of so many joint steps. `joint`: joint steps alone. `ours`: our plan, from
 the same start, local steps, and joint steps for the time that is left. `ppcl`: the paper's intervals trimmed to as many blocks, each
@@ -25,7 +25,7 @@ from ppclc.models import load_source, open_source, set_threads
 
 RATIO = 6
 """Local steps for one joint step. Source: arXiv 2511.16156, training set-up (6,000 and 1,000)."""
-LOCAL, TIMED = 200, 24
+TIMED = 24
 TRAINED = {"learning_rate": 5e-3, "finetune_learning_rate": 7e-3}
 """Peaks that were best of several for the one and for the other, each alone."""
 
@@ -48,13 +48,13 @@ def step_seconds(lab: Lab, out: Path, rounds: int = 7) -> tuple[float, float]:
     return joint * median(own / j for own, j in pairs), joint
 
 
-def changes_for(joint_steps: int, local_s: float, joint_s: float) -> dict[str, dict[str, Any]]:
+def changes_for(joint_steps: int, local_steps: int, local_s: float, joint_s: float) -> dict[str, dict[str, Any]]:
     """What each of the three is, in the time of so many joint steps."""
     whole = joint_steps * joint_s
     printed = round(whole / (RATIO * local_s + joint_s))
     paper = {"steps": RATIO * printed, "finetune_steps": printed, "magnitude": 0.0, "data_weight": 0.0}
     return {
-        "ours": {"distill": TRAINED | {"steps": LOCAL, "finetune_steps": round((whole - LOCAL * local_s) / joint_s)}},
+        "ours": {"distill": TRAINED | {"steps": local_steps, "finetune_steps": round((whole - local_steps * local_s) / joint_s)}},
         "joint": {"distill": TRAINED | {"steps": 0, "finetune_steps": joint_steps}},
         "ppcl": {"start": "first", "distill": TRAINED | paper},
     }
@@ -64,6 +64,8 @@ def main() -> None:
     """Train and judge the three at every budget; one results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--joint-steps", type=int, nargs="+", default=[85, 140, 280])
+    parser.add_argument("--local-steps", type=int, default=300)
+    parser.add_argument("--step-seconds", type=float, nargs=2, help="of a local and a joint step, as an earlier run timed them")
     parser.add_argument("--training-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=2048)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(220, 228)))
@@ -73,14 +75,14 @@ def main() -> None:
     set_threads(source)
     labs = {"ours": laboratory(options.out), "ppcl": laboratory(options.out, "ppcl")}
     labs["joint"] = labs["ours"]
-    local_s, joint_s = step_seconds(labs["ours"], options.out)
+    local_s, joint_s = options.step_seconds or step_seconds(labs["ours"], options.out)
     judge = Judge(source, options.scenes, tuple(options.seeds), options.out / "judged")
     right = judge.outcomes(load_source(source), "teacher", 1)["right_g1"]
     budgets = {}
     for joint_steps in options.joint_steps:
         rows: dict[str, Any] = {}
         found: dict[str, list[torch.Tensor]] = {}
-        for name, change in changes_for(joint_steps, local_s, joint_s).items():
+        for name, change in changes_for(joint_steps, options.local_steps, local_s, joint_s).items():
             seconds, outcomes = [], []
             for seed in options.training_seeds:
                 start = time.perf_counter()

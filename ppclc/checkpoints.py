@@ -42,12 +42,13 @@ CHUNK_BYTES, COPY_BYTES = 1 << 20, 8 << 20
 
 
 class Place(NamedTuple):
-    """Where a tensor lies: its file, the byte at which it starts, and what it is."""
+    """Where a tensor lies: its file, the byte at which it starts, and what it is; `swapped`: its halves of rows stand in the other order."""
 
     file: Path
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    swapped: bool = False
 
     @property
     def bytes(self) -> int:
@@ -81,7 +82,7 @@ def places_in(file: Path, kinds: Mapping[str, torch.dtype] = STORED) -> dict[str
 
 
 def places_of(files: Sequence[Path], index: Path | None = None) -> dict[str, Place]:
-    """Place of every tensor of a model's files.
+    """Place of every tensor of a model's files, all of one dtype.
 
     Raises:
         ModelError: a file that is not whole; a tensor that two files hold; an index that names a tensor where it is not;
@@ -113,7 +114,7 @@ def _check_index(index: Path, places: Mapping[str, Place]) -> None:
 
 
 def read_at(place: Place) -> torch.Tensor:
-    """A tensor as it lies in its file, read and not mapped."""
+    """A tensor as it lies in its file, read and not mapped; nothing is swapped."""
     tensor = torch.empty(place.shape, dtype=place.dtype)
     fill(tensor, place)
     return tensor

@@ -95,6 +95,7 @@ def cut(
     parameters: Annotated[float | None, typer.Option("--parameters", help="What remains: a share up to 1.0, or a number.")] = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json to follow exactly.")] = None,
     out: Out = None,
+    comfyui: Annotated[bool, typer.Option("--comfyui", help="Write one file for ComfyUI beside it, in comfyui/.")] = False,
     changes: Changes = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -103,7 +104,7 @@ def cut(
     """Cut another size from the distilled edits of a finished run, without training."""
     from ppclc import commands
 
-    document = commands.slice_size(run, parameters, plan_file, out, changes or [], verbose - quiet)
+    document = commands.slice_size(run, parameters, plan_file, out, changes or [], verbose - quiet, comfyui)
     if as_json:
         typer.echo(json.dumps(document))
 

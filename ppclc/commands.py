@@ -110,6 +110,8 @@ def inspect(model: str, check: bool) -> dict[str, Any]:
         "bytes": sum(f.stat().st_size for f in source.weight_files()),
         "parameters_by_part": dict(sorted(parts.items(), key=lambda p: -p[1])),
     }
+    if source.notes:
+        document["notes"] = list(source.notes)
     if check:
         check_weights(source)
         document["checked"] = "every tensor is there, of the right shape, and finite"
@@ -203,13 +205,19 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
 
 
 def slice_size(
-    where: str, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
+    where: str,
+    parameters: float | None,
+    plan_file: Path | None,
+    folder: Path | None,
+    changes: list[str],
+    verbosity: int,
+    single_file: bool = False,
 ) -> dict[str, Any]:
     """Cut another size from a finished run, or a model by a plan; the head of what a report would say. Raises as `ppclc.sizes` does."""
     if sizes.is_model(where, parameters, plan_file):
-        document = sizes.slice_model(where, plan_file, folder, verbosity)
+        document = sizes.slice_model(where, plan_file, folder, verbosity, single_file)
     else:
-        document = sizes.slice_size(Path(where), parameters, plan_file, folder, changes, verbosity)
+        document = sizes.slice_size(Path(where), parameters, plan_file, folder, changes, verbosity, single_file)
     return {k: document[k] for k in HEAD}
 
 
@@ -240,7 +248,7 @@ def newest_out() -> Path:
     found = [p.parents[2] for p in Path("out").glob("*/model/transformer/config.json")]
     if not found:
         raise RecipeError("no student below out/ yet; give a MODEL, or run first: ppclc compress two_digits")
-    return max(found, key=lambda f: (f / "model").stat().st_mtime)
+    return max(found, key=lambda f: (f / "model" / "transformer").stat().st_mtime)  # the folder above changes with its card
 
 
 def export(model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int) -> dict[str, Any]:
@@ -252,6 +260,8 @@ def export(model: str | None, backend: str, out: Path | None, dtype: str, verbos
     set_threads(source)
     folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
     display = Display(1, verbosity)
+    for note in source.notes:
+        display.say(note)
     with display.stage(f"export {source.path} to {backend}"):
         record = export_pass.export_model(load_source(source), source.family, backend, dtype, folder, source.digest())
     display.say(f"wrote {folder}")
@@ -288,6 +298,8 @@ def bench(
     if random_weights:
         sources[random_weights] = open_configuration(random_weights)
     display = Display(2, verbosity)
+    for note in [note for source in sources.values() for note in source.notes]:
+        display.say(note)
     with display.stage("block costs") as progress:
         for source in _teachers(sources.values()):
             _keep_block_costs(source, dtype, runs, progress, display)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppclc.bank import joined, needed
+from ppclc.cards import Card, write_card
 from ppclc.closed_forms import check_reach
 from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
@@ -37,6 +38,7 @@ from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
+from ppclc.pipelines import surround
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
@@ -83,6 +85,8 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
                 break
         with display.stage(step) as progress:
             steps[step](run, progress)
+    if run.student is not None:
+        describe(run)
     return run
 
 
@@ -132,6 +136,7 @@ def reported(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
             raise OutputError(f"{out}: the run is not finished ({error}); {again}") from None
         display.say("warning: measured on another machine, or not at all: the report has no latencies; ppclc bench measures here")
     report(run, lambda *_: None)
+    describe(run)
     return run
 
 
@@ -208,6 +213,19 @@ def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:
         lambda _: slice_pass.slice_student(run.source, dtype, plan, bank, trained.tensors, folder),
         valid=lambda student: slice_pass.is_intact(student, folder),
     )
+    if not run.store.frozen:
+        for note in surround(run.source, folder):
+            run.display.say(note)
+
+
+def describe(run: Run) -> None:
+    """The student's model card and the recipe beside it, with all that is known of it so far, where its folder is still there."""
+    plan, student, folder = made(run.plan), made(run.student), run.out / "model"
+    if not (folder / "transformer" / "config.json").is_file():
+        return
+    sizes = student.model_dump(include={"parameters", "bytes", "blocks"})
+    card = Card(run.source, plan, teacher_size(run), sizes, run.recipe.model.dtype, verdict=run.verdict, recipe=True)
+    write_card(card, folder, run.recipe.to_yaml())
 
 
 def verify(run: Run, progress: Callable[[float, str], None]) -> None:

@@ -6,9 +6,9 @@ end meet the same one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -22,32 +22,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ppclc import families, plugins
-from ppclc.checkpoints import WEIGHTS, Piece, Place, held, places_in, places_of, write_checkpoint
+from ppclc.checkpoints import STATES, STORED, WEIGHTS, Piece, Place, held, places_in, places_of, stored_shapes, write_checkpoint
 from ppclc.devices import cores
 from ppclc.errors import ModelError, PlanError, UnavailableError
-from ppclc.families import STREAMS, Bank, Family, Group, Layout, States
+from ppclc.families import STREAMS, Bank, Cut, Family, Group, Layout, States
 from ppclc.plan import CompressionPlan
-from ppclc.records import disk_errors, file_digest, write_text
+from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
+from ppclc.single_files import cuts_of, layout_of, recognise, stacked_shapes
 from ppclc.student_tensors import student_config as edited_config
 from ppclc.student_tensors import student_tensor
+from ppclc.students.parts import Travelling, bring_class, travelling_file
 
 BUILTIN = "builtin:"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
 """Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
-PARTS = "ppclc.students.parts"
-"""What the travelling classes of all families share."""
 NARROW = 256
 """Widths up to which operators run on one thread."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: the folder that holds its `config.json`, what the configuration says, its family."""
+    """Where a model lies: the folder that holds its `config.json` or the one file that it is, what the configuration says, its family."""
 
     path: str
     folder: Path
@@ -56,6 +55,8 @@ class Source:
     layout: Layout | None = None
     stored: Mapping[str, Any] = field(default_factory=dict)
     """The configuration as it lies there, where that is of another layout than ours."""
+    notes: tuple[str, ...] = ()
+    """What is to be told of it."""
 
     @property
     def task(self) -> Any | None:
@@ -68,6 +69,8 @@ class Source:
         Raises:
             ModelError: none there, only pickles there, or an index that names files that are not there.
         """
+        if self.folder.is_file():
+            return [self.folder]
         index = self.folder / f"{WEIGHTS}.index.json"
         if index.exists():
             places = json_object(index).get("weight_map", {})
@@ -84,18 +87,28 @@ class Source:
 
     def places(self) -> dict[str, Place]:
         """Where every tensor lies, from the files' headers. Raises ModelError for files that are not whole or do not agree."""
-        return places_of(self.weight_files(), self.folder / f"{WEIGHTS}.index.json")
+        if self.layout is None or not self.layout.cuts:
+            return places_of(self.weight_files(), self.folder / f"{WEIGHTS}.index.json")
+        there = {name: place for file in self.weight_files() for name, place in places_in(file, STATES).items()}
+        return {name: _place_of(cut, there[cut.name]) for name, cut in self.layout.cuts.items()}
 
     @property
     def has_weights(self) -> bool:
         """Whether weights lie beside the configuration, whole or not."""
-        return any(self.folder.glob("*.safetensors*"))
+        return self.folder.is_file() or any(self.folder.glob("*.safetensors*"))
 
     def digest(self) -> str:
         """SHA-256 over configuration and weight files."""
-        return _files_digest(
-            tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [self.folder / "config.json", *self.weight_files()])
-        )
+        described = [] if self.folder.is_file() else [self.folder / "config.json"]
+        return _files_digest(tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [*described, *self.weight_files()]))
+
+
+def _place_of(cut: Cut, whole: Place) -> Place:
+    """The place of a tensor of ours within one of another layout. Raises ModelError for a dtype that weights have not."""
+    if whole.dtype not in STORED.values():
+        raise ModelError(f"{whole.file}: tensor {cut.name} is stored as {whole.dtype}, wanted one of {', '.join(STORED)}")
+    row = math.prod(whole.shape[1:]) * whole.dtype.itemsize
+    return Place(whole.file, whole.start + cut.first * row, whole.dtype, (cut.last - cut.first, *whole.shape[1:]), cut.swapped)
 
 
 @cache
@@ -106,11 +119,13 @@ def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def open_source(path: str, revision: str | None = None) -> Source:
-    """Find a model: a folder (pipeline or bare transformer), a hub id, or `builtin:NAME`.
+    """Find a model: a folder (pipeline or bare transformer), a safetensors file as ComfyUI loads it, a hub id, or `builtin:NAME`.
 
     Raises:
-        ModelError: there is no such folder, it holds no transformer, or no family knows its class.
+        ModelError: there is no such folder or file, it holds no transformer, or no family knows it.
     """
+    if (file := Path(path).expanduser()).suffix == ".safetensors" and file.is_file():
+        return _open_file(path, file)
     if path.startswith(BUILTIN):
         name = path.removeprefix(BUILTIN)
         if name not in plugins.names("tasks"):
@@ -131,6 +146,21 @@ def open_source(path: str, revision: str | None = None) -> Source:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
     return Source(path, folder, known | config, family, layout, stored if layout else {})
+
+
+def _open_file(path: str, file: Path) -> Source:
+    """A transformer in a single file. Raises ModelError as `single_files.recognise` does, and for a tensor missing, extra or of a wrong shape."""
+    shapes = stored_shapes(file)
+    found = recognise(shapes, str(file))
+    config, layout = _stock_config(found.family) | found.config, found.family.single_file
+    assert layout is not None
+    ours = {name: tuple(tensor.shape) for name, tensor in empty_model(found.family, config, str(file)).state_dict().items()}
+    cuts = cuts_of(layout, ours)
+    wanted = {found.prefix + name: shape for name, shape in stacked_shapes(cuts, ours).items()}
+    aside = {*found.others, *(found.prefix + name for name in layout.markers(config))}
+    compare_tensors(file, wanted, {name: shape for name, shape in shapes.items() if name not in aside}, "its own blocks and widths")
+    notes = [f"{path}: {len(found.others)} tensors beside the transformer's are not read, {found.others[0]} first"] if found.others else []
+    return Source(path, file, config, found.family, layout_of(found, cuts), found.config, tuple(notes))
 
 
 def open_configuration(path: str) -> Source:
@@ -214,10 +244,12 @@ def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None
     if root.is_dir():
         return root
     if root.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise ModelError(f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', or builtin:two-digits")
+        raise ModelError(
+            f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', a .safetensors file, or builtin:two-digits"
+        )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors"]
+    wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors", "README.md", "LICENSE*"]
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=[*wanted, *(more or [])]))
     except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
@@ -324,10 +356,9 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
     Raises:
         ModelError: a tensor missing, of a wrong shape, not finite, or there for nothing.
     """
-    files: dict[str, torch.Tensor] = {}
+    files: dict[str, StoredTensors] = {}
     for file in source.weight_files():
-        places_in(file)  # a file that is not whole is refused with its name
-        files |= load_file(file)
+        files |= dict.fromkeys(places_in(file, STATES), StoredTensors(file))  # one that is not whole is refused with its name
     model = empty_model(source.family, source.config, str(source.folder / "config.json"))
     read = _Accessed(files)
     state = {}
@@ -351,14 +382,15 @@ def _from_layout(source: Source, layout: Layout, dtype: str) -> Any:
 
 
 class _Accessed(Mapping[str, torch.Tensor]):
-    """Tensors, and the names of those that were asked for."""
+    """Tensors by the files that hold them, and the names of those that were asked for."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensors]) -> None:
         self.tensors, self.names = tensors, set[str]()
 
     def __getitem__(self, name: str) -> torch.Tensor:
         self.names.add(name)
-        return self.tensors[name]
+        tensor: torch.Tensor = self.tensors[name][name]
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -370,15 +402,24 @@ class _Accessed(Mapping[str, torch.Tensor]):
 def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Place]) -> None:
     """Nothing when names and shapes are those that the class wants. Raises ModelError naming the first that is not."""
     _check_blocks(source, found)
-    folder = source.folder
+    compare_tensors(source.folder, expected, {name: place.shape for name, place in found.items()})
+
+
+def compare_tensors(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], by: str = "config.json"
+) -> None:
+    """As `check_tensors`, of names and shapes alone; `by`: what tells what is wanted."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
-        raise ModelError(f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that config.json calls for")
+        raise ModelError(
+            f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that {by} call{'s' if by == 'config.json' else ''} for"
+        )
     if extra:
-        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; does config.json fit?")
+        asked = f"does {by} fit?" if by == "config.json" else "wanted the transformer's alone"
+        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; {asked}")
     for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name].shape)}, wanted {list(shape)} by config.json")
+        if found[name] != shape:
+            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name])}, wanted {list(shape)} by {by}")
 
 
 def _check_blocks(source: Source, names: Iterable[str]) -> None:
@@ -476,39 +517,21 @@ def save_model(model: Any, plan: CompressionPlan, folder: Path, pieces: Mapping[
     A width-edited student's class travels with it, under a name made from its content. With `pieces`, its tensors by
     name, the model itself may be empty. `plan.json` tells the SHA-256 of the files beside it.
     """
-    config = {"_class_name": type(model).__name__, **model.config}
-    family = families.of_config(config, "model")
     home = folder / "transformer"
     with disk_errors(folder):
         digests = write_checkpoint(home, {n: held(t) for n, t in model.state_dict().items()} if pieces is None else pieces)
         model.save_config(home)
-        if family.class_of(plan) != family.class_name:
-            _bring_class(family, family.class_of(plan), home)
+        if isinstance(model, Travelling):
+            bring_class(type(model), home)
         digests |= {p.name: file_digest(p) for p in home.iterdir() if p.name not in digests}
         write_text(home / "plan.json", plan.to_json(digests))
         digests["plan.json"] = file_digest(home / "plan.json")
     return {f"{home.name}/{name}": digest for name, digest in sorted(digests.items())}
 
 
-def _bring_class(family: Family, class_name: str, home: Path) -> None:
-    """Put the student's class beside its weights and name it in `auto_map`."""
-    text = travelling_class(family.class_names[class_name])
-    name = f"ppclc_{family.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    write_text(home / f"{name}.py", text)
-    config = json_object(home / "config.json")
-    config["auto_map"] = {"AutoModel": f"{name}.{class_name}"}
-    write_text(home / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def travelling_class(where: str) -> str:
     """The text of a student's class, `module:Class`, as it travels: one module, with the parts that it shares with others in front."""
-    sources = [Path(str(import_module(m).__file__)).read_text("utf-8") for m in (PARTS, where.partition(":")[0])]
-    if f"from {PARTS} import" not in sources[1]:
-        return sources[1]
-    future = "from __future__ import annotations\n"
-    parts, own = (text.split(future, 1) for text in sources)
-    imports = re.compile(rf"^from {re.escape(PARTS)} import (\([^)]*\)|.*)\n", re.MULTILINE)
-    return own[0] + future + parts[1].rstrip() + "\n\n\n" + imports.sub("", own[1]).lstrip()
+    return travelling_file(_class(where))[1]
 
 
 def blocks_of(model: Any, family: Family) -> list[nn.Module]:

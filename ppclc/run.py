@@ -17,6 +17,7 @@ from ppclc.local_phase import give_back_memory
 from ppclc.models import Source, check_teacher, load_source, open_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
+from ppclc.pipelines import components, pipeline_of
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe
 from ppclc.records import (
@@ -124,6 +125,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
         export_pass.check_backend(target.backend, target.dtype)
     source = open_source(recipe.model.path, recipe.model.revision)
     check_teacher(source)
+    if (root := pipeline_of(source)) is not None:
+        components(root)  # one that no student can be made whole by is refused before work begins
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
     budget = budget_of(source, recipe.target, recipe.model.dtype)
@@ -136,6 +139,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
         check_target(recipe.plan, budget)
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
     run = Run(recipe, name, out, display, source, cache, ranks)
+    for note in source.notes if ranks.is_main else ():
+        display.say(note)
     check_optimizer(recipe.distill)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding

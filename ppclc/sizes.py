@@ -17,14 +17,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ppclc import compiler, distilling, selection
+from ppclc import comfyui, compiler, distilling, selection
 from ppclc.bank import INTERVAL, EditBank, considered, interval_plan, needed
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
+from ppclc.cards import CARD, Card, write_card
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.models import BUILTIN, Source, check_teacher, open_source, quiet_libraries, student_config
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
+from ppclc.pipelines import names_in, surround
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.recipe import Recipe, read_recipe
 from ppclc.records import Analysis, Distilled, Store, Student, check_writable, digest_of, file_digest, whole_folder, write_text
@@ -217,13 +219,19 @@ def plan_by_hand(run: Run, bank: EditBank, path: Path) -> CompressionPlan:
 
 
 def slice_size(
-    out: Path, parameters: float | None, plan_file: Path | None, folder: Path | None, changes: list[str], verbosity: int
+    out: Path,
+    parameters: float | None,
+    plan_file: Path | None,
+    folder: Path | None,
+    changes: list[str],
+    verbosity: int,
+    single_file: bool = False,
 ) -> dict[str, Any]:
-    """Cut another size from a finished run; what `size.json` says of it.
+    """Cut another size from a finished run; what `size.json` says of it. With `single_file`, a file for ComfyUI lies beside it.
 
     Raises:
         RecipeError: neither a size nor a plan, both, or a changed key that is not of the fine-tune.
-        PlanError: a size or a plan that the bank does not reach.
+        PlanError: a size or a plan that the bank does not reach, or that ComfyUI has no class for.
         OutputError: no finished run in `out`, or something else's folder to write to.
     """
     if (parameters is None) == (plan_file is None):
@@ -239,10 +247,14 @@ def slice_size(
     run.store = Store(out)
     bank = _open_bank(run)
     plan = plan_of_size(run, bank, target) if target else plan_by_hand(run, bank, Path(str(plan_file)))
+    if single_file:
+        comfyui.check_layout(run.source.family, plan)
     home = (folder or out / "sizes" / size_name(plan, parameters, 0 if plan.is_empty else settings.finetune_steps)).absolute()
     if not folder:
         check_home(home)
     document = _cut(run, bank, plan, settings, home)
+    if single_file:
+        _write_single_file(home, home.name if folder else f"{out.absolute().name}-{home.name}", display)
     for line in summary(document, recipe.model.path, _shown(home)):
         display.say(line)
     return document
@@ -288,8 +300,9 @@ def size_name(plan: CompressionPlan, parameters: float | None, steps: int) -> st
 def check_home(home: Path) -> None:
     """Raise OutputError for a folder that cannot be written, or holds anything but an earlier size: it would be replaced whole."""
     there = sorted(p.name for p in home.iterdir()) if home.is_dir() else []
-    if there and there != [SIZE_FILE, "transformer"]:
-        other = [name for name in there if name not in (SIZE_FILE, "transformer")] or there
+    known = {SIZE_FILE, "transformer", CARD, comfyui.FOLDER, *names_in(home)}
+    if there and not {SIZE_FILE, "transformer"} <= set(there) <= known:
+        other = [name for name in there if name not in known] or there
         raise OutputError(f"{home}: holds something else than a size, {other[0]}, which would be lost; give another folder with -o")
     check_writable(home)
 
@@ -297,7 +310,7 @@ def check_home(home: Path) -> None:
 def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSettings, home: Path) -> dict[str, Any]:
     """The student of a plan in its folder, whole or not at all; what was cut before and lies there intact is left."""
     edits, tensors = bank.read(plan)
-    display, steps = run.display, 0 if plan.is_empty else settings.finetune_steps
+    display, dtype, steps = run.display, run.recipe.model.dtype, 0 if plan.is_empty else settings.finetune_steps
     tuned: list[Distilled] = []
     if steps:
         with display.stage("fine-tune") as progress:
@@ -316,8 +329,8 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
     def build(_: Path) -> Student:
         with whole_folder(home) as draft:
             trained = tuned[0].tensors if tuned else {}
-            made = slice_pass.write_student(run.source, run.recipe.model.dtype, plan, tensors, trained, draft)
-            return _with_document(made, document, draft)
+            made = slice_pass.write_student(run.source, dtype, plan, tensors, trained, draft)
+            return _with_document(made, document, draft, _card(run.source, dtype, document, plan, "distilled edits"))
 
     with display.stage("slice"):
         made = run.store.make(
@@ -329,12 +342,16 @@ def _cut(run: Run, bank: EditBank, plan: CompressionPlan, settings: DistillSetti
             build,
             valid=lambda student: slice_pass.is_intact(student, home),
         )
+    for note in surround(run.source, home):
+        display.say(note)
     return document | {"student": _size_of(made)}
 
 
-def _with_document(made: Student, document: dict[str, Any], draft: Path) -> Student:
-    """A student with `size.json` beside it."""
+def _with_document(made: Student, document: dict[str, Any], draft: Path, card: Card) -> Student:
+    """A student with what else its folder holds: the other components, its card, `size.json`."""
     document["student"] = _size_of(made)
+    surround(card.source, draft)
+    write_card(replace(card, student=document["student"]), draft)
     write_text(draft / SIZE_FILE, json.dumps(document, indent=1) + "\n")
     return made.model_copy(update={"files": made.files | {SIZE_FILE: file_digest(draft / SIZE_FILE)}})
 
@@ -347,7 +364,7 @@ def is_model(where: str, parameters: float | None, plan_file: Path | None) -> bo
     return not folder.exists() and parameters is None and plan_file is not None  # an id of the hub
 
 
-def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosity: int) -> dict[str, Any]:
+def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosity: int, single_file: bool = False) -> dict[str, Any]:
     """Cut a model by a plan with no run at all: blocks that go, and nothing that would have to be fitted; what `size.json` says of it.
 
     Raises:
@@ -370,6 +387,8 @@ def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosi
             f"{plan_file}: {', '.join(fitted) or 'adapters'} follow from calibration, which a model's folder does not hold; "
             "wanted intervals alone, or the output folder of ppclc compress"
         )
+    if single_file:
+        comfyui.check_layout(source.family, plan)
     home, display = folder.absolute(), Display(1, verbosity)
     check_home(home)
     document: dict[str, Any] = {
@@ -381,14 +400,28 @@ def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosi
         "pluggable": [],
         "closed_form": [],
     }
-    dtype = next(iter(source.places().values())).dtype
+    dtype = str(next(iter(source.places().values())).dtype).removeprefix("torch.")
     with display.stage("slice"), whole_folder(home) as draft:
-        _with_document(slice_pass.write_student(source, str(dtype).removeprefix("torch."), plan, {}, {}, draft), document, draft)
-    for line in [*summary(document, model, _shown(home)), "no interval was trained: its first block stands for it"][
-        : None if plan.intervals else -1
-    ]:
+        made = slice_pass.write_student(source, dtype, plan, {}, {}, draft)
+        _with_document(made, document, draft, _card(source, dtype, document, plan, "its teacher by a plan, without training"))
+    if single_file:
+        _write_single_file(home, home.name, display)
+    told = ["no interval was trained: its first block stands for it"] if plan.intervals else []
+    for line in [*summary(document, model, _shown(home)), *told]:
         display.say(line)
     return document
+
+
+def _write_single_file(home: Path, name: str, display: Display) -> None:
+    written = comfyui.write_single_file(home, home / comfyui.FOLDER / f"{name}.safetensors")
+    display.say(f"wrote {_shown(written)}: for ComfyUI's models/diffusion_models")
+
+
+def _card(source: Source, dtype: str, document: Mapping[str, Any], plan: CompressionPlan, made: str) -> Card:
+    """What the card of a size tells: how it was made and how far trained, and that nobody measured it."""
+    steps = document["finetune_steps"]
+    tuned = f"fine-tuned end to end for {steps} steps" if steps else "not fine-tuned end to end, which makes it a starting point"
+    return Card(source, plan, document["teacher"], document["student"], dtype, [f"It was cut from {made}, and {tuned}."])
 
 
 def _size_of(student: Student) -> dict[str, int]:

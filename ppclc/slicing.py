@@ -66,7 +66,7 @@ def student_pieces(source: Source, files: WeightFiles, plan: CompressionPlan, ba
         if outline.shape != wanted.shape:
             raise PlanError(f"plan: {name} comes out as {list(outline.shape)}, wanted {list(wanted.shape)} by the student's configuration")
         own = outlines.names.get(id(outline))  # the very tensor: nothing was made of it
-        if own is not None and files.places[own].dtype == files.dtype:
+        if own is not None and files.places[own].dtype == files.dtype and not files.places[own].swapped:
             pieces[name] = files.places[own]
         else:
             pieces[name] = Made(files.dtype, tuple(wanted.shape), partial(_tensor, source, files, plan, bank, name))
@@ -86,7 +86,7 @@ def check_weights(source: Source) -> None:
     Raises:
         ModelError: a tensor missing, extra, of a wrong shape or not finite; a file that is not as it was written.
     """
-    if source.layout is not None:
+    if source.layout is not None and not source.layout.cuts:
         load_source(source)  # checked as a whole: its tensors are put together from several
     else:
         empty = empty_model(source.family, source.config, str(source.folder / "config.json"))
@@ -95,7 +95,7 @@ def check_weights(source: Source) -> None:
         files.dtype = next(iter(files.places.values())).dtype
         for name in files:
             files[name]
-    for name, digest in recorded_digests(source.folder).items():
+    for name, digest in recorded_digests(source.folder).items() if source.folder.is_dir() else ():
         file = source.folder / name
         if not file.is_file() or file_digest(file) != digest:
             raise ModelError(f"{file}: not as it was written, by the SHA-256 in {source.folder / 'plan.json'}; slice it again")

@@ -9,6 +9,7 @@ import torch
 from ppclc.checkpoints import fill
 from ppclc.errors import ModelError
 from ppclc.models import Source, check_tensors
+from ppclc.single_files import halves_swapped
 
 PIECE = 2**22
 """Values that are looked at in one go."""
@@ -48,8 +49,8 @@ class WeightFiles(Mapping[str, torch.Tensor]):
         direct = out.dtype == place.dtype and out.device.type == "cpu"
         stored = out if direct else torch.empty(place.shape, dtype=place.dtype)
         fill(stored, place)
-        if not direct:
-            out.copy_(stored)
+        if not direct or place.swapped:
+            out.copy_(halves_swapped(stored, place.swapped))
         if not is_finite(out):
             raise ModelError(f"{place.file}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
         return out

@@ -27,9 +27,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins",),
     ("students",),
     ("families",),
-    ("batches", "checkpoints", "curves", "detection", "shards", "student_tensors"),
+    ("batches", "checkpoints", "curves", "detection", "shards", "single_files", "student_tensors"),
     ("flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "weight_files"),
-    ("block_costs", "predictions", "slicing"),
+    ("block_costs", "comfyui", "pipelines", "predictions", "slicing"),
     ("cache", "datasets", "encoding", "samples", "teachers", "ffn_maps"),
     ("closed_forms", "local_edits", "trials"),
     ("local_phase", "refits"),
@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes",),
     ("bank",),
     ("display", "drawing", "recipe"),
-    ("environment", "run", "run_costs"),
+    ("cards", "environment", "run", "run_costs"),
     ("distilling",),
     ("compiler",),
     ("sizes",),
@@ -191,7 +191,7 @@ def test_scenes_leak_nowhere(module: str) -> None:
 
 @every_module
 def test_student_classes_stand_alone(module: str) -> None:
-    """They are copied beside a student's weights, where there is no ppclc; what they share goes with them (`models.travelling_class`)."""
+    """They are copied beside a student's weights, where there is no ppclc; what they share goes with them (`parts.Travelling`)."""
     if _part(module) == "students":
         own = IMPORTS[module] - {"ppclc.students.parts"}
         roots = {target.split(".")[0] for target in own} - set(sys.stdlib_module_names)

@@ -6,8 +6,9 @@ A family is one file here with a `PLUGIN`. Blocks are numbered through all group
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
@@ -259,17 +260,64 @@ def packed_latents(config: Mapping[str, Any], height: int, width: int) -> tuple[
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Where a tensor lies within one of another name: its rows, first and behind the last, and whether its halves are swapped there."""
+
+    name: str
+    first: int
+    last: int
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Another layout that students of a family are published in, read as ours.
+    """Another layout that models of a family are published in, read as ours.
 
     applies: whether a configuration is of it. config: that configuration to ours. tensor: one tensor of ours by name, from
-    their configuration and tensors. unread: whether one of theirs has no tensor of ours that is it alone.
+    their configuration and tensors. unread: whether one of theirs has no tensor of ours that is it alone. cuts: where each
+    tensor of ours lies, by name, in a layout that is no more than other names and tensors stacked in rows; empty for others.
     """
 
     applies: Callable[[Mapping[str, Any]], bool]
     config: Callable[[Mapping[str, Any]], dict[str, Any]]
     tensor: Callable[[str, Mapping[str, Any], Tensors], torch.Tensor]
     unread: Callable[[str, Mapping[str, Any]], bool]
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes by name, as a file's header tells them."""
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """The one file that ComfyUI loads a family's transformer from, the stock class alone.
+
+    applies: whether names and shapes are of it. config: what they tell of ours; the rest is as published. place: the name of
+    a tensor of ours to the name there, and its number among those that are stacked there in rows. swapped: tensors there whose
+    two halves stand in the other order. markers: from our configuration, names of empty tensors that say what no shape does.
+    """
+
+    applies: Callable[[Shapes], bool]
+    config: Callable[[Shapes], dict[str, Any]]
+    place: Callable[[str], tuple[str, int]] = lambda name: (name, 0)
+    swapped: tuple[str, ...] = ()
+    markers: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
+
+
+def counted(names: Iterable[str], path: str) -> int:
+    """Blocks below a path that are numbered without a gap from 0, as ComfyUI counts them."""
+    found = {name.removeprefix(f"{path}.").split(".")[0] for name in names if name.startswith(f"{path}.")}
+    return next(n for n in itertools.count() if str(n) not in found)
+
+
+def rotary_axes(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head by axis of its positions, which no tensor tells: 16, 56, 56 of the published 128, else in that proportion.
+
+    Source: `axes_dims_rope` of FLUX.1 and Qwen-Image as published; the proportion for other widths is ours.
+    """
+    side = 2 * (head_dim * 7 // 32)
+    return (head_dim - 2 * side, side, side)
 
 
 @dataclass(frozen=True)
@@ -306,6 +354,7 @@ class Family:
     forward's `timestep` is where the flow's is 1. latents: shape of one sample's latents by configuration and image grid in
     tokens. grid_inputs: what forward takes besides, by configuration, batch, image grid in tokens and text length. encoders: the
     way from prompts and images to tensors, None where there is none yet. layouts: others that students are published in.
+    single_file: the one that ComfyUI loads, None where ppclc knows none.
     """
 
     name: str
@@ -332,6 +381,7 @@ class Family:
     grid_inputs: Callable[[Mapping[str, Any], int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None
     layouts: tuple[Layout, ...] = ()
+    single_file: SingleFile | None = None
 
     @property
     def class_names(self) -> dict[str, str]:
@@ -407,6 +457,11 @@ def _known() -> dict[str, Family]:
         family: Family = plugins.load("families", name)
         found |= dict.fromkeys(family.class_names, family)
     return found
+
+
+def with_single_file() -> list[Family]:
+    """Families whose single file ppclc knows."""
+    return [family for family in {f.name: f for f in _known().values()}.values() if family.single_file]
 
 
 def timestep_scale(model: Any) -> float:

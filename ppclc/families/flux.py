@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, lowered_as_it_is
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _bfl, lowered_as_it_is
 
 GUIDANCE = 3.5
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' FluxPipeline."""
@@ -126,4 +126,5 @@ PLUGIN = Family(
         decode=decode,
         pixels_per_token=pixels_per_token,
     ),
+    single_file=_bfl.SINGLE_FILE,
 )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _oppo
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, Shapes, SingleFile, _oppo, counted, rotary_axes
 from ppclc.students.qwen_image import JointAttention
 
 
@@ -235,6 +235,29 @@ def lowered(model: Any) -> Lowered:
     )
 
 
+EDITS_AT_ZERO = "__index_timestep_zero__"
+"""What ComfyUI knows Qwen-Image-Edit-2511 by, whose references are modulated at timestep 0: an empty tensor of this name."""
+
+
+def file_config(shapes: Shapes) -> dict[str, Any]:
+    """What names and shapes of a single file tell, whose names are diffusers' own. Raises KeyError for a file that lacks what tells it."""
+    width, channels = shapes["img_in.weight"]
+    head_dim, side = shapes["transformer_blocks.0.attn.norm_q.weight"][0], 2
+    found: dict[str, Any] = {
+        "num_layers": counted(shapes, "transformer_blocks"),
+        "patch_size": side,
+        "in_channels": channels,
+        "out_channels": shapes["proj_out.weight"][0] // side**2,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": width // head_dim,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "axes_dims_rope": rotary_axes(head_dim),
+    }
+    if "time_text_embed.addition_t_embedding.weight" in shapes:
+        found |= {"use_additional_t_cond": True, "use_layer3d_rope": True}
+    return found | ({"zero_cond_t": True} if EDITS_AT_ZERO in shapes else {})
+
+
 PLUGIN = Family(
     name="qwen_image",
     class_name="QwenImageTransformer2DModel",
@@ -268,4 +291,9 @@ PLUGIN = Family(
         pixels_per_token=pixels_per_token,
     ),
     layouts=(_oppo.LAYOUT,),
+    single_file=SingleFile(
+        applies=lambda shapes: {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= shapes.keys(),
+        config=file_config,
+        markers=lambda config: (EDITS_AT_ZERO,) if config.get("zero_cond_t") else (),
+    ),
 )

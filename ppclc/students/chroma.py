@@ -11,6 +11,8 @@ from diffusers import ChromaTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 
+from ppclc.students.parts import Travelling
+
 
 def modulation_numbers(teacher_blocks: tuple[int, int], kept_blocks: list[int]) -> list[int]:
     """Places in the teacher's table of modulations of what the blocks that are left read: single blocks, image, text, output."""
@@ -23,7 +25,7 @@ def modulation_numbers(teacher_blocks: tuple[int, int], kept_blocks: list[int]) 
     return [*numbers, end, end + 1]
 
 
-class PrunedChromaTransformer2DModel(ChromaTransformer2DModel):
+class PrunedChromaTransformer2DModel(Travelling, ChromaTransformer2DModel):
     """`ChromaTransformer2DModel` of some of its blocks."""
 
     @register_to_config

@@ -29,6 +29,7 @@ from ppclc.students.parts import (
     EditedBlock,
     Modulated,
     TextRole,
+    Travelling,
     adapted,
     add_adapters,
     edits_of_blocks,
@@ -88,7 +89,7 @@ class PrunedFluxSingleTransformerBlock(FluxSingleTransformerBlock):
         return super().forward(*adapted(self, hidden_states, encoder_hidden_states), *args, **kwargs)
 
 
-class PrunedFluxTransformer2DModel(FluxTransformer2DModel):
+class PrunedFluxTransformer2DModel(Travelling, FluxTransformer2DModel):
     """`FluxTransformer2DModel` with the edits that its configuration names."""
 
     _no_split_modules = ["PrunedFluxTransformerBlock", "PrunedFluxSingleTransformerBlock"]

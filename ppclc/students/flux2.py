@@ -20,6 +20,7 @@ from ppclc.students.parts import (
     EditedBlock,
     Modulated,
     TextRole,
+    Travelling,
     edits_of_blocks,
     narrow_modulation,
     project_modulation,
@@ -69,7 +70,7 @@ class PrunedFlux2TransformerBlock(EditedBlock, Flux2TransformerBlock):
         return Modulated(Chunks(*chunks[:3]), Chunks(*chunks[3:]))
 
 
-class PrunedFlux2Transformer2DModel(Flux2Transformer2DModel):
+class PrunedFlux2Transformer2DModel(Travelling, Flux2Transformer2DModel):
     """`Flux2Transformer2DModel` with the edits that its configuration names."""
 
     _no_split_modules = ["PrunedFlux2TransformerBlock", "Flux2SingleTransformerBlock"]

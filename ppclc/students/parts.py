@@ -5,13 +5,58 @@ Shape suffixes: B batch, S token, D width, H head.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
+
+
+class Travelling:
+    """A model whose class goes where its weights are saved, as one file, so that they load there and from there again.
+
+    diffusers writes `__module__` of a model into the index of a pipeline that is saved with it, and looks there for a file of that name.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        kind: Any = type(self)
+        self.__module__ = travelling_file(kind)[0]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        bring_class(type(self), Path(save_directory))
+
+
+def bring_class(kind: Any, home: Path) -> None:
+    """Put a class beside its weights and name it in `auto_map`."""
+    name, text = travelling_file(kind)
+    (home / f"{name}.py").write_text(text, "utf-8")
+    config = json.loads((home / "config.json").read_text("utf-8")) | {"auto_map": {"AutoModel": f"{name}.{kind.__name__}"}}
+    (home / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+@cache
+def travelling_file(kind: Any) -> tuple[str, str]:
+    """Name, made from the content, and text of the one file that a class travels as: its module with this one in front, or where it came from."""
+    home = Path(str(sys.modules[kind.__module__].__file__))
+    text = home.read_text("utf-8")
+    package = "ppclc.students.parts"
+    if f"from {package} import" not in text:
+        return home.stem, text
+    future = "from __future__ import annotations\n"
+    parts, own = (t.split(future, 1) for t in ((home.parent / "parts.py").read_text("utf-8"), text))
+    imports = re.compile(rf"^from {re.escape(package)} import (\([^)]*\)|.*)\n", re.MULTILINE)
+    whole = own[0] + future + parts[1].rstrip() + "\n\n\n" + imports.sub("", own[1]).lstrip()
+    return f"ppclc_{home.stem}_{hashlib.sha256(whole.encode()).hexdigest()[:12]}", whole
 
 
 @dataclass(frozen=True)

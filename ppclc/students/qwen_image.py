@@ -37,7 +37,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import nn
 
-from ppclc.students.parts import LastFeatures, TextRole, check_adapted, check_linear_ffn, text_roles
+from ppclc.students.parts import LastFeatures, TextRole, Travelling, check_adapted, check_linear_ffn, text_roles
 
 
 class ProjectedTimeEmbeddings(QwenTimestepProjEmbeddings):
@@ -244,7 +244,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         return torch.cat([text, text_input], dim=-1) if self.role.emits_input else text
 
 
-class PrunedQwenImageTransformer2DModel(QwenImageTransformer2DModel):
+class PrunedQwenImageTransformer2DModel(Travelling, QwenImageTransformer2DModel):
     """`QwenImageTransformer2DModel` with the edits that its configuration names."""
 
     _no_split_modules = ["PrunedQwenImageTransformerBlock"]

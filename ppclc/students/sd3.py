@@ -28,6 +28,7 @@ from ppclc.students.parts import (
     EditedBlock,
     Modulated,
     TextRole,
+    Travelling,
     edits_of_blocks,
     narrow_modulation,
     project_modulation,
@@ -86,7 +87,7 @@ class PrunedJointTransformerBlock(EditedBlock, JointTransformerBlock):
         return split
 
 
-class PrunedSD3Transformer2DModel(SD3Transformer2DModel):
+class PrunedSD3Transformer2DModel(Travelling, SD3Transformer2DModel):
     """`SD3Transformer2DModel` with the edits that its configuration names."""
 
     _no_split_modules = ["PrunedJointTransformerBlock"]

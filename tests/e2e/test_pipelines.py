@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from PIL import Image
 from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.encoding import decoder
+from ppclc.errors import PlanError
 from ppclc.models import load_model, open_source
-from ppclc.recipe import parse_recipe
+from ppclc.passes.report import label, number, percent
+from ppclc.recipe import parse_recipe, read_recipe
+from ppclc.sizes import slice_size
 from tests.contracts.test_families import subject_of
 from tests.pipelines import flux_pipeline, qwen_pipeline
 
@@ -26,6 +30,20 @@ PIPELINES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "flux": ("FluxPipeline", flux_pipeline),
     "qwen_image": ("QwenImagePipeline", qwen_pipeline),
 }
+DEPTH: dict[str, Any] = {"plan": {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}, "export": []}
+WIDTH: dict[str, Any] = {"plan": {"intervals": [[0, 1]], "text_stream": [2], "ffn": "none", "modulation_rank": "none"}, "export": []}
+CARD = """\
+---
+license: other
+license_name: tiny-license
+license_link: LICENSE.md
+pipeline_tag: text-to-image
+base_model: someone/tiny
+tags:
+- art
+---
+# Tiny
+"""
 
 
 @pytest.fixture(scope="module", params=PIPELINES)
@@ -96,8 +114,7 @@ def test_a_student_goes_back_into_its_pipeline(folder: Path, tmp_path: Path) -> 
     """What is sliced loads as the transformer of the pipeline that it came from, and draws."""
     import diffusers
 
-    cut = recipe(folder) | {"plan": {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}, "export": []}
-    compress(parse_recipe(cut, "depth"), "depth", tmp_path, Display(0, -1), until="slice")
+    compress(parse_recipe(recipe(folder) | DEPTH, "depth"), "depth", tmp_path, Display(0, -1), until="slice")
     name = folder.name.rstrip("0123456789")
     transformer = load_model(tmp_path / "model")
     pipeline = getattr(diffusers, PIPELINES[name][0]).from_pretrained(folder / "pipeline", transformer=transformer)
@@ -106,3 +123,162 @@ def test_a_student_goes_back_into_its_pipeline(folder: Path, tmp_path: Path) -> 
     image = pipeline("tea", num_inference_steps=1, height=SIZE[0], width=SIZE[1], output_type="pt").images
     assert image.shape == (1, 3, *SIZE)
     assert torch.isfinite(image).all()
+
+
+@pytest.fixture(scope="module", params=["depth", "width"])
+def whole(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bool]:
+    """The folder of a teacher with card and licence, the output folder of its student, and whether that brings its class."""
+    root: Path = tmp_path_factory.mktemp("whole")
+    shutil.copytree(folder, root / "data")
+    (root / "data" / "pipeline" / "README.md").write_text(CARD, "utf-8")
+    (root / "data" / "pipeline" / "LICENSE.md").write_text("Do as you like.", "utf-8")
+    edits = {"depth": DEPTH, "width": WIDTH}[request.param]
+    settings = recipe(root / "data") | edits | {"target": {"parameters": 0.75 if edits is DEPTH else 0.99}}
+    compress(parse_recipe(settings, "r"), "r", root / "out", Display(0, -1), until="verify")
+    return root / "data" / "pipeline", root / "out", request.param == "width"
+
+
+def drawn(pipeline: Any) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 1, "height": SIZE[0], "width": SIZE[1], "output_type": "pt"}
+    images: torch.Tensor = pipeline("tea", generator=torch.Generator().manual_seed(0), **given).images
+    return images
+
+
+def test_a_student_of_a_pipeline_is_a_whole_pipeline(whole: tuple[Path, Path, bool], tmp_path: Path) -> None:
+    """diffusers loads it by its folder alone, a class that travels with trust, and draws as with the transformer put in by hand."""
+    import diffusers
+
+    teacher, out, edited = whole
+    model = out / "model"
+    trust = {"trust_remote_code": True} if edited else {}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(model, **trust)
+    student = load_model(model)
+    assert type(pipeline.transformer).__name__ == type(student).__name__
+    assert type(student).__name__.startswith("Pruned") == edited
+    assert all(torch.equal(v, pipeline.transformer.state_dict()[k]) for k, v in student.state_dict().items())
+    by_hand = type(pipeline).from_pretrained(teacher, transformer=student)
+    assert torch.equal(drawn(pipeline), drawn(by_hand))
+    assert type(type(pipeline).from_pretrained(model, **trust)) is type(pipeline)
+    kind = diffusers.AutoModel if edited else type(student)
+    alone = kind.from_pretrained(str(model / "transformer"), **trust)
+    assert all(torch.equal(v, alone.state_dict()[k]) for k, v in student.state_dict().items())
+    if edited:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            diffusers.DiffusionPipeline.from_pretrained(model)
+
+
+def test_its_other_parts_are_the_teachers_files(whole: tuple[Path, Path, bool]) -> None:
+    teacher, out, _ = whole
+    model = out / "model"
+    listed = json.loads((teacher / "model_index.json").read_text("utf-8"))
+    parts = [n for n, v in listed.items() if isinstance(v, list) and n != "transformer" and None not in v]
+    assert len(parts) >= 4
+    for part in parts:
+        theirs = {p.relative_to(teacher) for p in (teacher / part).rglob("*") if p.is_file()}
+        assert theirs == {p.relative_to(model) for p in (model / part).rglob("*") if p.is_file()} != set()
+        assert all((model / p).samefile(teacher / p) for p in theirs)
+    assert (model / "LICENSE.md").samefile(teacher / "LICENSE.md")
+    assert not (model / "transformer" / "config.json").samefile(teacher / "transformer" / "config.json")
+    ours = json.loads((model / "model_index.json").read_text("utf-8"))
+    assert ours | {"transformer": 0} == listed | {"transformer": 0}
+    assert sorted(p.name for p in model.iterdir()) == sorted(
+        [*parts, "LICENSE.md", "README.md", "model_index.json", "recipe.yaml", "transformer"]
+    )
+
+
+def test_the_card_has_the_figures_and_the_licence_and_no_path_of_this_machine(whole: tuple[Path, Path, bool]) -> None:
+    from huggingface_hub import ModelCard
+
+    _, out, edited = whole
+    text = (out / "model" / "README.md").read_text("utf-8")
+    data = ModelCard(text).data.to_dict()
+    assert data == {
+        "base_model": "someone/tiny",
+        "base_model_relation": "finetune",
+        "library_name": "diffusers",
+        "license": "other",
+        "license_name": "tiny-license",
+        "license_link": "LICENSE.md",
+        "pipeline_tag": "text-to-image",
+        "tags": ["art", "ppclc", "pruning", "distillation"],
+    }
+    [record] = [json.loads(p.read_text("utf-8")) for p in (out / "records").glob("verify-*/record.json")]
+    assert len(record["quality"]) >= 4
+    for name, q in record["quality"].items():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| {label(name)} (")]
+        cells = [c.strip() for c in row.strip("|").split("|")]
+        assert cells[1:4] == [number(q["teacher"]), number(q["student"]), percent(q["drop_percent"])]
+        assert cells[4] == (f"{percent(q['ci95'][0])} to {percent(q['ci95'][1])}" if q["ci95"] else "–")
+        assert cells[5:] == [f"{q['n']:,}", ", ".join(map(str, q["seeds"])) or "–"]
+    student = load_model(out / "model")
+    assert f"| {sum(p.numel() for p in student.parameters()):,} |" in text
+    assert ("trust_remote_code=True" in text) == edited
+    assert str(out) not in text
+    assert "/tmp" not in text
+    assert (out / "model" / "recipe.yaml").read_text("utf-8") == (out / "recipe.yaml").read_text("utf-8")
+
+
+def test_what_is_lost_comes_back_with_the_next_run(whole: tuple[Path, Path, bool]) -> None:
+    teacher, out, _ = whole
+    model = out / "model"
+    weights = (model / "transformer" / "config.json").stat()
+    shutil.rmtree(model / "vae")
+    (model / "model_index.json").unlink()
+    stored = read_recipe(out / "recipe.yaml")
+    compress(stored, "r", out, Display(0, -1), until="slice")
+    assert (model / "vae" / "config.json").samefile(teacher / "vae" / "config.json")
+    assert (model / "model_index.json").is_file()
+    assert (model / "transformer" / "config.json").stat() == weights
+
+
+def test_a_size_is_a_whole_pipeline_too_with_a_file_for_comfyui(whole: tuple[Path, Path, bool], tmp_path: Path) -> None:
+    import diffusers
+
+    teacher, out, edited = whole
+    home = tmp_path / "size"
+    arguments = (out, None, out / "plan.json", home, [], -1)
+    if edited:
+        with pytest.raises(PlanError, match="--comfyui: the plan has edits that change the class"):
+            slice_size(*arguments, True)
+        assert not home.exists()
+        slice_size(*arguments)
+    else:
+        slice_size(*arguments, True)
+        file = home / "comfyui" / "size.safetensors"
+        read, student = load_model(file).state_dict(), load_model(home).state_dict()
+        assert read.keys() == student.keys()
+        assert all(torch.equal(v, read[k]) for k, v in student.items())
+    assert (home / "vae" / "config.json").samefile(teacher / "vae" / "config.json")
+    text = (home / "README.md").read_text("utf-8")
+    assert "not fine-tuned end to end" in text
+    assert "Not measured." in text
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(home, **({"trust_remote_code": True} if edited else {}))
+    assert torch.isfinite(drawn(pipeline)).all()
+    before = sorted(p.name for p in home.rglob("*"))
+    slice_size(*arguments)  # what is there is taken for a size, and stays
+    assert sorted(p.name for p in home.rglob("*")) == before
+
+
+def test_what_is_saved_again_loads_again(whole: tuple[Path, Path, bool], tmp_path: Path) -> None:
+    """By diffusers alone, with trust where the class travels: a student read by ppclc, a pipeline, and one that a student was put into."""
+    import diffusers
+
+    teacher, out, edited = whole
+    trust = {"trust_remote_code": True} if edited else {}
+    student = load_model(out / "model")
+    student.save_pretrained(tmp_path / "alone")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(out / "model", **trust)
+    pipeline.save_pretrained(tmp_path / "whole")
+    type(pipeline).from_pretrained(teacher, transformer=student).save_pretrained(tmp_path / "put")
+    kind = diffusers.AutoModel if edited else type(student)
+    found = [kind.from_pretrained(str(tmp_path / "alone"), **trust), load_model(tmp_path / "alone")]
+    for name in ("whole", "put"):
+        again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / name, **trust)
+        assert torch.equal(drawn(again), drawn(pipeline))
+        found += [again.transformer, load_model(tmp_path / name)]
+        again.save_pretrained(tmp_path / f"{name} once more")
+        assert torch.equal(drawn(diffusers.DiffusionPipeline.from_pretrained(tmp_path / f"{name} once more", **trust)), drawn(pipeline))
+    for model in found:
+        assert type(model).__name__ == type(student).__name__
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in student.state_dict().items())

@@ -1,0 +1,97 @@
+"""Students in one file that ComfyUI loads, beside the folder that diffusers loads.
+
+Their names have no prefix: ComfyUI's loader of diffusion models takes them as they are, and finds family and number of blocks
+by them. Source: `comfy/model_detection.py` and `load_diffusion_model_state_dict` in `comfy/sd.py` of github.com/comfyanonymous/ComfyUI.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from ppclc.checkpoints import Place, read_at
+from ppclc.errors import ModelError, PlanError
+from ppclc.families import Family, SingleFile, with_single_file
+from ppclc.models import Source, open_source
+from ppclc.plan import CompressionPlan
+from ppclc.records import STORED_AS, disk_errors
+from ppclc.single_files import cuts_of, halves_swapped, stacked, stacked_shapes
+from ppclc.weight_files import WeightFiles
+
+FOLDER = "comfyui"
+
+
+def check_layout(family: Family, plan: CompressionPlan) -> SingleFile:
+    """The family's single file. Raises PlanError where ppclc knows none, and for a student of a class that ComfyUI has not."""
+    if family.single_file is None:
+        known = ", ".join(sorted(f.name for f in with_single_file()))
+        raise PlanError(f"--comfyui: no file for ComfyUI is known of {family.name}, wanted one of {known}; slice without it")
+    if family.class_of(plan) != family.class_name:
+        raise PlanError(
+            "--comfyui: the plan has edits that change the class, which ComfyUI has not: wanted intervals alone, without adapters; "
+            "slice without it, or with a plan whose text_stream, ffn and adapters are empty, modulation_rank null and dead_code false"
+        )
+    return family.single_file
+
+
+def write_single_file(folder: Path, path: Path) -> Path:
+    """The file at `path` with the transformer in a folder, written whole or not at all, a tensor at a time.
+
+    Bits are those of the folder's files; tensors that are one there are stacked.
+
+    Raises:
+        ModelError: a folder of no family that has such a file, of an edited student, or with dtypes mixed within one stack.
+    """
+    source = open_source(str(folder))
+    layout = source.family.single_file
+    if layout is None or source.family.is_edited(source.config) or source.folder.is_file():
+        raise ModelError(f"{folder}: wanted the folder of a stock model of {', '.join(f.name for f in with_single_file())}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent / f".{path.name}.draft"
+        try:
+            _write(source, layout, draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+    return path
+
+
+def _write(source: Source, layout: SingleFile, draft: Path) -> None:
+    """Header and tensors. Source: https://github.com/huggingface/safetensors#format; wide dtypes come first, so that all are aligned."""
+    places = WeightFiles(source, torch.float32, torch.device("cpu")).places
+    ours = {name: place.shape for name, place in places.items()}
+    cuts = cuts_of(layout, ours)
+    shapes, stacks = stacked_shapes(cuts, ours), stacked(cuts)
+    kinds = {theirs: _dtype(theirs, [places[name] for name in names]) for theirs, names in stacks.items()}
+    order = sorted(stacks, key=lambda name: (-kinds[name].itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for theirs in order:
+        start, end = end, end + math.prod(shapes[theirs]) * kinds[theirs].itemsize
+        kind = STORED_AS[str(kinds[theirs]).removeprefix("torch.")]
+        header[theirs] = {"dtype": kind, "shape": list(shapes[theirs]), "data_offsets": [start, end]}
+    header |= {name: {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for name in layout.markers(source.config)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with draft.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for theirs in order:
+            for name in stacks[theirs]:
+                tensor = halves_swapped(read_at(places[name]), cuts[name].swapped)
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _dtype(theirs: str, places: list[Place]) -> torch.dtype:
+    found = {place.dtype for place in places}
+    if len(found) > 1:
+        raise ModelError(
+            f"{places[0].file}: tensors that are one in {theirs} are of {', '.join(sorted(map(str, found)))}, wanted one dtype"
+        )
+    return found.pop()
