@@ -123,7 +123,7 @@ def open_source(path: str, revision: str | None = None) -> Source:
     family = families.of_config(config, str(folder / "config.json"))
     layout = next((found for found in family.layouts if found.applies(config)), None)
     stored, config = config, layout.config(config) if layout else config
-    known = _stock_config(family)
+    known = stock_config(family)
     for key in [g.count_key for g in family.groups]:
         value = config.setdefault(key, known.get(key))
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -245,7 +245,8 @@ def model_class(family: Family, config: Mapping[str, Any]) -> Any:
     return _class(family.class_names.get(str(config.get("_class_name")), f"diffusers:{family.class_name}"))
 
 
-def _stock_config(family: Family) -> dict[str, Any]:
+def stock_config(family: Family) -> dict[str, Any]:
+    """The configuration that the family's stock class has where nobody says otherwise."""
     import inspect
 
     parameters = inspect.signature(_class(f"diffusers:{family.class_name}").__init__).parameters
