@@ -80,8 +80,8 @@ def remap(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> d
     out = out or file.with_name(f"{file.stem}-student.safetensors")
     check_out(out, file)
     student = student_folder(plan_file, plan)
-    modules, checked = modules_of(plan, plan_file, student, model)
     tensors, metadata = read_lora(file)
+    modules, checked = modules_of(plan, plan_file, student, model)
     with _told(file):
         settings = settings_of(file, metadata)
         adapters = adapters_in(tensors, names_of(modules.family, modules.config, modules.teacher), modules.family, modules.config)

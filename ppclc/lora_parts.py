@@ -95,7 +95,13 @@ class Modules:
     @classmethod
     def of(cls, family: Family, config: Mapping[str, Any], plan: CompressionPlan, certain: str) -> Modules:
         """Of the teacher with this configuration. Raises PlanError when the plan is of another model or cannot be."""
-        student = shapes_of(family, student_config(family, config, plan))
+        made: dict[CompressionPlan, Shapes] = {}  # most plans have few kinds of edits, and a model takes a moment to be made
+
+        def student(some: CompressionPlan) -> Shapes:
+            if some not in made:
+                made[some] = shapes_of(family, student_config(family, config, some))
+            return made[some]
+
         spans = [(i.first, i.last) for i in plan.intervals]
         text = [e.block for e in plan.text_stream]
         stages: list[tuple[str, Shapes]] = []
@@ -105,9 +111,8 @@ class Modules:
             (LINEAR, text, [(e.block, e.stream) for e in plan.ffn]),
         )
         for outcome, mapped, ffn in parts:
-            some = CompressionPlan.of(plan.family, plan.num_blocks, spans, mapped, ffn=ffn)
-            stages.append((outcome, shapes_of(family, student_config(family, config, some))))
-        return cls(family, config, plan, shapes_of(family, config), student, [*stages, (UNREAD, student)], certain)
+            stages.append((outcome, student(CompressionPlan.of(plan.family, plan.num_blocks, spans, mapped, ffn=ffn))))
+        return cls(family, config, plan, shapes_of(family, config), student(plan), [*stages, (UNREAD, student(plan))], certain)
 
     def place(self, module: str) -> tuple[str, int, str]:
         """What the student calls a module of the teacher, its block's number there, and the outcome, one of STAYS where it is left."""

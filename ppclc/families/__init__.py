@@ -300,7 +300,7 @@ class Family:
     computed by the class. has_dead_code: whether a student can go without
     parts of that block whose result nothing reads. renumbered: configuration and plan to the
     student's values of keys that name blocks; restored: from the student's configuration and the plan, the teacher's values of those
-    keys, for the blocks that are left. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
+    keys; true of the blocks that are left. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
     of `SiLU(temb)` of, None where there is none such. basis_module: module of a student that projects it. modulations: by
     path within a block (or, with `modulated_outside`, within the model) the linear maps that read it. may_start: whether the
     student block of an interval, by configuration, first and last, can be a copy of a block. original: outside of blocks, diffusers'

@@ -48,8 +48,9 @@ def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, An
 
 
 def restored(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
-    """The teacher's numbers of the blocks with a second attention, as far as the student has them."""
-    return {"dual_attention_layers": [plan.kept[n] for n in config.get("dual_attention_layers") or ()]}
+    """The teacher's numbers of the blocks with a second attention; blocks that are gone may have had one, and count as if they had."""
+    kept = {plan.kept[n] for n in config.get("dual_attention_layers") or () if n < len(plan.kept)}
+    return {"dual_attention_layers": [b for b in range(plan.num_blocks) if b in kept or b not in plan.kept]}
 
 
 def may_start(config: Mapping[str, Any], first: int, last: int, start: int) -> bool:
