@@ -6,6 +6,7 @@ Only the LoRA and, for a modulation rank, the student's basis are read: nothing 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -82,10 +83,10 @@ def remap(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> d
     student = student_folder(plan_file, plan)
     tensors, metadata = read_lora(file)
     modules, checked = modules_of(plan, plan_file, student, model)
+    basis, mean = read_basis(student, modules) if student and plan.modulation_rank is not None else (None, None)
     with _told(file):
         settings = settings_of(file, metadata)
         adapters = adapters_in(tensors, names_of(modules.family, modules.config, modules.teacher), modules.family, modules.config)
-        basis, mean = read_basis(student, modules) if student and plan.modulation_rank is not None else (None, None)
         rows = [_remapped(adapter, tensors, settings, modules, basis) for adapter in adapters]
     if not any(row.fitted for row in rows):
         reasons = ", ".join(sorted({f.outcome for row in rows for f in row.fates}))
@@ -93,6 +94,8 @@ def remap(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> d
     taken = {key for adapter in adapters for key in adapter.keys.values()}
     passed = {name: tensor for name, tensor in tensors.items() if name not in taken}
     written = spelled(rows, settings) | passed
+    if beyond := next((n for n, t in written.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())), None):
+        raise ModelError(f"{file}: {beyond} comes out beyond what {written[beyond].dtype} holds; convert the LoRA to float32 first")
     digest = digest_of(plan.model_dump(mode="json"))
     write_lora(out, written, _moved(metadata, modules, any(_has_peft_bias(r) for r in rows)) | {MARK: digest, "ppclc": __version__})
     found = {"lora": str(file), "out": str(out), "plan": str(plan_file), "plan_digest": digest, "family": plan.family}
@@ -142,12 +145,13 @@ def settings_of(file: Path, metadata: Mapping[str, str]) -> Settings:
     try:
         values = {k.removeprefix(PREFIX): v for k, v in json.loads(text).items()}
         settings = Settings(values, found)
-        settings.scale("", 1)
-        for key in ("rank_pattern", "alpha_pattern"):
-            for pattern, number in (values.get(key) or {}).items():
-                re.compile(pattern)
-                float(number)
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+        numbers = [settings.scale("", 1)]
+        for pattern, number in (values.get("alpha_pattern") or {}).items():
+            re.compile(pattern)
+            numbers.append(float(number))
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"alphas {numbers}")
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError, re.error) as error:
         raise ModelError(f"{where}: cannot be read as PEFT's settings ({error}); wanted r, lora_alpha and the like") from None
     if values.get("use_dora"):
         raise ModelError(f"{where}: use_dora = true: is DoRA, which is not supported; wanted a LoRA of two factors")
@@ -291,8 +295,10 @@ def spelled(rows: Sequence[Remapped], settings: Settings) -> dict[str, torch.Ten
             continue
         number, up, bias = fitted.number, fitted.up, fitted.bias
         folded = (with_bias and adapter.peft_bias) if row.alpha is not None else settings.beside
-        if folded and row.scale != 1:
-            up, bias = _scaled(up, row.scale), None if bias is None else _scaled(bias, row.scale)
+        if folded:
+            # What the settings within the file say is still read from there.
+            factor = row.scale if settings.beside else row.scale / (settings.scale(adapter.name.modules[0], len(fitted.down)) or 1.0)
+            up, bias = _scaled(up, factor), None if bias is None else _scaled(bias, factor)
         if bias is not None and not adapter.peft_bias:
             bias = _scaled(bias, row.scale)
         if bias is None and with_bias and adapter.peft_bias:
@@ -310,7 +316,7 @@ def _has_peft_bias(row: Remapped) -> bool:
 
 
 def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
-    return (scale * x.double()).to(x.dtype)
+    return x if scale == 1 else (scale * x.double()).to(x.dtype)
 
 
 def _moved(metadata: Mapping[str, str], modules: Modules, has_bias: bool) -> dict[str, str]:
@@ -336,12 +342,13 @@ def _moved(metadata: Mapping[str, str], modules: Modules, has_bias: bool) -> dic
 
 
 def summary(rows: Sequence[Remapped], mean: str | None) -> dict[str, Any]:
-    """Counts of modules and shares of the change's squared Frobenius norm, by outcome; shares are None where the change is nothing."""
+    """Counts of modules and shares of the change's squared Frobenius norm, by outcome; shares are None where the change is nothing or without bounds."""
     fates = [fate for row in rows for fate in row.fates]
     whole = sum(f.whole for f in fates)
 
     def share(norm: float) -> float | None:
-        return norm / whole if whole else None
+        found = norm / whole if whole else math.nan
+        return found if math.isfinite(found) else None
 
     def counted(some: Sequence[Fate]) -> dict[str, Any]:
         return {"modules": len(some), "norm_share": share(sum(f.whole for f in some)), "norm_kept": share(sum(f.kept for f in some))}

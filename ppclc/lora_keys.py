@@ -143,9 +143,9 @@ def adapters_in(keys: Iterable[str], names: Mapping[str, Name], family: Family, 
     """
     stems: dict[str, dict[Role, tuple[str, Style | None]]] = {}
     for key in sorted(keys):
-        stem, role, style = _split(key)
         if TEXT_ENCODERS.match(key):
             continue
+        stem, role, style = _split(key)
         roles = stems.setdefault(stem, {})
         if role in roles:
             raise ModelError(f"{roles[role][0]} and {key}: two spellings of one module, wanted one of them")

@@ -220,7 +220,7 @@ class Modules:
         gram = narrow @ (basis.project_RD @ down.double().T)
         shift = up.double() @ (down.double() @ basis.rest_D)
         shift = shift if bias is None else shift + bias.double()
-        kept = scale**2 * float((_gram(up.double()) * gram.T).sum())
+        kept = scale * scale * float((_gram(up.double()) * gram.T).sum())
         fitted = Fitted(narrow.to(down.dtype), up.contiguous(), shift.to(up.dtype), number)
         return fitted, [Fate(module, PROJECTED, whole, max(0.0, kept), self.merged(module))]
 
@@ -228,7 +228,7 @@ class Modules:
 def squared_norm(down: torch.Tensor, up: torch.Tensor, scale: float) -> float:
     """`|scale * up @ down|^2` (Frobenius) of factors (r, ...) and (O, r, ...), in float64 from two products of r by r."""
     a, b = down.flatten(1).double(), up.flatten(1).double()
-    return scale**2 * float((_gram(b) * _gram(a.T)).sum())
+    return scale * scale * float((_gram(b) * _gram(a.T)).sum())
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:

@@ -496,9 +496,12 @@ def test_parts_of_text_encoders_pass_by(tmp_path: Path) -> None:
     family, model = teacher_of("sd3")
     _, plan_file = saved(model, plan_of(family, model, intervals=[(1, 2)]), tmp_path)
     more = {f"{p}.lora_A.weight": torch.randn(2, 4) for p in ("text_encoder.text_model.q", "text_encoder_2.x", "text_encoders.clip_l.x")}
-    more |= {"lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(4)}
+    more |= {
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(4),
+        "text_encoder.q.lora_linear_layer.up.weight": torch.ones(2),
+    }
     save_file(spelled(plant(model), "diffusers", 2.0) | more, tmp_path / "a.safetensors")
-    assert remap(tmp_path / "a.safetensors", plan_file, None, None)["passed_tensors"] == 4
+    assert remap(tmp_path / "a.safetensors", plan_file, None, None)["passed_tensors"] == 5
     got = load_file(tmp_path / "a-student.safetensors")
     assert all(torch.equal(t, got[k]) for k, t in more.items())
 
@@ -674,6 +677,38 @@ def test_a_bad_lora_is_refused_in_one_message(case: str, small: Any, tmp_path: P
     for word in words:
         assert word in message
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_numbers_without_bounds_do_no_harm(tmp_path: Path, random_bank: Any) -> None:
+    family, model = teacher_of("qwen_image")
+    _, depth = saved(model, plan_of(family, model, intervals=[(1, 2)]), tmp_path / "depth")
+    file, pairs = tmp_path / "a.safetensors", plant(model, lambda n: "img_mod" in n)
+    huge = {k: torch.tensor(1e300, dtype=torch.float64) if k.endswith("alpha") else t for k, t in spelled(pairs, "diffusers", 1.0).items()}
+    save_file(huge, file)
+    assert remap(file, depth, None, None)["norm_kept"] is None
+    (tmp_path / "a-student.safetensors").unlink()
+    # With a bias alpha has to be multiplied in, which the factors' own dtype does not hold.
+    plan = plan_of(family, model, modulation_rank=6)
+    _, ranked = saved(model, plan, tmp_path / "ranked", random_bank(model, plan))
+    with pytest.raises(ModelError, match=r"beyond what torch\.float32 holds"):
+        remap(file, ranked, None, None)
+    for settings in ({"lora_alpha": math.inf}, {"lora_alpha": 10**400}, {"alpha_pattern": {"(": 1}}, ["r"], {"lora_alpha": "x"}):
+        diffusers_file(file, pairs, metadata={"lora_adapter_metadata": json.dumps(settings)})
+        with pytest.raises(ModelError, match="cannot be read as PEFT's settings"):
+            remap(file, depth, None, None)
+    diffusers_file(file, pairs, metadata={"lora_adapter_metadata": json.dumps({"transformer.use_dora": True})})
+    with pytest.raises(ModelError, match="use_dora = true: is DoRA"):
+        remap(file, depth, None, None)
+    assert not (tmp_path / "a-student.safetensors").exists()
+
+
+def test_a_lora_of_nothing_is_written_without_shares(tmp_path: Path) -> None:
+    family, model = teacher_of("qwen_image")
+    _, plan_file = saved(model, plan_of(family, model, intervals=[(1, 2)]), tmp_path)
+    pairs = {n: (a, torch.zeros_like(b)) for n, (a, b) in plant(model).items()}
+    document = remap(diffusers_file(tmp_path / "a.safetensors", pairs), plan_file, None, None)
+    assert document["norm_kept"] is None
+    assert document["kept"] > 0
 
 
 def test_damaged_files_and_pickles_are_refused(small: Any, tmp_path: Path) -> None:
