@@ -94,7 +94,7 @@ def remap(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> d
     taken = {key for adapter in adapters for key in adapter.keys.values()}
     passed = {name: tensor for name, tensor in tensors.items() if name not in taken}
     written = spelled(rows, settings) | passed
-    if beyond := next((n for n, t in written.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())), None):
+    if beyond := next((n for n, t in written.items() if not is_finite(t)), None):
         raise ModelError(f"{file}: {beyond} comes out beyond what {written[beyond].dtype} holds; convert the LoRA to float32 first")
     digest = digest_of(plan.model_dump(mode="json"))
     write_lora(out, written, _moved(metadata, modules, any(_has_peft_bias(r) for r in rows)) | {MARK: digest, "ppclc": __version__})
@@ -128,9 +128,15 @@ def read_lora(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ModelError(f"{file}: was made for a student already (plan {metadata[MARK]}); give the teacher's LoRA")
     tensors = {name: read_at(place) for name, place in places.items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if not is_finite(tensor):
             raise ModelError(f"{file}: tensor {name} holds NaN or infinite values, wanted finite ones")
     return tensors, metadata
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinite values."""
+    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor  # not told of 8 bits
+    return bool(torch.isfinite(wide).all())
 
 
 def settings_of(file: Path, metadata: Mapping[str, str]) -> Settings:
