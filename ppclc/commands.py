@@ -371,7 +371,7 @@ def print_remapped(document: dict[str, Any]) -> None:
         return "-" if share is None else f"{100 * share:.1f}"
 
     table = Table("outcome", "modules", "% of the change", "% kept", box=None)
-    rows = [*document["outcomes"].items(), ("of these kept on blocks that stand for intervals", document["on_intervals"])]
+    rows = [*document["outcomes"].items(), ("among the kept: on blocks that stand for intervals", document["on_intervals"])]
     for outcome, row in rows:
         table.add_row(outcome, str(row["modules"]), percent(row["norm_share"]), percent(row["norm_kept"]))
     console = Console(highlight=False)
