@@ -21,6 +21,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+lora_app = typer.Typer(help="LoRAs that were trained on a teacher.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(lora_app, name="lora")
+
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe key; may be repeated.")]
@@ -154,6 +157,27 @@ def report(out: Annotated[Path, typer.Argument(help="Output folder of a finished
     from ppclc import commands
 
     typer.echo(commands.report(out))
+
+
+@lora_app.command()
+def remap(
+    lora: Annotated[Path, typer.Argument(help="A LoRA of the teacher: a .safetensors file, or the folder that holds it.")],
+    plan_file: Annotated[Path, typer.Option("--plan", metavar="FILE", help="The student's plan.json, best where its weights lie.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; LORA's name with -student without it.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The teacher; its config.json is enough, and only needed where no student lies by the plan."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a teacher's LoRA for the student of a plan."""
+    from ppclc import commands
+
+    document = commands.remap_lora(lora, plan_file, out, model)
+    if as_json:
+        typer.echo(json.dumps(document))
+    else:
+        commands.print_remapped(document)
 
 
 @app.command()

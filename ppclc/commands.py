@@ -21,6 +21,7 @@ from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.environment import versions
 from ppclc.errors import OutputError, RecipeError, UnavailableError
+from ppclc.lora import remap
 from ppclc.models import (
     BUILTIN,
     DTYPES,
@@ -360,6 +361,33 @@ def report(out: Path) -> str:
     recipe = read_recipe(stored)
     run = compiler.reported(recipe, f"{out.name}.yaml", out, Display(1, 0))
     return "\n".join(summary(run.report or {}, out))
+
+
+def remap_lora(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> dict[str, Any]:
+    """Write a teacher's LoRA for the student of a plan; what was kept of it. Raises as `lora.remap` does."""
+    return remap(lora, plan_file, out, model)
+
+
+def print_remapped(document: dict[str, Any]) -> None:
+    """What became of a LoRA's modules, a row an outcome, on standard output."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}"
+
+    table = Table("outcome", "modules", "% of the change", "% kept", box=None)
+    rows = [*document["outcomes"].items(), ("among the kept: on blocks that stand for intervals", document["on_intervals"])]
+    for outcome, row in rows:
+        table.add_row(outcome, str(row["modules"]), percent(row["norm_share"]), percent(row["norm_kept"]))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"{document['kept']} of {document['modules']} modules are left, with {percent(document['norm_kept'])} % of the squared norm of the change"
+    )
+    if document["checked_against"] is None:
+        console.print("shapes were not checked: neither the student nor the teacher's configuration (--model) was there")
+    if document["modulation_mean"] == "basis":
+        console.print("no calibration lies by the student: what a modulation's change adds at the mean is known within the basis alone")
+    print(f"wrote {document['out']}")
 
 
 def doctor() -> dict[str, Any]:

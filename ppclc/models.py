@@ -140,7 +140,7 @@ def open_source(path: str, revision: str | None = None) -> Source:
     family = families.of_config(config, str(folder / "config.json"))
     layout = next((found for found in family.layouts if found.applies(config)), None)
     stored, config = config, layout.config(config) if layout else config
-    known = _stock_config(family)
+    known = stock_config(family)
     for key in [g.count_key for g in family.groups]:
         value = config.setdefault(key, known.get(key))
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -152,7 +152,7 @@ def _open_file(path: str, file: Path) -> Source:
     """A transformer in a single file. Raises ModelError as `single_files.recognise` does, and for a tensor missing, extra or of a wrong shape."""
     shapes = stored_shapes(file)
     found = recognise(shapes, str(file))
-    config, layout = _stock_config(found.family) | found.config, found.family.single_file
+    config, layout = stock_config(found.family) | found.config, found.family.single_file
     assert layout is not None
     ours = {name: tuple(tensor.shape) for name, tensor in empty_model(found.family, config, str(file)).state_dict().items()}
     cuts = cuts_of(layout, ours)
@@ -280,7 +280,8 @@ def model_class(family: Family, config: Mapping[str, Any]) -> Any:
     return _class(family.class_names.get(str(config.get("_class_name")), f"diffusers:{family.class_name}"))
 
 
-def _stock_config(family: Family) -> dict[str, Any]:
+def stock_config(family: Family) -> dict[str, Any]:
+    """The configuration that the family's stock class has where nobody says otherwise."""
     import inspect
 
     parameters = inspect.signature(_class(f"diffusers:{family.class_name}").__init__).parameters

@@ -139,7 +139,7 @@ def student_tensor(
         source = Part(teacher, family.prefix(config, block))
     linear, _, kind = part.rpartition(".")
     if not family.modulated_outside and linear in family.modulations:
-        return _modulation(kind, plan, source, linear, bank, _chunks(family, config, plan, block, family.modulations[linear]))
+        return _modulation(kind, plan, source, linear, bank, chunks_left(family, config, plan, block, family.modulations[linear]))
     return source[part]  # type: ignore[no-any-return]
 
 
@@ -149,7 +149,7 @@ def student_sizes(family: Family, config: Mapping[str, Any], plan: CompressionPl
     return {g.count_key: sum(g is own for own in kept) for g in family.groups}
 
 
-def _chunks(
+def chunks_left(
     family: Family, config: Mapping[str, Any], plan: CompressionPlan, block: int, modulation: Modulation
 ) -> Callable[[int], Iterable[int]]:
     """Of so many chunks of a modulation those that a student's block has, in its order."""

@@ -40,6 +40,8 @@ class Group:
     map in the network's place. `text_modules`: the maps of a student's block whose text stream is gone, that of keys
     and values first; none where text streams cannot go. `text_input`: block, text state and what the block gets besides to the
     modulated state that feeds its text keys and values. `adapters`: whether blocks take linear maps of each stream in front.
+    `original_path`: where the blocks hang in the model as it was first published, empty where those names are diffusers' or are not
+    known here; `original`: by a linear map's path within such a block, the maps of the same rows in diffusers' block, in order.
     """
 
     name: str
@@ -54,6 +56,8 @@ class Group:
     text_modules: tuple[str, ...] = ()
     text_input: Callable[[Any, torch.Tensor, Mapping[str, Any]], torch.Tensor] | None = None
     adapters: bool = True
+    original_path: str = ""
+    original: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def given(self, args: Sequence[Any], kwargs: Mapping[str, Any], text_tokens: int | None) -> tuple[States, dict[str, Any]]:
         """States by stream that a call of a block carries, and its other arguments. `text_tokens` is read where streams are joined."""
@@ -343,10 +347,12 @@ class Family:
     last block that has a text stream: `read` by blocks of another group, `dead`: computed and read by nothing, `none`: not
     computed by the class. has_dead_code: whether a student can go without
     parts of that block whose result nothing reads. renumbered: configuration and plan to the
-    student's values of keys that name blocks. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
+    student's values of keys that name blocks; restored: from the student's configuration and the plan, the teacher's values of those
+    keys; true of the blocks that are left. time_embedding: module whose output `temb` (B, D) all modulation is a linear map
     of `SiLU(temb)` of, None where there is none such. basis_module: module of a student that projects it. modulations: by
     path within a block (or, with `modulated_outside`, within the model) the linear maps that read it. may_start: whether the
-    student block of an interval, by configuration, first and last, can be a copy of a block.
+    student block of an interval, by configuration, first and last, can be a copy of a block. original: outside of blocks, diffusers'
+    names of linear maps by those of the model as it was first published (`Group.original` has those of blocks).
 
     example_inputs: forward's keyword arguments for a configuration, batch, image grid, text length. lowered: a model made
     ready for torch.export. text_tensors: the inputs of forward that stand for a prompt, without masks. text_mask: the input
@@ -368,11 +374,13 @@ class Family:
     text_end: Literal["read", "dead", "none"] = "read"
     has_dead_code: bool = False
     renumbered: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]] = lambda config, plan: {}
+    restored: Callable[[Mapping[str, Any], CompressionPlan], dict[str, Any]] = lambda config, plan: {}
     time_embedding: str | None = None
     basis_module: str = ""
     modulations: Mapping[str, Modulation] = field(default_factory=dict)
     modulated_outside: bool = False
     may_start: Callable[[Mapping[str, Any], int, int, int], bool] = lambda config, first, last, start: True
+    original: Mapping[str, str] = field(default_factory=dict)
     text_tensors: tuple[str, ...] = ("encoder_hidden_states",)
     text_mask: str = "encoder_hidden_states_mask"
     text_tokens: Callable[[Mapping[str, Any]], int] = lambda inputs: int(inputs["encoder_hidden_states"].shape[1])

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.transformers.transformer_chroma import ChromaCombinedTimestepTextProjEmbeddings
 
 from ppclc.families import Family, Group, Lowered, exportable_copy, lowered_as_it_is
-from ppclc.families.flux import image_ids
+from ppclc.families.flux import ORIGINAL_BLOCKS, ORIGINAL_SINGLE_BLOCKS, image_ids
 from ppclc.plan import CompressionPlan
 
 
@@ -69,17 +69,26 @@ PLUGIN = Family(
     name="chroma",
     class_name="ChromaTransformer2DModel",
     groups=(
-        Group(name="transformer_blocks", path="transformer_blocks", count_key="num_layers"),
+        Group(
+            name="transformer_blocks",
+            path="transformer_blocks",
+            count_key="num_layers",
+            original_path="double_blocks",
+            original=ORIGINAL_BLOCKS,
+        ),
         Group(
             name="single_transformer_blocks",
             path="single_transformer_blocks",
             count_key="num_single_layers",
             joined="hidden_states",
             adapters=False,
+            original_path="single_blocks",
+            original=ORIGINAL_SINGLE_BLOCKS,
         ),
     ),
     depth_class="ppclc.students.chroma:PrunedChromaTransformer2DModel",
     renumbered=renumbered,
+    original={"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"},
     example_inputs=example_inputs,
     grid_inputs=grid_inputs,
     lowered=lowered,

@@ -77,6 +77,27 @@ def pixels_per_token(vae_config: Mapping[str, Any]) -> int:
     return int(2 ** len(vae_config["block_out_channels"]))
 
 
+ORIGINAL_BLOCKS: Mapping[str, tuple[str, ...]] = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+"""Black Forest Labs' names of a block's maps. Source: diffusers' `convert_flux_transformer_checkpoint_to_diffusers`."""
+ORIGINAL_SINGLE_BLOCKS: Mapping[str, tuple[str, ...]] = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear1_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),  # ComfyUI's name of the first rows of linear1
+    "linear2": ("proj_out",),
+}
+
+
 def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, image and text lengths."""
     return lowered_as_it_is(model, example_inputs)
@@ -94,14 +115,34 @@ PLUGIN = Family(
             ffn_modules={"image": "img_ffn", "text": "txt_ffn"},
             text_modules=("text_in", "text_out"),
             text_input=text_input,
+            original_path="double_blocks",
+            original=ORIGINAL_BLOCKS,
         ),
-        Group(name="single_transformer_blocks", path="single_transformer_blocks", count_key="num_single_layers"),
+        Group(
+            name="single_transformer_blocks",
+            path="single_transformer_blocks",
+            count_key="num_single_layers",
+            original_path="single_blocks",
+            original=ORIGINAL_SINGLE_BLOCKS,
+        ),
     ),
     student_class="ppclc.students.flux:PrunedFluxTransformer2DModel",
     text_end="read",
     time_embedding="time_text_embed",
     basis_module="time_text_embed.modulation_basis",
     modulations={"norm1.linear": Modulation("image"), "norm1_context.linear": Modulation("text"), "norm.linear": Modulation("both")},
+    original={
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "final_layer.linear": "proj_out",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",  # rows in another order, which goes with the name
+    },
     example_inputs=example_inputs,
     grid_inputs=grid_inputs,
     lowered=lowered,

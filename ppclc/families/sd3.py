@@ -47,6 +47,12 @@ def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, An
     return {"dual_attention_layers": [n for n, block in enumerate(plan.kept) if block in dual]}
 
 
+def restored(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
+    """The teacher's numbers of the blocks with a second attention; blocks that are gone may have had one, and count as if they had."""
+    kept = {plan.kept[n] for n in config.get("dual_attention_layers") or () if n < len(plan.kept)}
+    return {"dual_attention_layers": [b for b in range(plan.num_blocks) if b in kept or b not in plan.kept]}
+
+
 def may_start(config: Mapping[str, Any], first: int, last: int, start: int) -> bool:
     """A student block has the attentions of its interval's first block, and text unless it is the last of all."""
     dual, end = set(config.get("dual_attention_layers") or ()), int(config["num_layers"]) - 1
@@ -78,6 +84,7 @@ PLUGIN = Family(
     text_end="none",
     has_dead_code=True,
     renumbered=renumbered,
+    restored=restored,
     may_start=may_start,
     time_embedding="time_text_embed",
     basis_module="time_text_embed.modulation_basis",

@@ -12,6 +12,7 @@ import pytest
 from ppclc import cli
 
 EXPECTED_COMMANDS = {"init", "inspect", "plan", "compress", "slice", "export", "bench", "report", "doctor"}
+EXPECTED_GROUPS = {"lora": {"remap"}}
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> tuple[int, str, str]:
@@ -33,7 +34,12 @@ def ppclc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_commands_are_these() -> None:
-    assert {c.name or c.callback.__name__ for c in cli.app.registered_commands if c.callback} == EXPECTED_COMMANDS
+    assert names(cli.app.registered_commands) == EXPECTED_COMMANDS
+    assert {g.name: names(g.typer_instance.registered_commands) for g in cli.app.registered_groups if g.typer_instance} == EXPECTED_GROUPS
+
+
+def names(commands: Any) -> set[str]:
+    return {c.name or c.callback.__name__ for c in commands if c.callback}
 
 
 def test_inspect_counts_what_is_there(ppclc: Any, teacher: Any, teacher_folder: Path) -> None:
