@@ -24,13 +24,11 @@ from torch import nn
 
 from ppclc import flow
 from ppclc.families import Family, Group, States
-from ppclc.models import DTYPES, Shared, Source, block_state, blocks_of, empty_model, groups_of
+from ppclc.models import ALIGNMENT, DTYPES, Shared, Source, block_state, blocks_of, empty_model, groups_of
 from ppclc.samples import Sample
 from ppclc.weight_files import WeightFiles
 
 TEXT_INPUT = "text_input"
-ALIGNMENT = 64
-"""Bytes between the starts of tensors that share one allocation; PyTorch aligns its own alike."""
 
 
 @dataclass
