@@ -158,7 +158,8 @@ def test_a_student_of_a_pipeline_is_a_whole_pipeline(whole: tuple[Path, Path, bo
     assert type(student).__name__.startswith("Pruned") == edited
     assert all(torch.equal(v, pipeline.transformer.state_dict()[k]) for k, v in student.state_dict().items())
     by_hand = type(pipeline).from_pretrained(teacher, transformer=student)
-    assert torch.equal(drawn(pipeline), drawn(by_hand))
+    # Tensors equal to the bit lie at other places in memory, by which some processors' products differ in the last one.
+    assert (drawn(pipeline) - drawn(by_hand)).abs().max() <= 1e-4
     assert type(type(pipeline).from_pretrained(model, **trust)) is type(pipeline)
     kind = diffusers.AutoModel if edited else type(student)
     alone = kind.from_pretrained(str(model / "transformer"), **trust)
@@ -275,10 +276,11 @@ def test_what_is_saved_again_loads_again(whole: tuple[Path, Path, bool], tmp_pat
     found = [kind.from_pretrained(str(tmp_path / "alone"), **trust), load_model(tmp_path / "alone")]
     for name in ("whole", "put"):
         again = diffusers.DiffusionPipeline.from_pretrained(tmp_path / name, **trust)
-        assert torch.equal(drawn(again), drawn(pipeline))
+        assert (drawn(again) - drawn(pipeline)).abs().max() <= 1e-4
         found += [again.transformer, load_model(tmp_path / name)]
         again.save_pretrained(tmp_path / f"{name} once more")
-        assert torch.equal(drawn(diffusers.DiffusionPipeline.from_pretrained(tmp_path / f"{name} once more", **trust)), drawn(pipeline))
+        once_more = diffusers.DiffusionPipeline.from_pretrained(tmp_path / f"{name} once more", **trust)
+        assert (drawn(once_more) - drawn(pipeline)).abs().max() <= 1e-4
     for model in found:
         assert type(model).__name__ == type(student).__name__
         assert all(torch.equal(v, model.state_dict()[k]) for k, v in student.state_dict().items())
