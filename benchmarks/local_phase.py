@@ -1,6 +1,6 @@
 """Local and joint training against joint training alone, and against PPCL as printed: the same cut, the same time.
 
-    python -m benchmarks.local_phase [--joint-steps 85 140 280] [--local-steps 300] [--training-seeds 0 1 2] [--scenes 2048] [--seeds 220 ... 227]
+    python -m benchmarks.local_phase [--joint-steps 85 140 280] [--local-steps 200] [--training-seeds 0 1 2] [--scenes 2048] [--seeds 220 ... 227]
 
 Six of twelve blocks gone at modulation rank 8, in the time of so many joint steps. `joint`: joint steps alone. `ours`: our plan, from
 the same start, local steps, and joint steps for the time that is left. `ppcl`: the paper's intervals trimmed to as many blocks, each
@@ -64,7 +64,7 @@ def main() -> None:
     """Train and judge the three at every budget; one results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--joint-steps", type=int, nargs="+", default=[85, 140, 280])
-    parser.add_argument("--local-steps", type=int, default=300)
+    parser.add_argument("--local-steps", type=int, default=200)
     parser.add_argument("--step-seconds", type=float, nargs=2, help="of a local and a joint step, as an earlier run timed them")
     parser.add_argument("--training-seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scenes", type=int, default=2048)
