@@ -188,7 +188,7 @@ def write_checkpoint(home: Path, pieces: Mapping[str, Piece]) -> dict[str, str]:
 
 
 def _write_file(path: Path, pieces: Mapping[str, Piece]) -> str:
-    """Write one file, and give its SHA-256."""
+    """Write one safetensors file, and give its SHA-256. Raises ModelError when a file that pieces are moved from cannot be read."""
     with path.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
         writer = _Writer(out, hasher)
         writer.write(safetensors_header(pieces, METADATA))

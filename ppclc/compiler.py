@@ -203,14 +203,18 @@ def slice_student(run: Run, progress: Callable[[float, str], None]) -> None:
     """The student's folder, `OUT/model`."""
     plan, stats, folder, dtype = made(run.plan), made(run.stats), run.out / "model", run.recipe.model.dtype
     *edits, trained = run.edits
-    bank = joined(stats, run.recipe.analyze.ridge, plan, run.source.family, edits)
+
+    def build(_: Path) -> Student:
+        bank = {} if trained.tensors else joined(stats, run.recipe.analyze.ridge, plan, run.source.family, edits)
+        return slice_pass.slice_student(run.source, dtype, plan, bank, trained.tensors, folder)
+
     run.student = run.store.make(
         Student,
         "slice",
         slice_pass.VERSION,
         plan.model_dump(),
         (trained,),
-        lambda _: slice_pass.slice_student(run.source, dtype, plan, bank, trained.tensors, folder),
+        build,
         valid=lambda student: slice_pass.is_intact(student, folder),
     )
     if not run.store.frozen:

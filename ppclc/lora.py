@@ -26,7 +26,7 @@ from ppclc.lora_parts import STAYS, Basis, Fate, Fitted, Modules
 from ppclc.models import Source, check_teacher, open_configuration, open_source, quiet_libraries, stock_config
 from ppclc.plan import CompressionPlan
 from ppclc.records import STORED_AS, check_writable, digest_of, write_tensors
-from ppclc.weight_files import WeightFiles
+from ppclc.weight_files import WeightFiles, is_finite
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """What a folder with a LoRA holds, by diffusers and by PEFT."""
@@ -132,12 +132,6 @@ def read_lora(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if not is_finite(tensor):
             raise ModelError(f"{file}: tensor {name} holds NaN or infinite values, wanted finite ones")
     return tensors, metadata
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinite values."""
-    wide = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor  # not told of 8 bits
-    return bool(torch.isfinite(wide).all())
 
 
 def settings_of(file: Path, metadata: Mapping[str, str]) -> Settings:

@@ -57,8 +57,10 @@ class WeightFiles(Mapping[str, torch.Tensor]):
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value of a contiguous tensor is NaN or infinite; takes no memory of its size.
+    """Whether no value of a tensor is NaN or infinite; looked at in pieces, so that no memory of its size is taken where it is contiguous."""
+    return all(bool(torch.isfinite(_told(piece)).all()) for piece in tensor.reshape(-1).split(PIECE))
 
-    The extremes tell both alike. In pieces: those of a narrow dtype are found in a wide copy.
-    """
-    return all(bool(torch.isfinite(v)) for piece in tensor.view(-1).split(PIECE) if piece.numel() for v in torch.aminmax(piece))
+
+def _told(piece: torch.Tensor) -> torch.Tensor:
+    """Values in a dtype of which PyTorch tells whether they are finite: of floating-point numbers of 8 bits it does not."""
+    return piece.float() if piece.is_floating_point() and piece.element_size() == 1 else piece
