@@ -17,35 +17,36 @@ from typing import Any
 import torch
 
 from benchmarks.results_file import write_results
-from ppclc import flow
 from ppclc.budget import PlanSettings
 from ppclc.closed_forms import Probes, cka_map
 from ppclc.edit_costs import EditCosts
 from ppclc.families import STREAMS
-from ppclc.models import load_source, open_source, quiet_libraries, set_threads, trace
+from ppclc.models import load_source, open_source, quiet_libraries, set_threads
 from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import BATCH, CalibrateSettings, calibrate
 from ppclc.records import CalibrationStats, measured
 from ppclc.samples import Samples, open_samples
 from ppclc.search import AnalyzeSettings, Search
+from ppclc.teachers import ResidentTeacher, Teacher
 
 
 def nothing(*_: Any) -> None:
     """Progress that nobody watches."""
 
 
-def forwards(teacher: Any, family: Any, samples: Samples, count: int) -> None:
+def forwards(teacher: Teacher, samples: Samples, count: int) -> None:
     """The teacher on the samples that calibration draws, its states seen and let go."""
     generator = torch.Generator().manual_seed(0)
     for done in range(0, count, BATCH):
         sample = samples.draw(min(BATCH, count - done), generator)
-        trace(teacher, family, flow.inputs_for(teacher, *sample))
+        for _, sweep in teacher.sweep([sample], range(teacher.num_blocks + 1)):
+            sweep.states.clear()
 
 
-def analysed(teacher: Any, family: Any, samples: Samples, count: int) -> CalibrationStats:
+def analysed(teacher: Teacher, samples: Samples, count: int) -> CalibrationStats:
     """Calibration, then probes, their errors and CKA of both streams."""
-    stats = calibrate(teacher, family, samples, CalibrateSettings(samples=count), nothing)
+    stats = calibrate(teacher, samples, CalibrateSettings(samples=count), nothing)
     for stream in STREAMS:
         probes = Probes(near_of(stats.tensors, stats.rows, stream, stats.num_blocks), 1e-4)
         cka_map(probes, stats.longest)
@@ -70,22 +71,22 @@ def main() -> None:
     quiet_libraries()
     source = open_source("builtin:two-digits")
     threads = set_threads(source)
-    teacher, family = load_source(source), source.family
+    teacher = ResidentTeacher(load_source(source), source.family)
     samples = open_samples("images", source, teacher, "choose")
-    forwards(teacher, family, samples, 256)
+    forwards(teacher, samples, 256)
     plain, with_moments, inside = [], [], []
     for _ in range(options.repeats):
-        plain.append(seconds(forwards, teacher, family, samples, options.samples)[0])
-        took, stats = seconds(analysed, teacher, family, samples, options.samples)
+        plain.append(seconds(forwards, teacher, samples, options.samples)[0])
+        took, stats = seconds(analysed, teacher, samples, options.samples)
         with_moments.append(took)
         inside.append(stats.moment_seconds)
     memory = {}
     for count in (options.samples // 2, options.samples):
         with measured("moments") as stage:
-            stats = analysed(teacher, family, samples, count)
+            stats = analysed(teacher, samples, count)
         memory[str(count)] = {"moment_bytes": sum(t.nbytes for t in stats.tensors.values()), "peak_rss_bytes": stage[0].peak_rss_bytes}
     settings = AnalyzeSettings()
-    took, costs = seconds(EditCosts, teacher, family, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
+    took, costs = seconds(EditCosts, teacher, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
     search = Search(source, costs, settings, PlanSettings(), [], [], nothing)
     more, _ = seconds(search.measure_intervals)
     per_forward = median(plain) / options.samples

@@ -26,6 +26,7 @@ from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.samples import Samples, open_samples
 from ppclc.search import AnalyzeSettings, Search
 from ppclc.selection import cheapest_chains
+from ppclc.teachers import ResidentTeacher, Teacher
 
 
 def nothing(*_: Any) -> None:
@@ -52,13 +53,15 @@ def agreement(chosen: list[list[Span]]) -> dict[str, Any]:
     return {"jaccard": whole, "ci95": [max(0.0, whole - half), min(1.0, whole + half)], "n": n, "chosen": chosen}
 
 
-def choices(teacher: Any, source: Any, samples: Samples, count: int, seed: int, removed: list[int], budget: int) -> dict[str, list[Span]]:
+def choices(
+    teacher: Teacher, source: Any, samples: Samples, count: int, seed: int, removed: list[int], budget: int
+) -> dict[str, list[Span]]:
     """The intervals of PPCL's rule, and ours by the number of removed blocks."""
-    stats = calibrate(teacher, source.family, samples, CalibrateSettings(samples=count, seed=seed), nothing)
+    stats = calibrate(teacher, samples, CalibrateSettings(samples=count, seed=seed), nothing)
     table = cka_map(Probes(near_of(stats.tensors, stats.rows, "image", stats.num_blocks), 1e-4), stats.longest)
     settings = AnalyzeSettings(budget=budget)
     generator = torch.Generator().manual_seed(1000 + seed)
-    costs = EditCosts(teacher, source.family, [samples.draw(64, generator) for _ in range(2)], stats, settings.ridge)
+    costs = EditCosts(teacher, [samples.draw(64, generator) for _ in range(2)], stats, settings.ridge)
     search = Search(source, costs, settings, PlanSettings(), [], [], nothing)
     search.measure_intervals()
     chains = cheapest_chains(search.sizes, search.interval_costs)
@@ -76,7 +79,7 @@ def main() -> None:
     quiet_libraries()
     source = open_source("builtin:two-digits")
     set_threads(source)
-    teacher = load_source(source)
+    teacher = ResidentTeacher(load_source(source), source.family)
     samples = open_samples("images", source, teacher, "choose")
     table = {}
     for count in options.samples:

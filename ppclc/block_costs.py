@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ppclc import families
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family
-from ppclc.models import DTYPES, Source, count_parameters, empty_model, random_model, student_config
+from ppclc.models import DTYPES, Source, count_parameters, model_outline, random_model, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of, write_text
 from ppclc.timing import Clock, interleaved
@@ -242,7 +242,8 @@ def depth_that_fits(family: Family, config: Mapping[str, Any], dtype: str) -> in
     """
     size = DTYPES[dtype].itemsize
     shallow, deeper = (
-        count_parameters(empty_model(family, dict(config) | {g.count_key: n for g in family.groups})) * size for n in (SHALLOW, SHALLOW + 1)
+        count_parameters(model_outline(family, dict(config) | {g.count_key: n for g in family.groups})) * size
+        for n in (SHALLOW, SHALLOW + 1)
     )
     block = deeper - shallow
     # Edits change at most half of a block's tensors; those are there twice.

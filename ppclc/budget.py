@@ -13,7 +13,7 @@ from ppclc.block_costs import require_block_costs
 from ppclc.closed_forms import check_reach
 from ppclc.detection import even_intervals, group_ranges
 from ppclc.errors import RecipeError
-from ppclc.models import Source, empty_model, predicted_parameters, student_config
+from ppclc.models import Source, model_outline, predicted_parameters, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.records import digest_of
@@ -110,7 +110,7 @@ def _valuer(source: Source, name: str, dtype: str) -> Callable[[CompressionPlan]
     if name == "parameters":
         return lambda plan: predicted_parameters(family, config, plan)
     if name == "bytes":
-        return lambda plan: weight_bytes(empty_model(family, student_config(family, config, plan)), dtype)
+        return lambda plan: weight_bytes(model_outline(family, student_config(family, config, plan)), dtype)
     if name == "vram_gb":
         return lambda plan: vram_bytes(family, config, plan, dtype) / 1e9
     costs = require_block_costs(source, dtype)

@@ -7,8 +7,7 @@ Frobenius norms. All arithmetic is in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +19,8 @@ from ppclc.records import CalibrationStats
 
 Bank = dict[str, dict[str, torch.Tensor]]
 ADAPTED_STREAMS = ("image", "text")
+KEPT_PROBES = 16
+"""Matrices that probes keep: CKA goes over each of them as often as an interval may have blocks."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,19 @@ class Probes:
 
     near: Near
     ridge: float
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    @cached_property
-    def steps(self) -> list[torch.Tensor]:
-        """`A - I` (D, D) of every block's probe."""
-        return [ridge_solution(self.near.second(i), self.near.residual(i), self.ridge) for i in range(self.near.num_blocks)]
+    def step(self, i: int) -> torch.Tensor:
+        """`A - I` (D, D) of block i's probe; the last KEPT_PROBES of them are kept."""
+        if i not in self.kept:
+            self.kept[i] = ridge_solution(self.near.second(i), self.near.residual(i), self.ridge)
+            for oldest in list(self.kept)[:-KEPT_PROBES]:
+                del self.kept[oldest]
+        return self.kept[i]
 
     def error(self, i: int) -> float:
         """Share of block i's centred step that its probe leaves; 0 for a block whose step is constant."""
-        whole, w, r = self.near.step(i), self.steps[i], self.near.residual(i)
+        whole, w, r = self.near.step(i), self.step(i), self.near.residual(i)
         left = whole - 2 * (w * r).sum().item() + (w * (self.near.second(i) @ w)).sum().item()
         scale = self.near.second(i).trace().item()
         return max(0.0, left) / whole if whole > 1e-12 * scale else 0.0
@@ -45,7 +50,7 @@ class Probes:
         """`A` (D, D) of the probes u+1..k one after the other, for k = u..last; the identity first."""
         made = [torch.eye(len(self.near.mean(0)), dtype=torch.float64)]
         for k in range(u + 1, last + 1):
-            made.append(made[-1] + made[-1] @ self.steps[k])
+            made.append(made[-1] + made[-1] @ self.step(k))
         return made
 
 

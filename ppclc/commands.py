@@ -28,8 +28,8 @@ from ppclc.models import (
     Source,
     check_teacher,
     count_parameters,
-    empty_model,
     load_source,
+    model_outline,
     open_configuration,
     open_source,
     quiet_libraries,
@@ -97,7 +97,7 @@ def inspect(model: str, check: bool) -> dict[str, Any]:
     """Family, blocks, parameters and bytes of a model, from its configuration; `check` loads the weights too."""
     quiet_libraries()
     source = open_source(model)
-    empty = empty_model(source.family, source.config)
+    empty = model_outline(source.family, source.config)
     parts: dict[str, int] = {}
     for name, parameter in empty.named_parameters():
         parts[_part(name, source)] = parts.get(_part(name, source), 0) + parameter.numel()

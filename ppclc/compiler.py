@@ -24,8 +24,8 @@ from ppclc.models import (
     Source,
     check_teacher,
     count_parameters,
-    empty_model,
     load_model,
+    model_outline,
     open_source,
     quiet_libraries,
     set_threads,
@@ -77,8 +77,6 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     display.stages = PASSES.index(until) + 1
     for step in PASSES[: display.stages]:
         raise_if_stopped()
-        if step == "distill" and recipe.distill.teacher == "streamed":
-            run.forget_teacher()
         if step == "slice":
             run.part()
             if not ranks.is_main:
@@ -149,7 +147,7 @@ def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
         calibrate_pass.VERSION,
         settings.moments() | {"source": samples.identity},
         (run.base,),
-        lambda _: calibrate_pass.calibrate(run.teacher, run.source.family, samples, settings, progress),
+        lambda work: calibrate_pass.calibrate(run.by_blocks, samples, settings, progress, work),
     )
 
 
@@ -167,16 +165,16 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
 def choose(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates, and the plan that meets the target."""
     recipe, stats = run.recipe, made(run.stats)
-    sections = (recipe.analyze, recipe.target, recipe.plan)
+    sections = (recipe.analysis, recipe.target, recipe.plan)
     lessons = Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
     run.analysis = run.store.make(
         Analysis,
         "analyze",
         analyze_pass.VERSION,
-        [*(s.model_dump() for s in sections), *([asdict(lessons)] if recipe.analyze.learns else [])],
+        [*(s.model_dump() for s in sections), *([asdict(lessons)] if sections[0].learns else [])],
         (stats,),
         lambda _: analyze_pass.analyze(
-            run.teacher, run.source, stats, run.samples("train"), *sections, recipe.model.dtype, progress, lessons
+            run.by_blocks, run.source, stats, run.samples("train"), *sections, recipe.model.dtype, progress, lessons
         ),
     )
 
@@ -237,7 +235,7 @@ def verify(run: Run, progress: Callable[[float, str], None]) -> None:
     settings, student = run.recipe.verify, made(run.student)
     model = load_model(run.out / "model", run.recipe.model.dtype)
     outcomes: list[Measured] = []
-    for i, (label, subject, root) in enumerate((("teacher", run.teacher, run.base), ("student", model, student))):
+    for i, (label, subject, root) in enumerate((("teacher", run.called, run.base), ("student", model, student))):
 
         def half(done: float, note: str, i: int = i, label: str = label) -> None:
             progress((i + done) / 2, f"{note} the {label}")
@@ -267,7 +265,7 @@ def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdi
     """The verdict on a student; of a user's own pipeline its VAE decodes what both models sample."""
     dtype, samples = run.recipe.model.dtype, run.samples("judge")
     with decoder(run.source, run.cache.grid, dtype, run.recipe.model.revision) if run.cache else nullcontext() as decode:
-        return verify_pass.verify(run.teacher, model, run.source, outcomes, samples, run.recipe.verify, decode)
+        return verify_pass.verify(run.called, model, run.source, outcomes, samples, run.recipe.verify, decode)
 
 
 def export(run: Run, progress: Callable[[float, str], None]) -> None:
@@ -358,7 +356,7 @@ def teacher_size(run: Run) -> dict[str, int]:
 def size_of(source: Source) -> dict[str, int]:
     """Parameters, bytes and blocks of a model."""
     return {
-        "parameters": count_parameters(empty_model(source.family, source.config)),
+        "parameters": count_parameters(model_outline(source.family, source.config)),
         "bytes": sum(f.stat().st_size for f in source.weight_files()),
         "blocks": source.family.num_blocks(source.config),
     }

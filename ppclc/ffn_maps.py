@@ -12,45 +12,43 @@ Shape suffixes: B batch, T token, D width, N row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
-from ppclc.moments import ridge_solution, rows_of
+from ppclc.moments import Moments, ridge_solution, rows_of
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class FfnMoments:
-    """Running float64 moments of `mid` and `added` by stream and block: three (D,) or (D, D) sums and a cross product each.
+    """Running float64 moments of `mid` and `added` by stream and block, among others or on their own.
 
     `tensors`, for stream s and block i: `ffn.s.sum.i` (D,) = sum of mid, `ffn.s.added.i` (D,) = sum of
     added, `ffn.s.square.i` (D, D) = sum of `mid' mid`, `ffn.s.cross.i` (D, D) = sum of `mid' added`.
     `rows["ffn.s"]` counts the rows.
     """
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.rows: dict[str, int] = {}
+    def __init__(self, moments: Moments | None = None) -> None:
+        self.moments = moments or Moments()
 
-    def add(
-        self, stream: str, mids: Sequence[torch.Tensor | None], outputs: Sequence[torch.Tensor], mask_BT: torch.Tensor | None = None
-    ) -> None:
-        """Add one batch: every block's mid and output, each (B, T, D). A mid is None where a block has no such network.
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All sums by name."""
+        return self.moments.tensors
 
-        Rows where the mask is zero do not enter.
-        """
-        for i, (mid_BTD, output_BTD) in enumerate(zip(mids, outputs, strict=True)):
-            if mid_BTD is None:
-                continue
-            mid_ND, output_ND = rows_of(mid_BTD, mask_BT), rows_of(output_BTD, mask_BT)
-            added_ND = output_ND.double() - mid_ND.double()
-            for name, value in _moments(mid_ND.double(), added_ND, torch.promote_types(mid_ND.dtype, torch.float32)).items():
-                key = f"ffn.{stream}.{name}.{i}"
-                self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
-        some = next((m for m in mids if m is not None), None)
-        if some is not None:
-            self.rows[f"ffn.{stream}"] = self.rows.get(f"ffn.{stream}", 0) + len(rows_of(some, mask_BT))
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows that were added, by stream."""
+        return self.moments.rows
+
+    def add(self, stream: str, block: int, mid_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
+        """Add one batch of one block: its mid and its output. Rows where the mask is zero do not enter."""
+        mid_ND, output_ND = rows_of(mid_BTD, mask_BT), rows_of(output_BTD, mask_BT)
+        added_ND = output_ND.double() - mid_ND.double()
+        for name, value in _moments(mid_ND.double(), added_ND, torch.promote_types(mid_ND.dtype, torch.float32)).items():
+            self.moments.accumulate(f"ffn.{stream}.{name}.{block}", value)
+        self.moments.count(f"ffn.{stream}", block, len(mid_ND))
 
 
 def _moments(mid_ND: torch.Tensor, added_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

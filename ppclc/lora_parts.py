@@ -14,7 +14,7 @@ import torch
 
 from ppclc.errors import ModelError
 from ppclc.families import Family
-from ppclc.models import empty_model, student_config
+from ppclc.models import model_outline, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.student_tensors import chunks_left, student_sizes
 
@@ -238,5 +238,5 @@ def _gram(x: torch.Tensor) -> torch.Tensor:
 
 def shapes_of(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights, of two axes or more, of a model's modules by name. Takes no memory of theirs."""
-    weights = {n: getattr(m, "weight", None) for n, m in empty_model(family, config).named_modules()}
+    weights = {n: getattr(m, "weight", None) for n, m in model_outline(family, config).named_modules()}
     return {n: tuple(w.shape) for n, w in weights.items() if isinstance(w, torch.Tensor) and w.ndim > 1}

@@ -2,22 +2,26 @@
 
 Two kinds are kept. *Near* moments, over every row, are all that linear probes and CKA need: of each block's
 input `x` and of its step `d = T(x) - x`. *Far* moments, over a share of the batches, relate states many
-blocks apart, for the linear maps that stand in for whole intervals and for text streams. Memory is
-O(L D^2), times the longest interval for the far ones, whatever the number of rows.
+blocks apart, for the linear maps that stand in for whole intervals and for text streams. They take
+O(L D^2), times the longest interval for the far ones, whatever the number of rows: in memory, or in files that the system maps.
 
 Shape suffixes: B batch, T token, N rows, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
 TOGETHER = 2**24
 """States of up to so many numbers are stacked, which saves operators; larger ones are taken a block at a time."""
+LARGE_BYTES = 2**20
+"""Sums from this size on lie in files, where a folder is given."""
 BANDS = 4
 """Bands of equal width that timesteps in 0..1 fall into."""
 CHUNKS = 8
@@ -57,49 +61,71 @@ def _near_together(x_SND: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _near_in_turn(states: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same, a block at a time, so that no second copy of the states is made."""
-    found: dict[str, list[torch.Tensor]] = {"sum": [], "second": [], "residual": [], "step": []}
-    for i, x in enumerate(states):
-        found["sum"].append(x.sum(0, dtype=torch.float64))
-        found["second"].append(product(x, x))
-        if i + 1 < len(states):
-            d = states[i + 1] - x
-            found["residual"].append(product(x, d))
-            found["step"].append(d.square().sum(dtype=torch.float64))
-    return {name: torch.stack(values) for name, values in found.items() if values}
+def _near_of_one(x_ND: torch.Tensor, before_ND: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The near moments of one state, and of the step that led to it."""
+    found = {"sum": x_ND.sum(0, dtype=torch.float64), "second": product(x_ND, x_ND)}
+    if before_ND is not None:
+        d_ND = x_ND - before_ND
+        found |= {"residual": product(before_ND, d_ND), "step": d_ND.square().sum(dtype=torch.float64)}
+    return found
 
 
 @dataclass
 class Moments:
-    """Running sums by name, float64, and the rows that went into each stream."""
+    """Running sums by name, float64 on the CPU, and the rows that went into each stream.
 
+    With a `folder`, large sums lie in files there that the system maps: it writes them back as it needs the memory. Near moments
+    that are added one state at a time wait in `pending`, on the device where they were computed, until `settle`.
+    `firsts`: of each stream the state that its rows are counted at.
+    """
+
+    folder: Path | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
+    firsts: dict[str, int] = field(default_factory=dict)
+    pending: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
 
     def add_near(self, stream: str, states: Sequence[torch.Tensor], prefixes: Iterable[str] = ("",)) -> None:
-        """Add rows (N, D) of one stream, by block, to the near moments under every prefix.
+        """Add rows (N, D) of one stream, every state of it, to the near moments under every prefix.
 
         `sum` (S, D) and `second` (S, D, D) of all states; `residual` (S - 1, D, D), the sums of `x' d`, and
         `step` (S - 1,), those of `|d|^2`, of all blocks. A step's own sum is the difference of two sums.
         """
-        made = _near_together(torch.stack(list(states))) if len(states) * states[0].numel() <= TOGETHER else _near_in_turn(states)
+        prefixes = list(prefixes)
+        if not small(states):
+            for i, x in enumerate(states):
+                self.add_near_one(stream, i, len(states), x, states[i - 1] if i else None, prefixes)
+            self.settle()
+            return
+        made = _near_together(torch.stack(list(states)))
         for key in prefixes:
-            self.rows[key + stream] = self.rows.get(key + stream, 0) + len(states[0])
+            self.count(key + stream, 0, len(states[0]))
             for name, value in made.items():
                 if len(value):  # one state alone has no step
                     self.accumulate(f"{key}{stream}.{name}", value)
 
-    def add_far(self, stream: str, states: Sequence[torch.Tensor], longest: int) -> None:
-        """Add rows (N, D) to the far moments: `far.<stream>.sum.i` and `far.<stream>.cross.i.j` for i <= j <= i + longest."""
-        name = f"far.{stream}"
-        self.rows[name] = self.rows.get(name, 0) + len(states[0])
-        for i, x in enumerate(states):
-            self.accumulate(f"{name}.sum.{i}", x.sum(0, dtype=torch.float64))
-            last = min(i + longest, len(states) - 1)
-            joined = product(x, torch.cat(list(states[i : last + 1]), dim=1))
-            for j, block in zip(range(i, last + 1), joined.split(x.shape[1], dim=1), strict=True):
-                self.accumulate(f"{name}.cross.{i}.{j}", block)
+    def add_near_one(
+        self, stream: str, i: int, states: int, x_ND: torch.Tensor, before_ND: torch.Tensor | None, prefixes: Iterable[str] = ("",)
+    ) -> None:
+        """Of `states` states, add rows of number i, and of the step to it from the one before: in the end the same as `add_near`."""
+        made = _near_of_one(x_ND, before_ND)
+        for key in prefixes:
+            self.count(key + stream, i, len(x_ND))
+            for name, value in made.items():
+                step = name in ("residual", "step")
+                place = (f"{key}{stream}.{name}", i - 1 if step else i, states - 1 if step else states)
+                self.pending[place] = self.pending[place] + value if place in self.pending else value
+
+    def add_far(self, stream: str, j: int, window: Mapping[int, torch.Tensor]) -> None:
+        """Add rows (N, D) of state j to the far moments, with those of the states before it that are in the window, which has j too.
+
+        `far.<stream>.sum.j` and `far.<stream>.cross.i.j`, for every i of the window.
+        """
+        name, x = f"far.{stream}", window[j]
+        self.count(name, j, len(x))
+        self.accumulate(f"{name}.sum.{j}", x.sum(0, dtype=torch.float64))
+        for i in sorted(window):
+            self.accumulate(f"{name}.cross.{i}.{j}", product(window[i], x))
 
     def add_up(self, prefixes: Sequence[str], streams: Sequence[str]) -> None:
         """Make the whole of each stream from groups that every row entered once."""
@@ -109,12 +135,36 @@ class Moments:
             for name in ("sum", "second", "residual", "step"):
                 self.tensors[f"{stream}.{name}"] = torch.stack([self.tensors[f"{p}{stream}.{name}"] for p in there]).sum(0)
 
-    def accumulate(self, key: str, value: torch.Tensor) -> None:
-        """Add a value to a running sum."""
-        if key in self.tensors:
-            self.tensors[key] += value
-        else:
-            self.tensors[key] = value.clone()
+    def count(self, stream: str, state: int, rows: int) -> None:
+        """Count rows of a stream, at the first of its states alone."""
+        if self.firsts.setdefault(stream, state) == state:
+            self.rows[stream] = self.rows.get(stream, 0) + rows
+
+    def accumulate(self, key: str, value: torch.Tensor, row: int | None = None, rows: int = 0) -> None:
+        """Add a value to a running sum, or to one row of `rows`."""
+        if key not in self.tensors:
+            self.tensors[key] = self._zeros(key, value.shape if row is None else (rows, *value.shape))
+        place = self.tensors[key] if row is None else self.tensors[key][row]
+        place += value.to(place)
+
+    def settle(self) -> None:
+        """Add up what waits."""
+        for (key, row, rows), value in self.pending.items():
+            self.accumulate(key, value, row, rows)
+        self.pending.clear()
+
+    def _zeros(self, key: str, shape: Sequence[int]) -> torch.Tensor:
+        count = math.prod(shape)
+        if self.folder is None or 8 * count < LARGE_BYTES:
+            return torch.zeros(*shape, dtype=torch.float64)
+        path = self.folder / f"{len(self.tensors)}.sum"
+        path.unlink(missing_ok=True)  # one that is there would be taken as it is
+        return torch.from_file(str(path), shared=True, size=count, dtype=torch.float64).view(*shape)
+
+
+def small(states: Sequence[torch.Tensor]) -> bool:
+    """Whether states are so small that all of them in one operator are faster than one by one."""
+    return len(states) * states[0].numel() <= TOGETHER
 
 
 @dataclass(frozen=True)

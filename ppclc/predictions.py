@@ -22,7 +22,7 @@ from ppclc.block_costs import BlockCosts, blocks_by_group, default_size, width_o
 from ppclc.checkpoints import METADATA
 from ppclc.errors import PlanError
 from ppclc.families import Family
-from ppclc.models import DTYPES, count_parameters, empty_model, model_class, student_config
+from ppclc.models import DTYPES, count_parameters, model_class, model_outline, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.records import safetensors_header
 
@@ -60,7 +60,7 @@ def predict(
     """
     if plan.modulation_rank is not None and plan.modulation_rank > width_of(config):
         raise PlanError(f"plan.modulation_rank = {plan.modulation_rank}: wanted at most the width, {width_of(config)}")
-    empty = empty_model(family, student_config(family, config, plan))
+    empty = model_outline(family, student_config(family, config, plan))
     return Prediction(
         parameters=count_parameters(empty),
         bytes=weight_bytes(empty, dtype),
@@ -145,7 +145,7 @@ def _activation_bytes(family_name: str, config: str, dtype: str, size: tuple[tup
 
     family: Family = plugins.load("families", family_name)
     given = json.loads(config)
-    empty_model(family, given)  # its errors are ours
+    model_outline(family, given)  # its errors are ours
     with FakeTensorMode():
         model = model_class(family, given).from_config({k: v for k, v in given.items() if k != "auto_map"})
         state = {n: t.to(_dtype_of(t, dtype)) for n, t in model.state_dict().items()}

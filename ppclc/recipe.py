@@ -62,6 +62,11 @@ class Recipe(Section):
     export: list[ExportTarget] = []
     bench: BenchSettings = BenchSettings()
 
+    @property
+    def analysis(self) -> AnalyzeSettings:
+        """Section `analyze` as the teacher allows it: a streamed one is never trained, which the supernet and trials would."""
+        return self.analyze.untrained() if self.distill.teacher == "streamed" else self.analyze
+
     def to_yaml(self) -> str:
         """The recipe with every default filled in."""
         out = StringIO()

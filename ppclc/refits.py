@@ -18,7 +18,7 @@ from ppclc.models import Shared
 from ppclc.moments import ridge_solution
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit
 from ppclc.samples import Sample
-from ppclc.teachers import Sweep, Teacher
+from ppclc.teachers import Sweep, Teacher, ffn_inputs_kept
 
 Maps = dict[str, dict[str, torch.Tensor]]
 
@@ -113,7 +113,7 @@ def _add_ffn(
     for n, mask in enumerate(masks):
         mid = _mid(block, teaching, edit, sweep.states[interval.first][n], sweep.shared[n])
         target = sweep.states[interval.last + 1][n][edit.stream]
-        moments.add(edit.stream, [mid], [target], mask if edit.stream == "text" else None)
+        moments.add(edit.stream, 0, mid, target, mask if edit.stream == "text" else None)
 
 
 def _solved(moments: FfnMoments, stream: str, ridge: float) -> dict[str, torch.Tensor]:
@@ -123,12 +123,6 @@ def _solved(moments: FfnMoments, stream: str, ridge: float) -> dict[str, torch.T
 @torch.no_grad()
 def _mid(block: nn.Module, teaching: Teaching, edit: FfnEdit, states: dict[str, torch.Tensor], shared: Shared) -> torch.Tensor:
     """A block's state of one stream after the attention residual, (B, tokens, D)."""
-    seen: list[torch.Tensor] = []
-    hook = block.get_submodule(teaching.group(edit.block).ffn_inputs[edit.stream]).register_forward_pre_hook(
-        lambda _, args: seen.append(args[0])
-    )
-    try:
+    with ffn_inputs_kept(block, teaching.group(edit.block), [edit.stream]) as mids:
         teaching.call(block, edit.block, states, shared)
-    finally:
-        hook.remove()
-    return seen[0]
+    return mids[edit.stream]

@@ -13,7 +13,6 @@ from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError
-from ppclc.local_phase import give_back_memory
 from ppclc.models import Source, check_teacher, load_source, open_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
@@ -74,7 +73,7 @@ class Run:
 
     @cached_property
     def by_blocks(self) -> Teacher:
-        """The teacher as distillation runs it, on the device that trains; a streamed one is never in memory as a whole."""
+        """The teacher as passes up to distillation run it, on the device that trains; a streamed one is never in memory as a whole."""
         if self.recipe.distill.teacher == "streamed":
             return StreamedTeacher(self.source, self.recipe.model.dtype, self.ranks.device)
         return ResidentTeacher(self.teacher.to(self.ranks.device), self.source.family)
@@ -89,11 +88,6 @@ class Run:
         if "teacher" in self.__dict__:
             self.teacher.to("cpu")
         self.__dict__.pop("by_blocks", None)
-
-    def forget_teacher(self) -> None:
-        """Let go of the whole model, where it was loaded; who needs it again loads it again."""
-        self.__dict__.pop("teacher", None)
-        give_back_memory()
 
     @property
     def called(self) -> Any:
@@ -142,6 +136,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     for note in source.notes if ranks.is_main else ():
         display.say(note)
     check_optimizer(recipe.distill)
+    if recipe.distill.teacher == "streamed" and recipe.analyze.learns and ranks.is_main:
+        display.say("warning: a streamed teacher is not trained: no supernet and no trials, the plan is chosen by untrained costs alone")
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ppclc import trials
+from ppclc import edit_costs, trials
 from ppclc.block_costs import Call, blocks_by_group, default_size, example_call, width_of
 from ppclc.budget import allows
 from ppclc.detection import group_ranges, removed_by
 from ppclc.devices import cores
 from ppclc.edit_costs import kept_choices
 from ppclc.families import STREAMS, Family
-from ppclc.models import DTYPES, Source, count_parameters, empty_model, random_model, student_config
+from ppclc.models import DTYPES, Source, count_parameters, empty_model, model_outline, random_model, student_config
 from ppclc.moments import BANDS, CHUNKS
 from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan
@@ -34,6 +34,7 @@ from ppclc.predictions import Prediction, activation_bytes
 from ppclc.recipe import Recipe
 from ppclc.samples import TRAJECTORY_STEPS
 from ppclc.selection import Span
+from ppclc.teachers import HELD_BLOCKS, HELD_BYTES
 
 SMALL_PARAMETERS = 200_000_000
 """Models up to this size are built to be timed; of larger ones the operations are counted."""
@@ -189,7 +190,7 @@ def moments(family: Family, config: Mapping[str, Any], longest: int) -> MomentCo
 
 def analyze_seconds(work: Work) -> float:
     """The teacher's forwards that the analysis spends on costs, what its trainings are taught and judged by, the supernet, then trials."""
-    settings = work.recipe.analyze
+    settings = work.recipe.analysis
     steps = max(settings.supernet_steps if shares_weights(work) else 0, settings.trial_steps if trial_students(work) else 0)
     judging = settings.probes * TRAJECTORY_STEPS if steps else 0
     taught = steps * work.recipe.distill.batch * (work.speeds.teacher_s + work.draw_s) + judging * work.speeds.teacher_s
@@ -199,7 +200,7 @@ def analyze_seconds(work: Work) -> float:
 
 def analyze_forwards(work: Work) -> float:
     """Forwards of one sample, in whole teachers: intervals under the budget, every text run, rank and network, the probes themselves."""
-    settings, wanted, blocks, free = work.recipe.analyze, work.recipe.plan, work.blocks, work.targeted
+    settings, wanted, blocks, free = work.recipe.analysis, work.recipe.plan, work.blocks, work.targeted
     longest = min(work.recipe.calibrate.longest, blocks)
     forwards = 1.0
     if wanted.text_stream == "auto" and free:
@@ -230,12 +231,12 @@ def _intervals(work: Work) -> list[Span]:
 
 def _interval_forwards(work: Work, u: int, v: int) -> float:
     """Forwards of one sample that the cost of an interval takes."""
-    return work.recipe.analyze.probes * len(kept_choices(u, v)) * (work.blocks - v) / work.blocks
+    return work.recipe.analysis.probes * len(kept_choices(u, v)) * (work.blocks - v) / work.blocks
 
 
 def distilled_spans(work: Work) -> list[Span]:
     """Intervals that are distilled: the plan's, and with `distill.bank: all` every other one whose cost the budget lets be measured."""
-    own, settings = [(i.first, i.last) for i in work.plan.intervals], work.recipe.analyze
+    own, settings = [(i.first, i.last) for i in work.plan.intervals], work.recipe.analysis
     measured = work.targeted and work.recipe.plan.intervals == "auto" and settings.strategy == "output_error"
     if work.recipe.distill.bank == "plan" or not measured:
         return own
@@ -248,14 +249,14 @@ def distilled_spans(work: Work) -> list[Span]:
 
 def shares_weights(work: Work) -> bool:
     """Whether a supernet says which blocks go."""
-    settings = work.recipe.analyze
+    settings = work.recipe.analysis
     searched = work.targeted and settings.strategy == "output_error" and work.recipe.plan.intervals == "auto"
     return searched and settings.supernet_steps > 0 and bool(work.plan.intervals)
 
 
 def trial_students(work: Work) -> int:
     """Students that are trained for a while before one plan is taken: of one depth a supernet leaves one, if no width is free."""
-    settings, wanted = work.recipe.analyze, work.recipe.plan
+    settings, wanted = work.recipe.analysis, work.recipe.plan
     several = "auto" in (wanted.text_stream, wanted.ffn, wanted.modulation_rank) or not shares_weights(work)
     return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 and several else 0
 
@@ -269,7 +270,7 @@ def _supernet_seconds(work: Work) -> float:
     """Its steps one after the other, then sets of blocks judged beside each other."""
     if not shares_weights(work):
         return 0.0
-    settings, speeds = work.recipe.analyze, work.speeds
+    settings, speeds = work.recipe.analysis, work.speeds
     sample_s = speeds.teacher_s * len(work.plan.kept) / work.blocks
     trained = settings.supernet_steps * work.recipe.distill.batch * speeds.training
     return sample_s * (trained + settings.supernet_sets * settings.probes * TRAJECTORY_STEPS * _beside(work))
@@ -277,7 +278,7 @@ def _supernet_seconds(work: Work) -> float:
 
 def _trial_seconds(work: Work) -> float:
     """Students beside each other, the worse half dropping out after every round, each judged at the start and after its rounds."""
-    left, steps, settings = trial_students(work), work.recipe.analyze.trial_steps, work.recipe.analyze
+    left, steps, settings = trial_students(work), work.recipe.analysis.trial_steps, work.recipe.analysis
     trained, judged, before = 0.0, float(left), 0.0
     for share in trials.ROUNDS if left else ():
         trained, judged, before = trained + left * (share - before) * steps, judged + left, share
@@ -358,22 +359,29 @@ def peak_bytes(work: Work) -> int:
     recipe, family, config, dtype = work.recipe, work.source.family, work.source.config, work.recipe.model.dtype
     size = default_size(family)
     weights = _tensor_bytes(work.teacher, dtype)
-    start = LIBRARY_BYTES + (TASK_BYTES if work.judged else 0) + weights
-    calibration = 2 * _state_bytes(work, min(BATCH, recipe.calibrate.samples)) + 2 * moment_bytes(work)
+    start = LIBRARY_BYTES + (TASK_BYTES if work.judged else 0)
+    calibration = weights + 2 * _state_bytes(work, min(BATCH, recipe.calibrate.samples)) + 2 * moment_bytes(work)
+    probes = _state_bytes(work, recipe.analysis.probes)
+    through_distill = weights
+    if (
+        recipe.distill.teacher == "streamed"
+    ):  # a block and what it passes at once, what is held of states, and at most so many maps; sums lie in files
+        through_distill = 3 * max(_block_bytes(work)) + max(HELD_BYTES, HELD_BLOCKS * max(_block_bytes(work)))
+        calibration, probes = through_distill, 4 * probes // (work.blocks + 1) + edit_costs.KEPT_BYTES
     student = _tensor_bytes(work.student, dtype)
     training = 0 if work.plan.is_empty else _training_bytes(work, recipe.distill.batch)
     # Weights and two moments; gradients are in `training`.
     distill = 3 * student + training + min(training, KEPT_BYTES)
     taught = min(trial_students(work), work.lanes)
-    analysis = _state_bytes(work, recipe.analyze.probes) + _searching_bytes(work, training)
+    analysis = probes + _searching_bytes(work, training)
     kept = max(1, taught) * min(2 * training, 2 * KEPT_BYTES)
     lanes = work.lanes if work.judged else 1
     batch = min(JUDGE_BATCH, recipe.verify.scenes) if work.judged else 16
     judging = lanes * activation_bytes(family, _shallow(family, config), dtype, size | {"batch": batch})
     judge = lanes * JUDGE_SCENE_BYTES * recipe.verify.scenes if work.judged else 0
     verify = kept + 2 * student + judging + judge
-    export = kept + 2 * student + EXPORTER_BYTES + 2 * weights if recipe.export else 0
-    return int(start + max(calibration, analysis, distill, verify, export))
+    export = kept + 2 * student + EXPORTER_BYTES + 3 * weights if recipe.export else 0
+    return int(start + max(calibration, export, through_distill + max(analysis, distill, verify)))
 
 
 def _searching_bytes(work: Work, training: int) -> int:
@@ -479,8 +487,8 @@ def disk_bytes(work: Work) -> int:
 def _block_bytes(work: Work) -> list[int]:
     """Of one block of each group."""
     family, low = work.source.family, _shallow(work.source.family, work.source.config)
-    two = count_parameters(empty_model(family, low))
-    deeper = [count_parameters(empty_model(family, low | {g.count_key: 3})) for g in family.groups]
+    two = count_parameters(model_outline(family, low))
+    deeper = [count_parameters(model_outline(family, low | {g.count_key: 3})) for g in family.groups]
     return [(three - two) * DTYPES[work.recipe.model.dtype].itemsize for three in deeper]
 
 
@@ -496,7 +504,7 @@ def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionP
     width, size = width_of(config), default_size(family)
     products = _product_rate(width, BATCH * size["height"] * size["width"], dtype)
     python = python_seconds() / PYTHON_REFERENCE_S
-    if count_parameters(empty_model(family, config)) > SMALL_PARAMETERS:
+    if count_parameters(model_outline(family, config)) > SMALL_PARAMETERS:
         whole = CompressionPlan.of(family.name, plan.num_blocks)
         counts = [_by_depth(family, config, p, lambda c: forward_operations(family, c)) for p in (whole, plan)]
         teacher_s, student_s = (count / products for count in counts)

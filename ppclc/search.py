@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,13 +18,14 @@ from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
 from ppclc.families import STREAMS
-from ppclc.models import Source, block_state, predicted_parameters
+from ppclc.models import Source, predicted_parameters
 from ppclc.moments import BANDS
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import Agreement, Candidate, SetScore, TrialResult
 from ppclc.samples import Samples
 from ppclc.selection import Budget, Chain, Options, Removed
 from ppclc.supernet import Dropped
+from ppclc.teachers import ResidentTeacher
 
 MAX_TEXT_BLOCKS = 8
 FREE = 1e-3
@@ -58,6 +59,10 @@ class AnalyzeSettings(BaseModel):
     supernet_sets: Annotated[int, Field(ge=1)] = 64
     trials: Annotated[int, Field(ge=0)] = 8
     trial_steps: Annotated[int, Field(ge=3)] = 60
+
+    def untrained(self) -> AnalyzeSettings:
+        """The same without anything that is trained."""
+        return self.model_copy(update={"supernet_steps": 0, "trials": 0})
 
     @property
     def learns(self) -> bool:
@@ -105,6 +110,12 @@ class Search:
         self.set_errors: dict[Removed, list[tuple[Dropped, torch.Tensor]]] = {}
 
     @property
+    def whole(self) -> Any:
+        """The teacher as one model, which only a resident one is."""
+        assert isinstance(self.costs.teacher, ResidentTeacher), "a streamed teacher is not trained"
+        return self.costs.teacher.model
+
+    @property
     def interval_costs(self) -> dict[Span, float]:
         """Cost of every interval that was measured."""
         return {span: self.costs.share(errors) for span, errors in self.interval_errors.items()}
@@ -127,35 +138,38 @@ class Search:
 
     def measure_intervals(self) -> None:
         """Velocity error with each candidate interval replaced by its best stand-in."""
-        for n, (u, v) in enumerate(self.spans):
-            self.interval_errors[u, v], self.kept[u, v] = self.costs.interval(u, v)
-            self.progress((n + 1) / len(self.spans), "intervals")
+        for span, (errors, kept) in self.costs.intervals(self.spans, self._told("intervals")).items():
+            self.interval_errors[span], self.kept[span] = errors, kept
+
+    def _told(self, what: str) -> Callable[[float], None]:
+        """Progress of one kind of edits."""
+        return lambda done: self.progress(done, what)
 
     def measure_text(self) -> None:
         """Velocity error with the text stream of the last k blocks mapped, for each k."""
         there = self.source.family.text_blocks(self.source.config)
-        for k in range(1, min(MAX_TEXT_BLOCKS, self.longest - 1, len(there) - 1) + 1):
-            blocks = list(there[-k:])
-            if not any(b in self.wanted.protect for b in blocks):
-                self.text_costs[k] = self._student_cost(text=blocks)
-            self.progress(k / MAX_TEXT_BLOCKS, "text stream")
+        runs = {k: list(there[-k:]) for k in range(1, min(MAX_TEXT_BLOCKS, self.longest - 1, len(there) - 1) + 1)}
+        free = {k: blocks for k, blocks in runs.items() if not any(b in self.wanted.protect for b in blocks)}
+        self.text_costs = self._student_costs({k: self._wide(text=blocks) for k, blocks in free.items()}, "text stream")
 
     def measure_ranks(self) -> None:
         """Velocity error by modulation rank: 4, 8, 16, ... below the width."""
         ranks = [r for r in (2**i for i in range(2, 16)) if r < self.width] if self.source.family.modulations else []
-        for n, rank in enumerate(ranks):
-            self.rank_costs[rank] = self._student_cost(rank=rank)
-            self.progress((n + 1) / len(ranks), "modulation rank")
+        self.rank_costs = self._student_costs({rank: self._wide(rank=rank) for rank in ranks}, "modulation rank")
 
     @property
     def width(self) -> int:
         """Features of a state, and of the time embedding."""
         return int(self.costs.stats.tensors["image.sum"].shape[-1])
 
-    def _student_cost(self, text: Sequence[int] = (), rank: int | None = None) -> float:
+    def _student_costs(self, plans: Mapping[int, CompressionPlan], what: str) -> dict[int, float]:
+        errors = self.costs.students(list(plans.values()), self._told(what))
+        return {key: self.costs.share(e) for key, e in zip(plans, errors, strict=True)}
+
+    def _wide(self, text: Sequence[int] = (), rank: int | None = None) -> CompressionPlan:
+        """The plan of one width edit alone."""
         dead = self.wanted.dead_code and self.source.family.has_dead_code and bool(text or rank is not None)
-        plan = CompressionPlan.of(self.source.family.name, self.length, [], list(text), rank, dead)
-        return self.costs.share(self.costs.student(plan))
+        return CompressionPlan.of(self.source.family.name, self.length, [], list(text), rank, dead)
 
     def plan(
         self,
@@ -183,7 +197,7 @@ class Search:
         if samples is None or not learns:
             return found[0]
         steps = max(self.settings.supernet_steps, self.settings.trial_steps if self.settings.trials > 1 else 0)
-        teaching = trials.Teaching.of(self.costs.model, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
+        teaching = trials.Teaching.of(self.whole, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
         depths = sorted({self._removed(p) for p in found})
         if self.settings.supernet_steps and self.wanted.intervals == "auto" and any(map(any, depths)):
             chains = self._shared({n: options.chains[n] for n in {(0,) * len(self.sizes), *depths}}, teaching)
@@ -208,7 +222,7 @@ class Search:
         if not searched:
             return chains
         self.starts |= {s: self.kept[s] for n, c in chains.items() if n not in searched for s in c[0][1]}
-        net = supernet.Supernet(self.costs.model, self.source.family, teaching.learning_rate)
+        net = supernet.Supernet(self.whole, self.source.family, teaching.learning_rate)
         picker = partial(supernet.picker, self.drop_errors, allowed, self.sizes)
         net.train(teaching.taught[: self.settings.supernet_steps], picker(searched), self.progress)
         with net.judges(teaching.distance) as score:
@@ -228,20 +242,20 @@ class Search:
 
     def _tried(self, plans: Sequence[CompressionPlan], teaching: trials.Teaching) -> CompressionPlan:
         """The plan whose student samples nearest to the teacher after a short training."""
-        model, stats = self.costs.model, self.costs.stats
+        stats = self.costs.stats
         entries = []
         for plan in plans:
             bank = closed_form_bank(stats, self.settings.ridge, plan)
             bank |= {plan.interval_key(i): self._start_state(plan, i) for i in plan.intervals}
             entries.append(trials.Trial(plan, bank, teaching.learning_rate))
-        ranked = trials.run_trials(model, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
+        ranked = trials.run_trials(self.whole, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
         self.trials = [TrialResult(plan=t.plan, errors=t.errors) for t in ranked]
         return ranked[0].plan
 
     def _start_state(self, plan: CompressionPlan, interval: Interval) -> dict[str, torch.Tensor]:
         """Tensors of an interval's student block before any training, its closed-form adapters with it."""
         start = self.start_in(plan, interval)
-        state = block_state(self.costs.blocks[start])
+        state = self.costs.teacher.block_tensors(start)
         if interval in plan.adapters:
             state |= interval_adapters(self.costs.stats, self.settings.ridge, interval.first, start)
         return state
@@ -284,7 +298,9 @@ class Search:
         limit = self.wanted.modulation_error
         if limit is None:
             return
-        cost = self.rank_costs.setdefault(rank, self._student_cost(rank=rank))
+        if rank not in self.rank_costs:
+            self.rank_costs |= self._student_costs({rank: self._wide(rank=rank)}, "modulation rank")
+        cost = self.rank_costs[rank]
         if cost > limit:
             enough = min((r for r, c in self.rank_costs.items() if c <= limit), default=None)
             way_out = f"a rank of {enough} or more, or a larger limit" if enough else "a larger limit, or none"
@@ -300,11 +316,10 @@ class Search:
         if self.wanted.ffn != "auto" or self.budget is None:
             return []
         family, config = self.source.family, self.source.config
-        for stream in STREAMS:
-            for block in range(self.length):
-                if block not in self.wanted.protect and stream in family.ffn_streams(config, block):
-                    self.ffn_costs.append((self.costs.share(self.costs.ffn(block, stream)), stream, block))
-                self.progress((block + 1) / self.length, f"{stream} FFN")
+        free = [b for b in range(self.length) if b not in self.wanted.protect]
+        networks = [(b, stream) for stream in STREAMS for b in free if stream in family.ffn_streams(config, b)]
+        errors = self.costs.ffns(networks, self._told("linear networks"))
+        self.ffn_costs = [(self.costs.share(e), stream, b) for (b, stream), e in zip(networks, errors, strict=True)]
         return sorted(self.ffn_costs)
 
     def _chains(self) -> dict[Removed, list[Chain]]:
@@ -345,15 +360,14 @@ class Search:
         """What another rule picks for every number of removed blocks, at the velocity error of that cut with nothing in its place."""
         chains: dict[Removed, list[Chain]] = {(0,) * len(self.sizes): [(0.0, [])]}
         worst = 0.0
-        most = self.length - len(self.sizes)
-        for n in range(1, most + 1):
-            picked = self._picked(self.settings.strategy, n)
-            if picked is not None and all(allows(self.wanted, *s) for s in picked):
-                # Not below that of fewer blocks: the rule itself says which blocks go, the budget how many.
-                worst = max(worst, self.costs.share(self.costs.together(picked, linear=False)))
-                chains[detection.removed_by(picked, self.sizes)] = [(worst, sorted(picked))]
-                self.kept |= {s: stays for s, stays in picked.items() if s not in self.kept}
-            self.progress(n / most, self.settings.strategy)
+        picked = [self._picked(self.settings.strategy, n) for n in range(1, self.length - len(self.sizes) + 1)]
+        cuts = [p for p in picked if p is not None and all(allows(self.wanted, *s) for s in p)]
+        errors = self.costs.cuts(cuts, linear=False, progress=self._told(self.settings.strategy))
+        for cut, each in zip(cuts, errors, strict=True):
+            # Not below that of fewer blocks: the rule itself says which blocks go, the budget how many.
+            worst = max(worst, self.costs.share(each))
+            chains[detection.removed_by(cut, self.sizes)] = [(worst, sorted(cut))]
+            self.kept |= {s: stays for s, stays in cut.items() if s not in self.kept}
         return chains
 
     def _picked(self, strategy: Strategy, removed: int) -> dict[Span, int] | None:
@@ -369,7 +383,7 @@ class Search:
         """The teacher block that the student block of an interval starts from."""
         if (u, v) not in self.starts and (u, v) not in self.kept:
             if v - u < self.longest:
-                self.hand_errors[u, v], self.kept[u, v] = self.costs.interval(u, v)
+                self.hand_errors[u, v], self.kept[u, v] = self.costs.intervals([(u, v)])[u, v]
             else:
                 self.kept[u, v] = u
         return self.starts.get((u, v), self.kept.get((u, v), u))
@@ -391,12 +405,12 @@ class Search:
     @cached_property
     def drop_errors(self) -> list[float]:
         """Velocity error with each block left out on its own. Source: arXiv 2404.11098, section 3.2."""
-        return [self.costs.share(self.costs.dropped(b)) for b in range(self.length)]
+        return [self.costs.share(errors) for errors in self.costs.dropped(range(self.length))]
 
     @cached_property
     def influences(self) -> list[float]:
         """Block influence of every block."""
-        return [self.costs.influence(b) for b in range(self.length)]
+        return self.costs.influences()
 
     def candidates(self) -> list[Candidate]:
         """Everything that was measured, intervals by hand included, with the parameters that each edit saves on its own."""

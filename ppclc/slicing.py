@@ -16,7 +16,7 @@ import torch
 from ppclc.checkpoints import Made, Piece
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Bank
-from ppclc.models import Source, check_tensors, empty_model, json_object, load_source, student_config
+from ppclc.models import Source, check_tensors, json_object, load_source, model_outline, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
 from ppclc.student_tensors import student_tensor
@@ -45,7 +45,7 @@ class _Outlines(Mapping[str, torch.Tensor]):
 
 def empty_student(source: Source, plan: CompressionPlan) -> Any:
     """The student of a plan without memory. Raises PlanError when the plan is of another model."""
-    return empty_model(source.family, student_config(source.family, source.config, plan))
+    return model_outline(source.family, student_config(source.family, source.config, plan))
 
 
 def student_pieces(source: Source, files: WeightFiles, plan: CompressionPlan, bank: Bank) -> dict[str, Piece]:
@@ -57,7 +57,7 @@ def student_pieces(source: Source, files: WeightFiles, plan: CompressionPlan, ba
         PlanError: a plan of another model, or one that needs what the bank lacks.
         ModelError: the teacher's files are not those that its configuration calls for.
     """
-    teacher = empty_model(source.family, source.config, str(source.folder / "config.json"))
+    teacher = model_outline(source.family, source.config, str(source.folder / "config.json"))
     check_tensors(source, {n: tuple(t.shape) for n, t in teacher.state_dict().items()}, files.places)
     outlines, bank_outlines = _Outlines(files.places), {key: _Outlines(tensors) for key, tensors in bank.items()}
     pieces: dict[str, Piece] = {}
@@ -89,7 +89,7 @@ def check_weights(source: Source) -> None:
     if source.layout is not None and not source.layout.cuts:
         load_source(source)  # checked as a whole: its tensors are put together from several
     else:
-        empty = empty_model(source.family, source.config, str(source.folder / "config.json"))
+        empty = model_outline(source.family, source.config, str(source.folder / "config.json"))
         files = WeightFiles(source, torch.float32, torch.device("cpu"))
         files.check({n: tuple(t.shape) for n, t in empty.state_dict().items()})
         files.dtype = next(iter(files.places.values())).dtype

@@ -23,7 +23,7 @@ from ppclc import flow, selection
 from ppclc.detection import Span, group_ranges, spans_of_dropped
 from ppclc.devices import cores
 from ppclc.families import Family
-from ppclc.models import replaced
+from ppclc.models import left_out
 from ppclc.quality import SampledDistance
 from ppclc.selection import Removed
 from ppclc.trials import WARMUP, Lesson
@@ -53,7 +53,7 @@ class Supernet:
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1.0, (step + 1) / WARMUP)
             optimizer.zero_grad()
-            with replaced(self.model, self.family, dict.fromkeys(pick())):
+            with left_out(self.model, self.family, set(pick())):
                 nn.functional.mse_loss(flow.predict(self.model, *sample), wanted).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
@@ -71,7 +71,7 @@ class Supernet:
         def one(dropped: Dropped) -> torch.Tensor:
             model = models.pop()
             try:
-                with replaced(model, self.family, dict.fromkeys(dropped)):
+                with left_out(model, self.family, dropped):
                     return distance.each(model)
             finally:
                 models.append(model)

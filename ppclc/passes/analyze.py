@@ -8,7 +8,6 @@ under a budget is ours: a candidate's cost is the velocity error with a closed-f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -23,12 +22,13 @@ from ppclc.moments import BANDS, CHUNKS, near_of
 from ppclc.records import Agreement, Analysis, CalibrationStats
 from ppclc.samples import Sample, Samples
 from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
+from ppclc.teachers import Teacher
 
-VERSION = 4
+VERSION = 5
 
 
 def analyze(
-    model: Any,
+    teacher: Teacher,
     source: Source,
     stats: CalibrationStats,
     samples: Samples,
@@ -39,7 +39,7 @@ def analyze(
     progress: Callable[[float, str], None],
     lessons: Lessons = Lessons(),  # noqa: B008 (frozen)
 ) -> Analysis:
-    """The analysis and the plan.
+    """The analysis and the plan. A streamed teacher is not trained: settings must leave out the supernet and trials.
 
     Raises:
         RecipeError: a target that no allowed set of edits reaches.
@@ -52,7 +52,7 @@ def analyze(
     maps = {s: cka_map(p, stats.longest, far[s]) for s, p in probes.items()}
     sizes = family.sizes(source.config)
     detected = {s: detection.first_difference_intervals(m.tolist(), sizes) for s, m in maps.items()}
-    costs = EditCosts(model, family, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
+    costs = EditCosts(teacher, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
     search = Search(source, costs, settings, wanted, maps[streams[0]].tolist(), detected[streams[0]][0], progress)
     plan = search.plan(target, dtype, samples, lessons)
     starts = search.all_starts(plan)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppclc import flow
-from ppclc.families import Family
+from ppclc.families import STREAMS, States
 from ppclc.ffn_maps import FfnMoments
-from ppclc.models import Trace, blocks_of, groups_of, trace
-from ppclc.moments import BANDS, CHUNKS, Moments, rows_of
+from ppclc.moments import BANDS, CHUNKS, TOGETHER, Moments, rows_of
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample, Samples, SourceKind, picked
+from ppclc.teachers import TEXT_INPUT, Inside, StreamedTeacher, Teacher
 
-VERSION = 3
+VERSION = 4
 BATCH = 64
 FAR_EVERY = 16
 """One batch in so many enters the far moments, which cost as many products a block as the longest interval has blocks."""
 GROUPED_BYTES = 256 * 2**20
 """Most memory that moments by group may take; beyond it the analysis goes without its stability."""
-TEXT_INPUT = "text_input"
 Pixels = Annotated[int, Field(ge=1)]
 
 
@@ -49,41 +50,44 @@ class CalibrateSettings(BaseModel):
 
 
 def calibrate(
-    model: Any, family: Family, samples: Samples, settings: CalibrateSettings, progress: Callable[[float, str], None]
+    teacher: Teacher, samples: Samples, settings: CalibrateSettings, progress: Callable[[float, str], None], work: Path | None = None
 ) -> CalibrationStats:
-    """Near and far moments of every block's states by stream, of the modulated text inputs, and of `SiLU(temb)`."""
+    """Near and far moments of every block's states by stream, of the modulated text inputs, and of `SiLU(temb)`.
+
+    A resident teacher takes a batch at a time. A streamed one takes as many as it may hold, so that its blocks are read seldom, and its large
+    sums lie in files under `work`.
+    """
+    sums = Moments(work if isinstance(teacher, StreamedTeacher) else None)
+    found = Calibration(teacher, settings.longest, sums, settings.samples, progress)
+    pieces = drawn_pieces(teacher, samples, settings)
+    for piece in pieces:
+        together = found.held(teacher, piece) if isinstance(teacher, StreamedTeacher) else 1
+        found.add([piece, *itertools.islice(pieces, together - 1)])
+    return found.stats()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Samples that pass the teacher together, in rising order of their timesteps: a batch, or a part of one. far: whether they enter the far moments."""
+
+    sample: Sample
+    chunk: int
+    far: bool
+
+    def __len__(self) -> int:
+        return len(self.sample[1])
+
+
+def drawn_pieces(teacher: Teacher, samples: Samples, settings: CalibrateSettings) -> Iterator[Piece]:
+    """All samples of a calibration, drawn a batch at a time."""
     generator = torch.Generator().manual_seed(settings.seed)
-    moments, ffns, blocks = Moments(), FfnMoments(), blocks_of(model, family)
     batches = -(-settings.samples // BATCH)
     # A few batches at least, spread over the run: far moments must be of full rank.
     far_every = max(1, min(FAR_EVERY, batches // 4))
-    seconds, done, groups = 0.0, 0, False
     for n in range(batches):
-        x, t, conditioning = by_timestep(samples.draw(min(BATCH, settings.samples - done), generator))
-        far = n % far_every == 0
-        seen = trace(model, family, flow.inputs_for(model, x, t, conditioning), mids=far)
-        start = time.perf_counter()
-        groups = grouped_bytes(seen) <= GROUPED_BYTES
-        mask = family.mask_of(conditioning)
-        add_near(moments, seen, t, mask, f"chunk.{n % CHUNKS}." if groups else None)
-        if far:
-            add_far(moments, seen, mask, text_inputs(model, family, seen), settings.longest)
-            for stream, mids in seen.mids.items():
-                ffns.add(stream, mids, seen.states[stream][1:], mask if stream == "text" else None)
-        seconds += time.perf_counter() - start
-        done += len(t)
-        progress(done / settings.samples, "")
-    if groups:
-        moments.add_up([f"band.{b}." for b in range(BANDS)], list(seen.states))
-    return CalibrationStats(
-        num_blocks=len(blocks),
-        longest=settings.longest,
-        rows=moments.rows | ffns.rows,
-        samples=done,
-        grouped=groups,
-        moment_seconds=seconds,
-        tensors=moments.tensors | ffns.tensors,
-    )
+        sample = by_timestep(samples.draw(min(BATCH, settings.samples - n * BATCH), generator))
+        for part in teacher.parts(sample):
+            yield Piece(part, n % CHUNKS, n % far_every == 0)
 
 
 def by_timestep(sample: Sample) -> Sample:
@@ -91,39 +95,116 @@ def by_timestep(sample: Sample) -> Sample:
     return picked(sample, torch.argsort(sample[1]).tolist())
 
 
-def grouped_bytes(seen: Trace) -> int:
-    """Memory that near moments take once more for every group."""
-    each = sum(2 * len(states) * states[0].shape[-1] ** 2 for states in seen.states.values())
-    return 8 * each * (BANDS + CHUNKS)
+class Calibration:
+    """Moments in the making: pieces are sent through the teacher, and what they pass is summed up."""
 
+    def __init__(self, teacher: Teacher, longest: int, moments: Moments, samples: int, progress: Callable[[float, str], None]) -> None:
+        self.teacher, self.longest, self.moments, self.ffns = teacher, longest, moments, FfnMoments(moments)
+        self.samples, self.progress = samples, progress
+        self.seconds, self.done, self.grouped = 0.0, 0, False
 
-def add_near(moments: Moments, seen: Trace, timestep: torch.Tensor, mask: torch.Tensor | None, chunk: str | None) -> None:
-    """Near moments of one batch whose timesteps rise; with a chunk, under its name and that of each timestep's band alone."""
-    slices: list[tuple[int, int, tuple[str, ...]]] = [(0, len(timestep), ("",))]
-    if chunk is not None:
-        bands = (timestep * BANDS).long().clamp(max=BANDS - 1)
+    def held(self, teacher: StreamedTeacher, piece: Piece) -> int:
+        """Pieces like this one whose states may be held: two states of each, and of the far ones a window."""
+        window = (self.longest + 1) / FAR_EVERY
+        return max(1, int(teacher.held_bytes / (len(piece) * teacher.state_bytes(piece.sample) * (2 + window))))
+
+    def add(self, pieces: Sequence[Piece]) -> None:
+        """Send pieces through the teacher, all of them through a block before the next."""
+        masks = [self.teacher.family.mask_of(p.sample[2]) for p in pieces]
+        far = {n: Windows(self.longest) for n, p in enumerate(pieces) if p.far}
+        whole: list[States] = []  # of small states those of all blocks, which are then summed up at once
+        before: list[States] = []
+        count, blocks = sum(map(len, pieces)), self.teacher.num_blocks
+        for number, sweep in self.teacher.sweep([p.sample for p in pieces], range(blocks + 1), inside=far):
+            start = time.perf_counter()
+            states = sweep.states.pop(number)
+            if number == 0:
+                self.grouped = grouped_bytes(states[0], blocks) <= GROUPED_BYTES
+                for temb in sweep.tembs:
+                    if temb is not None:
+                        self.moments.add_near("temb", [torch.nn.functional.silu(temb)])
+            if len(pieces) == 1 and all((blocks + 1) * x.numel() <= TOGETHER for x in states[0].values()):
+                whole.append(states[0])
+            else:
+                for n, piece in enumerate(pieces):
+                    self._add_near(number, piece, states[n], before[n] if before else None, masks[n])
+                self.moments.settle()
+            for n, windows in far.items():
+                self._add_far(number, windows, states[n], sweep.inside.get(n), masks[n])
+            before = states
+            self.seconds += time.perf_counter() - start
+            self.progress((self.done + count * number / blocks) / self.samples, "")
+        start = time.perf_counter()
+        if whole:
+            self._add_whole(pieces[0], whole, masks[0])
+        self.seconds += time.perf_counter() - start
+        self.done += count
+
+    def _slices(self, piece: Piece) -> list[tuple[slice, tuple[str, ...]]]:
+        """Rows of a piece by the names that they are summed under: the whole; or, grouped, its chunk's and each band's."""
+        if not self.grouped:
+            return [(slice(None), ("",))]
+        bands = (piece.sample[1] * BANDS).long().clamp(max=BANDS - 1)
         ends = [int((bands <= b).sum()) for b in range(BANDS)]
-        slices = [(a, b, (chunk, f"band.{i}.")) for i, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
-    for first, last, prefixes in slices:
-        for stream, states in seen.states.items():
-            rows = mask[first:last] if mask is not None and stream == "text" else None
-            moments.add_near(stream, [rows_of(s[first:last], rows) for s in states], prefixes)
-    if seen.temb is not None:
-        moments.add_near("temb", [torch.nn.functional.silu(seen.temb)])
+        found = enumerate(zip([0, *ends], ends, strict=False))
+        return [(slice(a, b), (f"chunk.{piece.chunk}.", f"band.{i}.")) for i, (a, b) in found if b > a]
+
+    def _add_near(self, number: int, piece: Piece, states: States, before: States | None, mask: torch.Tensor | None) -> None:
+        for rows, prefixes in self._slices(piece):
+            for stream in STREAMS:
+                kept = mask[rows] if mask is not None and stream == "text" else None
+                last = None if before is None else rows_of(before[stream][rows], kept)
+                self.moments.add_near_one(stream, number, self.teacher.num_blocks + 1, rows_of(states[stream][rows], kept), last, prefixes)
+
+    def _add_whole(self, piece: Piece, states: Sequence[States], mask: torch.Tensor | None) -> None:
+        for rows, prefixes in self._slices(piece):
+            for stream in STREAMS:
+                kept = mask[rows] if mask is not None and stream == "text" else None
+                self.moments.add_near(stream, [rows_of(s[stream][rows], kept) for s in states], prefixes)
+
+    def _add_far(self, number: int, windows: Windows, states: States, inside: Inside | None, mask: torch.Tensor | None) -> None:
+        """Far moments with the state of that number, and of what lies within the block before it."""
+        for stream in STREAMS:
+            self.moments.add_far(
+                stream, number, windows.with_state(stream, number, rows_of(states[stream], mask if stream == "text" else None))
+            )
+        if inside is None:
+            return
+        block = number - 1
+        if inside.text_input is not None:
+            self.moments.add_far(TEXT_INPUT, block, windows.with_state(TEXT_INPUT, block, rows_of(inside.text_input, mask)))
+        for stream, mid in inside.mids.items():
+            self.ffns.add(stream, block, mid, states[stream], mask if stream == "text" else None)
+
+    def stats(self) -> CalibrationStats:
+        """The record of what was summed up."""
+        if self.grouped:
+            self.moments.add_up([f"band.{b}." for b in range(BANDS)], list(STREAMS))
+        return CalibrationStats(
+            num_blocks=self.teacher.num_blocks,
+            longest=self.longest,
+            rows=self.moments.rows,
+            samples=self.done,
+            grouped=self.grouped,
+            moment_seconds=self.seconds,
+            tensors=self.moments.tensors,
+        )
 
 
-@torch.no_grad()
-def text_inputs(model: Any, family: Family, seen: Trace) -> list[torch.Tensor]:
-    """The modulated text state that feeds the text keys and values of each block whose text stream may go."""
-    found = []
-    for number, (block, group) in enumerate(zip(blocks_of(model, family), groups_of(model, family), strict=True)):
-        if group.text_modules and group.text_input is not None:
-            found.append(group.text_input(block, seen.states["text"][number], seen.shared[number]))
-    return found
+class Windows:
+    """The last states of each stream, by number: as many as an interval may span, and the one before."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest, self.streams = longest, dict[str, dict[int, torch.Tensor]]()
+
+    def with_state(self, stream: str, number: int, x_ND: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The window of a stream once the state of that number is in it."""
+        window = {i: x for i, x in self.streams.get(stream, {}).items() if i >= number - self.longest} | {number: x_ND}
+        self.streams[stream] = window
+        return window
 
 
-def add_far(moments: Moments, seen: Trace, mask: torch.Tensor | None, inputs: Sequence[torch.Tensor], longest: int) -> None:
-    """Far moments of one batch: both streams, and the text inputs of blocks from the first on."""
-    for stream, values in (seen.states | ({TEXT_INPUT: list(inputs)} if inputs else {})).items():
-        rows = mask if stream != "image" else None
-        moments.add_far(stream, [rows_of(v, rows) for v in values], longest)
+def grouped_bytes(states: States, blocks: int) -> int:
+    """Memory that near moments take once more for every group."""
+    each = sum(2 * (blocks + 1) * x.shape[-1] ** 2 for x in states.values())
+    return 8 * each * (BANDS + CHUNKS)

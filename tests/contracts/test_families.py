@@ -17,21 +17,17 @@ from ppclc.errors import PlanError
 from ppclc.families import STREAMS, Family
 from ppclc.models import (
     Source,
-    StandIn,
     apply_plan,
     block_state,
     blocks_of,
     count_parameters,
     empty_model,
     groups_of,
-    linear_ffns,
     load_model,
     model_class,
     open_source,
     predicted_parameters,
-    replaced,
     save_model,
-    trace,
     travelling_class,
 )
 from ppclc.passes.slice import slice_student
@@ -40,6 +36,7 @@ from ppclc.samples import open_samples
 from ppclc.slicing import student_pieces
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.weight_files import WeightFiles
+from tests.tracing import StandIn, linear_ffns, replaced, trace
 
 FAMILIES = plugins.names("families")
 EDITED = [name for name in FAMILIES if plugins.load("families", name).student_class]

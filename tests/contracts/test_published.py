@@ -8,7 +8,7 @@ import pytest
 
 from ppclc import plugins
 from ppclc.families import Family
-from ppclc.models import blocks_of, count_parameters, empty_model, predicted_parameters
+from ppclc.models import blocks_of, count_parameters, empty_model, model_outline, predicted_parameters
 from ppclc.plan import CompressionPlan
 
 # Sources: config.json of each model's transformer on the hub, as far as it differs from the class's defaults.
@@ -46,7 +46,7 @@ COUNTS = {"Qwen-Image": 20_430_401_088, "FLUX.1-dev": 11_901_408_320}
 
 def configuration(name: str) -> tuple[Family, dict[str, Any]]:
     family: Family = plugins.load("families", PUBLISHED[name][0])
-    like = empty_model(family, {"_class_name": family.class_name, **PUBLISHED[name][1], **{g.count_key: 1 for g in family.groups}})
+    like = model_outline(family, {"_class_name": family.class_name, **PUBLISHED[name][1], **{g.count_key: 1 for g in family.groups}})
     counts = {g.count_key: PUBLISHED[name][1].get(g.count_key) for g in family.groups}
     import inspect
 
@@ -62,7 +62,7 @@ def configuration(name: str) -> tuple[Family, dict[str, Any]]:
 def test_counts_at_published_configurations_are_exact(name: str) -> None:
     """The teacher, the teacher less one block of each group, and that less what its edits save, each counted in two ways."""
     family, config = configuration(name)
-    teacher = empty_model(family, config)
+    teacher = model_outline(family, config)
     total = count_parameters(teacher)
     assert total == COUNTS.get(name, total)
     sizes = family.sizes(config)
@@ -93,7 +93,7 @@ def test_edits_save_what_their_parts_hold(name: str) -> None:
     """A modulation rank and a linear network at the published widths, worked out by hand."""
     family, config = configuration(name)
     length, d, rank = family.num_blocks(config), width(config), 64
-    teacher = empty_model(family, config)
+    teacher = model_outline(family, config)
     total = count_parameters(teacher)
     maps = dict(teacher.named_modules())
     linears = [m for n, m in maps.items() if any(n == p or n.endswith(f".{p}") for p in family.modulations)]

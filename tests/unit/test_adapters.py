@@ -28,9 +28,11 @@ from ppclc.moments import Moments
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
+from ppclc.quality import velocity_error
 from ppclc.records import CalibrationStats
 from ppclc.samples import Samples, open_samples
 from ppclc.selection import Options, choose
+from ppclc.teachers import ResidentTeacher
 
 NAME = "qwen_image"
 Banks = Callable[..., dict[str, dict[str, torch.Tensor]]]
@@ -76,7 +78,8 @@ def rows(seed: int, width: int = 8) -> list[torch.Tensor]:
 def stats_of(states: dict[str, list[torch.Tensor]], longest: int) -> CalibrationStats:
     moments = Moments()
     for stream, some in states.items():
-        moments.add_far(stream, some, longest)
+        for j in range(len(some)):
+            moments.add_far(stream, j, {i: some[i] for i in range(max(0, j - longest), j + 1)})
     return CalibrationStats(num_blocks=4, longest=longest, rows=moments.rows, samples=300, tensors=moments.tensors)
 
 
@@ -212,8 +215,8 @@ def source(teacher_folder: Any) -> Source:
 @pytest.fixture(scope="module")
 def costs(source: Source, teacher: Any, family: Family) -> EditCosts:
     noise: Samples = open_samples("auto", source, None, "train")
-    stats = calibrate(teacher, family, noise, CalibrateSettings(samples=128, longest=2), lambda *_: None)
-    return EditCosts(teacher, family, probe_set(noise, 16), stats, 1e-4)
+    stats = calibrate(ResidentTeacher(teacher, family), noise, CalibrateSettings(samples=128, longest=2), lambda *_: None)
+    return EditCosts(ResidentTeacher(teacher, family), probe_set(noise, 16), stats, 1e-4)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 3), (4, 5)])
@@ -224,7 +227,7 @@ def test_the_cost_of_a_start_is_the_error_of_the_student(costs: EditCosts, teach
     for start in range(first, last + 1):
         record = block_state(teacher.transformer_blocks[start]) | interval_adapters(costs.stats, 1e-4, first, start)
         student = apply_plan(teacher, plan, {key: record})
-        by_start[start] = costs.share(costs.outputs_of(student, None, 0))
+        by_start[start] = velocity_error(teacher, student, costs.samples)
         assert costs.share(costs.adapted_from(first, last, start)) == pytest.approx(by_start[start], rel=1e-4)
     errors, best = costs.adapted(first, last)
     assert best == min(by_start, key=lambda s: by_start[s])

@@ -23,7 +23,7 @@ from ppclc.detection import even_intervals, first_difference_intervals, spans_of
 from ppclc.edit_costs import EditCosts, kept_choices
 from ppclc.errors import PlanError, RecipeError
 from ppclc.families import Family
-from ppclc.models import Source, apply_plan, count_parameters, empty_model, open_source, predicted_parameters, student_config, trace
+from ppclc.models import Source, apply_plan, count_parameters, empty_model, open_source, predicted_parameters, student_config
 from ppclc.moments import BANDS, Moments, near_of
 from ppclc.passes.analyze import analyze, probe_set
 from ppclc.passes.calibrate import CalibrateSettings, by_timestep, calibrate
@@ -35,6 +35,8 @@ from ppclc.samples import Samples, open_samples
 from ppclc.search import AnalyzeSettings, Search, agreement
 from ppclc.selection import cheapest_chains
 from ppclc.supernet import fits
+from ppclc.teachers import ResidentTeacher
+from tests.tracing import trace
 
 NAME = "qwen_image"
 NAN = float("nan")
@@ -64,7 +66,8 @@ def test_moments_are_those_of_all_rows_at_once_under_every_prefix(together: bool
     moments = Moments()
     for n, states in enumerate(batches):
         moments.add_near("s", states, ("", f"chunk.{n % 2}."))
-        moments.add_far("s", states, longest=2)
+        for j in range(len(states)):
+            moments.add_far("s", j, {i: states[i] for i in range(max(0, j - 2), j + 1)})
     rows = [torch.cat([b[i] for b in batches]).double() for i in range(4)]
     odd = [b.double() for b in batches[1]]
     assert moments.rows == {"s": 120, "chunk.0.s": 40, "chunk.1.s": 80, "far.s": 120}
@@ -100,7 +103,7 @@ def test_weighted_chunks_are_the_moments_of_repeated_rows() -> None:
 
 
 def test_calibrate_counts_what_the_teacher_passes_on(source: Source, teacher: Any, noise: Samples) -> None:
-    stats = calibrate(teacher, source.family, noise, CalibrateSettings(samples=70, longest=3, seed=4), quiet)
+    stats = calibrate(ResidentTeacher(teacher, source.family), noise, CalibrateSettings(samples=70, longest=3, seed=4), quiet)
     assert (stats.num_blocks, stats.longest, stats.samples) == (6, 3, 70)
     g = torch.Generator().manual_seed(4)
     seen, bands = [], []
@@ -128,7 +131,7 @@ def test_calibrate_counts_what_the_teacher_passes_on(source: Source, teacher: An
     # The modulated text state is what block 3's text keys are computed from.
     keys: list[torch.Tensor] = []
     hook = teacher.transformer_blocks[3].attn.add_k_proj.register_forward_pre_hook(lambda _, args: keys.append(args[0].double()))
-    calibrate(teacher, source.family, noise, CalibrateSettings(samples=70, longest=3, seed=4), quiet)
+    calibrate(ResidentTeacher(teacher, source.family), noise, CalibrateSettings(samples=70, longest=3, seed=4), quiet)
     hook.remove()
     z = torch.cat([k.flatten(0, 1) for k in keys])
     assert close(stats.tensors["far.text_input.cross.3.3"], z.T @ z) < 1e-6
@@ -159,8 +162,8 @@ def test_calibrate_leaves_padded_text_out(source: Source, teacher: Any, noise: S
             return x, t, {**conditioning, "encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
 
     settings_ = CalibrateSettings(samples=8, longest=2)
-    plain = calibrate(teacher, source.family, noise, settings_, quiet)
-    padded = calibrate(teacher, source.family, Padded("noise", source, None, "train", 9, 3.0), settings_, quiet)
+    plain = calibrate(ResidentTeacher(teacher, source.family), noise, settings_, quiet)
+    padded = calibrate(ResidentTeacher(teacher, source.family), Padded("noise", source, None, "train", 9, 3.0), settings_, quiet)
     assert padded.rows == plain.rows
     for key, value in plain.tensors.items():
         # The step's energy is small beside the states that it is the difference of.
@@ -183,7 +186,8 @@ def states(length: int = 5, rows: int = 60, width: int = 6, seed: int = 0) -> li
 def stats_of(xs: list[torch.Tensor], longest: int, stream: str = "image") -> CalibrationStats:
     moments = Moments()
     moments.add_near(stream, xs)
-    moments.add_far(stream, xs, longest)
+    for j in range(len(xs)):
+        moments.add_far(stream, j, {i: xs[i] for i in range(max(0, j - longest), j + 1)})
     return CalibrationStats(num_blocks=len(xs) - 1, longest=longest, rows=moments.rows, samples=1, tensors=moments.tensors)
 
 
@@ -220,7 +224,7 @@ def test_probes_and_far_maps_are_ridge_least_squares_towards_the_identity(ridge:
         assert close(offset, xs[j].mean(0) - xs[i].mean(0) @ a) < 1e-9
     for i in range(5):
         a = brute_map(xs[i], xs[i + 1], ridge)
-        assert close(probes.steps[i] + torch.eye(6, dtype=torch.float64), a) < 1e-9
+        assert close(probes.step(i) + torch.eye(6, dtype=torch.float64), a) < 1e-9
         left = (centred(xs[i + 1]) - centred(xs[i]) @ a).square().sum()
         whole = (centred(xs[i + 1]) - centred(xs[i])).square().sum()
         assert probes.error(i) == pytest.approx((left / whole).item(), rel=1e-8)
@@ -412,7 +416,7 @@ class Planted:
     def search(self, plan: dict[str, Any] | None = None, strategy: Any = "output_error") -> Search:
         """A search that starts from what an earlier one of the same strategy has measured."""
         wanted = PlanSettings(**(plan or {}))
-        costs = EditCosts(self.model, self.source.family, probe_set(self.samples, 16), self.stats, 1e-4)
+        costs = EditCosts(ResidentTeacher(self.model, self.source.family), probe_set(self.samples, 16), self.stats, 1e-4)
         table = cka_map(probes_of(self.stats, 1e-4), 4)
         ppcl = first_difference_intervals(table.tolist())[0]
         return Search(self.source, costs, AnalyzeSettings(strategy=strategy, probes=16), wanted, table.tolist(), ppcl, quiet)
@@ -423,7 +427,17 @@ class Planted:
     def analyze(self, target: dict[str, float], plan: dict[str, Any] | None = None, **settings_: Any) -> Analysis:
         wanted = PlanSettings(**(plan or {}))
         chosen = AnalyzeSettings(**{"probes": 16, "trials": 0, "supernet_steps": 0, **settings_})
-        return analyze(self.model, self.source, self.stats, self.samples, chosen, TargetSettings(**target), wanted, "float32", quiet)
+        return analyze(
+            ResidentTeacher(self.model, self.source.family),
+            self.source,
+            self.stats,
+            self.samples,
+            chosen,
+            TargetSettings(**target),
+            wanted,
+            "float32",
+            quiet,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -442,7 +456,7 @@ def planted(make_teacher: Callable[..., Any], tmp_path_factory: pytest.TempPathF
     model.save_pretrained(folder)
     source = open_source(str(folder))
     samples = open_samples("auto", source, model, "train")
-    stats = calibrate(model, family, samples, CalibrateSettings(samples=128, longest=4), quiet)
+    stats = calibrate(ResidentTeacher(model, family), samples, CalibrateSettings(samples=128, longest=4), quiet)
     return Planted(model, source, stats, samples)
 
 
@@ -572,12 +586,14 @@ def test_costs_are_the_velocity_error_of_the_closed_form_stand_in(planted: Plant
     cost = next(c.cost for c in half.candidates if (c.kind, c.first, c.last) == ("interval", 1, 2))
     assert cost == pytest.approx(min(wanted), rel=1e-3)
     costs = planted.search().costs
-    errors, kept = costs.interval(1, 2)
+    errors, kept = costs.intervals([(1, 2)])[1, 2]
     assert kept == (2 if wanted[0] < wanted[1] else 1)
-    assert costs.share(costs.together({(1, 2): kept})) == pytest.approx(costs.share(errors), rel=1e-6)
+    assert costs.share(costs.cuts([{(1, 2): kept}])[0]) == pytest.approx(costs.share(errors), rel=1e-6)
     student = copy.deepcopy(planted.model)
     del student.transformer_blocks[5]
-    assert costs.share(costs.dropped(5)) == pytest.approx(velocity_error(planted.model, student, probe_set(planted.samples, 16)), rel=1e-6)
+    assert costs.share(costs.dropped([5])[0]) == pytest.approx(
+        velocity_error(planted.model, student, probe_set(planted.samples, 16)), rel=1e-6
+    )
     text = next(c for c in half.candidates if (c.kind, c.first, c.last) == ("text_stream", 6, 7))
     plan = CompressionPlan.of(NAME, 8, [], [6, 7], None, True)
     bank = closed_form_bank(planted.stats, 1e-4, plan)
@@ -599,7 +615,7 @@ def test_a_budget_of_forwards_is_kept_and_takes_short_intervals_first(planted: P
 def test_work_is_counted_in_forwards(planted: Planted) -> None:
     costs = planted.search().costs
     assert costs.spent == 16  # the traced forward of the probe set
-    costs.interval(2, 4)
+    costs.intervals([(2, 4)])
     assert costs.spent == 16 + costs.interval_price(2, 4) == 16 + 3 * 16 * 4 / 8
     assert [kept_choices(2, 4), kept_choices(1, 6)] == [[2, 3, 4], [1, 3, 6]]
 
@@ -847,7 +863,7 @@ def test_text_maps_find_a_planted_relation_and_the_student_follows(
     model.save_pretrained(tmp_path)
     source = open_source(str(tmp_path))
     samples = open_samples("auto", source, model, "train")
-    stats = calibrate(model, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
+    stats = calibrate(ResidentTeacher(model, family), samples, CalibrateSettings(samples=64, longest=3), quiet)
     plan = CompressionPlan.of(NAME, 5, [], [3], None, False)
     for ridge, limit in ((1e-9, 1e-6), (1e-1, 1.0)):
         student = apply_plan(model, plan, closed_form_bank(stats, ridge, plan))

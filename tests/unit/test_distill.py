@@ -15,7 +15,7 @@ from ppclc.batches import WHOLE
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, state_loss
-from ppclc.models import apply_plan, block_state, groups_of, open_source, trace
+from ppclc.models import apply_plan, block_state, groups_of, open_source
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, Lesson, distill_edits, finetune, image_states, joint_terms
@@ -24,6 +24,7 @@ from ppclc.quality import velocity_error
 from ppclc.records import Distilled
 from ppclc.samples import Samples, open_samples
 from ppclc.teachers import ResidentTeacher
+from tests.tracing import trace
 
 NAME = "qwen_image"
 SHORT = DistillSettings(steps=9, finetune_steps=9, batch=4, checkpoint_every=3)
@@ -182,7 +183,7 @@ def test_zero_steps_give_the_closed_form_student(teacher: Any, family: Family, s
     block = teacher.transformer_blocks[3].state_dict()
     assert all(torch.equal(v, block[k]) for k, v in untrained.tensors.items())
     plan = CompressionPlan.of(NAME, 6, [(3, 4)], [5], 6, True)
-    stats = calibrate(teacher, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
+    stats = calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=64, longest=3), quiet)
     bank = closed_form_bank(stats, 1e-4, plan)
     tuned = tune(teacher, family, plan, bank, samples, SHORT.model_copy(update={"finetune_steps": 0}), tmp_path)
     wanted = apply_plan(teacher, plan, bank).state_dict()
@@ -300,7 +301,7 @@ def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing(
     teacher: Any, family: Family, samples: Samples, tmp_path: Path, edits: dict[str, Any]
 ) -> None:
     plan = CompressionPlan.of(NAME, 6, [(1, 2)], **edits)
-    stats = calibrate(teacher, family, samples, CalibrateSettings(samples=64, longest=3), quiet)
+    stats = calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=64, longest=3), quiet)
     bank = closed_form_bank(stats, 1e-4, plan)
     tuned, calls = [], []
     for kept in (True, False):

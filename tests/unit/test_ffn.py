@@ -15,19 +15,9 @@ from torch.nn import functional
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family
 from ppclc.ffn_maps import FfnMoments, ffn_map, linear_map
-from ppclc.models import (
-    apply_plan,
-    count_parameters,
-    empty_model,
-    linear_ffns,
-    load_model,
-    predicted_parameters,
-    replaced,
-    save_model,
-    student_config,
-    trace,
-)
+from ppclc.models import apply_plan, count_parameters, empty_model, load_model, predicted_parameters, save_model, student_config
 from ppclc.plan import CompressionPlan
+from tests.tracing import linear_ffns, replaced, trace
 
 NAME = "qwen_image"
 Banks = Callable[..., dict[str, dict[str, torch.Tensor]]]
@@ -57,7 +47,7 @@ def rows_of(count: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.
 def moments_of(mid: torch.Tensor, added: torch.Tensor, batches: int = 1) -> FfnMoments:
     moments = FfnMoments()
     for m, a in zip(mid.chunk(batches), added.chunk(batches), strict=True):
-        moments.add("image", [m[None]], [(m + a)[None]])
+        moments.add("image", 0, m[None], (m + a)[None])
     return moments
 
 
@@ -98,7 +88,7 @@ def test_a_mean_far_above_the_spread_does_not_drown_float32_rows() -> None:
     mid = mid.float().double()
     added = (mid - 4096) @ weight.T
     moments = FfnMoments()
-    moments.add("image", [mid.float()[None]], [(mid + added)[None]])
+    moments.add("image", 0, mid.float()[None], (mid + added)[None])
     found, _ = fitted(moments, 1e-12)
     assert (found - weight).abs().max() <= 5e-5
     rows = mid.float()
@@ -110,7 +100,7 @@ def test_a_mean_far_above_the_spread_does_not_drown_float32_rows() -> None:
 def test_a_state_that_stands_still_gives_a_constant() -> None:
     moments = FfnMoments()
     mid = torch.ones(1, 50, 4)
-    moments.add("image", [mid], [mid + 0.25])
+    moments.add("image", 0, mid, mid + 0.25)
     entry = ffn_map(moments.tensors, moments.rows, 0, "image", 1e-4)
     assert torch.equal(entry["weight"], torch.zeros(4, 4))
     assert torch.equal(entry["bias"], torch.full((4,), 0.25))
@@ -121,10 +111,10 @@ def test_masked_rows_and_the_size_of_batches_do_not_matter() -> None:
     mask = torch.arange(20)[None] < torch.tensor([20, 3, 11, 7, 1, 16])[:, None]
     noisy = torch.where(mask[..., None], mid, 1e3 * torch.randn(mid.shape))
     found = FfnMoments()
-    found.add("text", [noisy[:2]], [noisy[:2] + added[:2]], mask[:2])
-    found.add("text", [noisy[2:]], [noisy[2:] + added[2:]], mask[2:].long())
+    found.add("text", 0, noisy[:2], noisy[:2] + added[:2], mask[:2])
+    found.add("text", 0, noisy[2:], noisy[2:] + added[2:], mask[2:].long())
     wanted = FfnMoments()
-    wanted.add("text", [mid[mask][None]], [(mid + added)[mask][None]])
+    wanted.add("text", 0, mid[mask][None], (mid + added)[mask][None])
     assert found.rows == wanted.rows == {"ffn.text": 58}
     assert found.tensors.keys() == wanted.tensors.keys() == {f"ffn.text.{n}.0" for n in ("sum", "added", "square", "cross")}
     for name, tensor in wanted.tensors.items():
@@ -157,7 +147,9 @@ def test_mids_are_the_states_between_attention_and_the_networks(teacher: Any, fa
 def moments_on(model: Any, family: Family, inputs: dict[str, Any]) -> FfnMoments:
     seen, moments = trace(model, family, inputs, mids=True), FfnMoments()
     for stream, mids in seen.mids.items():
-        moments.add(stream, mids, seen.states[stream][1:])
+        for block, mid in enumerate(mids):
+            if mid is not None:
+                moments.add(stream, block, mid, seen.states[stream][block + 1])
     return moments
 
 
@@ -298,7 +290,6 @@ PLACES = [(0, "text"), (2, "image"), (2, "text"), (5, "image")]
 
 
 def test_the_teacher_with_linear_networks_is_the_student(teacher: Any, family: Family, inputs: dict[str, Any], random_bank: Banks) -> None:
-    before = run(teacher, inputs)
     plan = CompressionPlan.of(NAME, 6, ffn=PLACES)
     bank = random_bank(teacher, plan)
     maps = {place: (bank[plan.ffn_key(*place)]["weight"], bank[plan.ffn_key(*place)]["bias"]) for place in PLACES}
@@ -308,17 +299,6 @@ def test_the_teacher_with_linear_networks_is_the_student(teacher: Any, family: F
     # The last block's text is read by nothing, so its network has no say.
     with linear_ffns(teacher, family, maps | {(5, "text"): maps[5, "image"]}):
         assert deviation(run(teacher, inputs), wanted) <= 1e-5
-    assert torch.equal(run(teacher, inputs), before)
-    with pytest.raises(RuntimeError, match="inside"), linear_ffns(teacher, family, maps):
-        raise RuntimeError("inside")
-    assert torch.equal(run(teacher, inputs), before)
-    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in teacher.modules())
-    for place in ((6, "image"), (-1, "text"), (1, "sound")):
-        with (
-            pytest.raises(PlanError, match=rf"ffn: block {place[0]}, {place[1]}: wanted a block of 0\.\.5"),
-            linear_ffns(teacher, family, {place: maps[2, "image"]}),
-        ):
-            pass
 
 
 def test_linear_networks_and_left_out_blocks_go_together(teacher: Any, family: Family, inputs: dict[str, Any], random_bank: Banks) -> None:

@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ppclc import compiler, distilling, encoding
+from ppclc import encoding
 from ppclc import run as run_module
 from ppclc.cache import open_cache
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
@@ -127,7 +127,7 @@ def samples(teacher_folder: Path, teacher: Any) -> Samples:
 @pytest.fixture(scope="module")
 def bank(teacher: Any, family: Family, samples: Samples) -> dict[str, Any]:
     """The closed forms of EDITS."""
-    stats = calibrate(teacher, family, samples, CalibrateSettings(samples=256, longest=5), quiet)
+    stats = calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=256, longest=5), quiet)
     return closed_form_bank(stats, RIDGE, EDITS)
 
 
@@ -309,15 +309,15 @@ def test_4_closed_forms_are_fitted_to_many_batches_with_a_ridge(
     teacher: Any, family: Family, samples: Samples, stream: str, i: int, j: int
 ) -> None:
     """Fault 4: least squares on one batch, on fewer rows than unknowns and without a ridge, fits that batch and nothing else."""
-    many = calibrate(teacher, family, samples, CalibrateSettings(samples=512, longest=3), quiet)
-    fresh = calibrate(teacher, family, samples, CalibrateSettings(samples=512, longest=3, seed=9), quiet)
+    many = calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=512, longest=3), quiet)
+    fresh = calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=512, longest=3, seed=9), quiet)
     unknowns = WIDTH + 1
     assert many.samples == 512
     assert many.rows[f"far.{stream}"] > 20 * unknowns
     own, other = fit_errors(many, fresh, RIDGE, stream, i, j)
     assert 0 < own < other < 1.15 * own
     # Fewer rows than unknowns: the ridge keeps the map from going wild where it was not fitted.
-    few = calibrate(teacher, family, samples, CalibrateSettings(samples=6, longest=3), quiet)
+    few = calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=6, longest=3), quiet)
     rows = few.rows[f"far.{stream}"]
     if stream != "image":
         assert rows == 30 < unknowns
@@ -429,7 +429,7 @@ def test_7_padded_text_enters_no_closed_form(teacher: Any, family: Family, padde
     """Fault 7: padded text tokens enter the least squares."""
     made = []
     for source in padded:
-        stats = calibrate(teacher, family, source, CalibrateSettings(samples=48, longest=5), quiet)  # type: ignore[arg-type]
+        stats = calibrate(ResidentTeacher(teacher, family), source, CalibrateSettings(samples=48, longest=5), quiet)  # type: ignore[arg-type]
         closed = closed_form_bank(stats, RIDGE, EDITS)
         drawn = [source.draw(8, torch.Generator().manual_seed(n)) for n in range(6)]
         plan = CompressionPlan.of(NAME, 6, [(1, 2)], ffn=[(1, "image"), (1, "text")])
@@ -527,29 +527,6 @@ def test_8_distillation_with_a_streamed_teacher_never_loads_the_whole(
     monkeypatch.setattr(run_module, "load_source", None)  # calling it would fail
     run = compile_small(teacher_folder, tmp_path / "streamed", "distill", plan=plan, distill={"teacher": "streamed", "chunk": 8})
     assert same(run.edits[-1].tensors, whole.edits[-1].tensors)
-
-
-def test_8_a_teacher_that_the_analysis_loaded_is_gone_when_distillation_streams(
-    teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 8: in one command, in which calibrate and analyze have the whole teacher."""
-    loaded: list[weakref.ref[nn.Module]] = []
-    own = distilling.distill
-
-    def load(*given: Any) -> Any:
-        model = load_source(*given)
-        loaded.append(weakref.ref(model))
-        return model
-
-    def distill(run: Run, *given: Any) -> None:
-        assert len(loaded) == 1
-        assert loaded[0]() is None
-        own(run, *given)
-
-    monkeypatch.setattr(run_module, "load_source", load)
-    monkeypatch.setattr(compiler, "distill", distill)
-    run = compile_small(teacher_folder, tmp_path, "distill", plan=EDITED, distill={"teacher": "streamed"})
-    assert run.edits
 
 
 def test_8_prompts_are_encoded_and_the_encoder_is_gone_before_the_teacher_is_loaded(

@@ -39,7 +39,7 @@ def samples(teacher_folder: Path, teacher: Any) -> Samples:
 
 @pytest.fixture(scope="module")
 def stats(teacher: Any, family: Family, samples: Samples) -> CalibrationStats:
-    return calibrate(teacher, family, samples, CalibrateSettings(samples=128, longest=4), quiet)
+    return calibrate(ResidentTeacher(teacher, family), samples, CalibrateSettings(samples=128, longest=4), quiet)
 
 
 @pytest.fixture(scope="module")

@@ -20,18 +20,10 @@ from hypothesis import strategies as st
 
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family
-from ppclc.models import (
-    apply_plan,
-    count_parameters,
-    load_model,
-    open_source,
-    predicted_parameters,
-    replaced,
-    save_model,
-    trace,
-)
+from ppclc.models import apply_plan, count_parameters, left_out, load_model, open_source, predicted_parameters, save_model
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
+from tests.tracing import trace
 
 Banks = Callable[..., dict[str, dict[str, torch.Tensor]]]
 
@@ -406,12 +398,12 @@ def test_trace_keeps_the_states_that_blocks_pass_on(teacher: Any, family: Family
     assert torch.equal(short.states["image"][3], seen.states["image"][3])
 
 
-def test_replaced_puts_the_blocks_back_even_after_an_error(teacher: Any, family: Family, inputs: dict[str, Any]) -> None:
+def test_blocks_that_were_left_out_are_put_back_even_after_an_error(teacher: Any, family: Family, inputs: dict[str, Any]) -> None:
     before, modules = run(teacher, inputs), list(teacher.transformer_blocks)
     without = run(apply_plan(teacher, CompressionPlan.of(NAME, 6, [(1, 3)])), inputs)
-    with replaced(teacher, family, {2: None, 3: None}):
+    with left_out(teacher, family, {2, 3}):
         assert torch.equal(run(teacher, inputs), without)
-    with pytest.raises(RuntimeError, match="inside"), replaced(teacher, family, {0: None}):
+    with pytest.raises(RuntimeError, match="inside"), left_out(teacher, family, {0}):
         raise RuntimeError("inside")
     assert list(teacher.transformer_blocks) == modules
     assert torch.equal(run(teacher, inputs), before)

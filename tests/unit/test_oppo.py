@@ -14,8 +14,9 @@ from torch import nn
 
 from ppclc.errors import ModelError
 from ppclc.families import Family
-from ppclc.models import WEIGHTS, blocks_of, count_parameters, load_model, trace
+from ppclc.models import WEIGHTS, blocks_of, count_parameters, load_model
 from ppclc.passes.export import export_model
+from tests.tracing import trace
 
 SINGLE, FFN, EHS = [2, 3, 5], [0, 3], [3, 5]
 

@@ -22,6 +22,7 @@ from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.run_costs import Speeds, Work
 from ppclc.samples import open_samples
 from ppclc.search import Lessons
+from ppclc.teachers import ResidentTeacher
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS: dict[str, dict[str, Any]] = {
@@ -219,7 +220,7 @@ def test_moments_take_the_bytes_of_a_calibration(
     recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "calibrate": {"samples": 1024, "longest": 4}}, "recipe")
     source = open_source(str(teacher_folder))
     samples = open_samples("noise", source, teacher, "choose")
-    stats = calibrate.calibrate(teacher, family, samples, recipe.calibrate, lambda *_: None)
+    stats = calibrate.calibrate(ResidentTeacher(teacher, family), samples, recipe.calibrate, lambda *_: None)
     plan = CompressionPlan.of(family.name, 6)
     model = predict(family, source.config, plan, "float32")
     speeds = Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1)
@@ -237,9 +238,18 @@ def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teache
     recipe = parse_recipe({"model": {"path": str(teacher_folder)}, **changes}, "recipe")
     source = open_source(str(teacher_folder))
     samples = open_samples("noise", source, teacher, "choose")
-    stats = calibrate.calibrate(teacher, family, samples, recipe.calibrate, lambda *_: None)
+    stats = calibrate.calibrate(ResidentTeacher(teacher, family), samples, recipe.calibrate, lambda *_: None)
     found = analyze.analyze(
-        teacher, source, stats, samples, recipe.analyze, recipe.target, recipe.plan, "float32", lambda *_: None, Lessons()
+        ResidentTeacher(teacher, family),
+        source,
+        stats,
+        samples,
+        recipe.analysis,
+        recipe.target,
+        recipe.plan,
+        "float32",
+        lambda *_: None,
+        Lessons(),
     )
     empty = CompressionPlan.of(family.name, 6)
     model = predict(family, source.config, empty, "float32")

@@ -29,6 +29,7 @@ from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
 from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
+from ppclc.teachers import ResidentTeacher
 from tests.pipelines import MEAN, STD, qwen_pipeline, qwen_text_encoder
 
 PROMPTS = [
@@ -426,7 +427,7 @@ def test_padded_text_enters_no_moment(pipeline: Any, source: Source, family: Fam
     caches = [open_cache(str(padded(tmp_path / str(fill), fill)), source) for fill in (0.0, 1e8)]
     for made in caches:
         samples = open_samples("cached", source, pipeline.transformer, "train", made)
-        stats.append(calibrate(pipeline.transformer, family, samples, settings, quiet))
+        stats.append(calibrate(ResidentTeacher(pipeline.transformer, family), samples, settings, quiet))
     assert stats[0].tensors.keys() == stats[1].tensors.keys()
     assert all(torch.equal(v, stats[1].tensors[k]) for k, v in stats[0].tensors.items())
     # As many rows of text as there were real tokens.

@@ -22,6 +22,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.samples import open_samples
 from ppclc.search import AnalyzeSettings
 from ppclc.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, search, surrogate
+from ppclc.teachers import ResidentTeacher
 from ppclc.trials import Teaching
 
 LENGTH = 10
@@ -144,10 +145,13 @@ def test_an_untrained_supernet_is_the_teacher_without_those_blocks(tiny: Any, fa
 
 def test_the_plan_takes_the_supernets_best_set(tiny: Any, family: Family) -> None:
     model, source, samples, _ = tiny
-    stats = calibrate(model, family, samples, CalibrateSettings(samples=64, longest=4), quiet)
+    stats = calibrate(ResidentTeacher(model, family), samples, CalibrateSettings(samples=64, longest=4), quiet)
     settings = AnalyzeSettings(probes=16, trials=4, trial_steps=6, supernet_steps=10, supernet_sets=10)
     wanted = PlanSettings(text_stream="none", ffn="none", modulation_rank="none", protect=[4])
-    found = [analyze(model, source, stats, samples, settings, TargetSettings(parameters=0.7), wanted, "float32", quiet) for _ in range(2)]
+    found = [
+        analyze(ResidentTeacher(model, family), source, stats, samples, settings, TargetSettings(parameters=0.7), wanted, "float32", quiet)
+        for _ in range(2)
+    ]
     assert found[0].model_dump(exclude={"tensors"}) == found[1].model_dump(exclude={"tensors"})
     scores, plan = found[0].supernet, found[0].plan
     assert 1 < len(scores) <= 10

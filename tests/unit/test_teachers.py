@@ -15,13 +15,14 @@ from benchmarks import streamed as benchmark
 from ppclc import flow
 from ppclc.errors import ModelError
 from ppclc.families import Family
-from ppclc.models import DTYPES, WEIGHTS, apply_plan, block_state, blocks_of, load_source, open_source, trace
+from ppclc.models import DTYPES, WEIGHTS, apply_plan, block_state, blocks_of, load_source, open_source
 from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
 from ppclc.samples import Sample, Samples
 from ppclc.student_tensors import student_tensor
 from ppclc.teachers import TEXT_INPUT, ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.weight_files import WeightFiles
+from tests.tracing import trace
 
 BLOCKS = 6
 BLOCK = "transformer_blocks.5.attn.to_q.weight"
