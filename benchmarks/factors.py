@@ -10,6 +10,7 @@ of scene accuracy without guidance, with the 95 % interval of the paired differe
 from __future__ import annotations
 
 import argparse
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit
 from ppclc.local_phase import LocalPhase, LocalSettings
-from ppclc.models import build_student, load_source, open_source, set_threads
+from ppclc.models import build_student, load_source, set_threads
 from ppclc.passes import distill as distill_pass
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
@@ -31,6 +32,7 @@ from ppclc.quality import velocity_error
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
 from ppclc.samples import Samples, open_samples
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
 
 BLOCKS, GONE, RANK = 12, 6, 8
@@ -174,8 +176,8 @@ def laboratory(out: Path, strategy: str = "output_error") -> Lab:
 
 def parameters_left(source: Any) -> int:
     """Parameters of a student with so many blocks gone at that rank."""
+    from ppclc.classes import predicted_parameters
     from ppclc.detection import even_intervals
-    from ppclc.models import predicted_parameters
 
     like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals([BLOCKS], GONE), [], RANK, True)
     return predicted_parameters(source.family, source.config, like)
@@ -204,9 +206,15 @@ def main() -> None:
         changes = FACTORS.get(name, {})
         outcomes, errors = [], []
         for seed in options.training_seeds:
-            model = lab.student(seed, options.out / "work" / name.replace(" ", "_").replace(":", "") / str(seed), **changes)
-            outcomes.append(judge.outcomes(model, f"{name}-{seed}-{DISTILL}-{changes}", 1)["right_g1"])
-            errors.append(velocity_error(whole, model, probes))
+            key = f"{name}-{seed}-{DISTILL}-{changes}"
+            known = judge.place(key, 1).with_suffix(".json")  # a variant that is done is not trained again
+            model = None
+            if not known.is_file():
+                model = lab.student(seed, options.out / "work" / name.replace(" ", "_").replace(":", "") / str(seed), **changes)
+            outcomes.append(judge.outcomes(model, key, 1)["right_g1"])
+            if model is not None:
+                known.write_text(json.dumps(velocity_error(whole, model, probes)))
+            errors.append(json.loads(known.read_text()))
         found[name] = torch.cat(outcomes)
         rows[name] = {
             "changes": changes,

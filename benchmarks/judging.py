@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from ppclc.devices import cores
-from ppclc.models import Source
 from ppclc.passes.verify import VerifySettings
 from ppclc.records import digest_of, write_tensors
+from ppclc.sources import Source
 
 Outcomes = dict[str, torch.Tensor]
 
@@ -32,7 +32,7 @@ class Judge:
 
     def outcomes(self, model: Any, key: str, guidance: float) -> Outcomes:
         """`right_g<g>` (N,) and `features_g<g>` (N, 128) of a model that `key` names."""
-        path = self.folder / f"judged-{digest_of([key, self.scenes, self.seeds, guidance])}.safetensors"
+        path = self.place(key, guidance)
         if not path.is_file():
             settings, task = self.settings(guidance), self.source.task
             assert task is not None
@@ -43,6 +43,10 @@ class Judge:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(path, {name: torch.cat([p[name] for p in parts]) for name in parts[0]})
         return load_file(path)
+
+    def place(self, key: str, guidance: float) -> Path:
+        """Where a model's outcomes are kept."""
+        return self.folder / f"judged-{digest_of([key, self.scenes, self.seeds, guidance])}.safetensors"
 
     def settings(self, *guidance: float) -> VerifySettings:
         """What the task takes."""

@@ -22,8 +22,9 @@ from benchmarks.results_file import write_results
 from ppclc import sizes
 from ppclc.compiler import compress
 from ppclc.display import Display
-from ppclc.models import load_model, load_source, open_source, set_threads
+from ppclc.models import load_model, load_source, set_threads
 from ppclc.recipe import parse_recipe
+from ppclc.sources import open_source
 
 
 def recipe(seed: int) -> dict[str, Any]:

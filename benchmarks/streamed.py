@@ -43,12 +43,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.results_file import write_results
+from ppclc.checkpoints import WEIGHTS
+from ppclc.classes import empty_model, random_model
 from ppclc.families import Family
 from ppclc.local_edits import Teaching, Weights, interval_edit
 from ppclc.local_phase import LocalPhase, LocalSettings
-from ppclc.models import WEIGHTS, blocks_of, empty_model, load_source, open_source, quiet_libraries, random_model
+from ppclc.models import blocks_of, load_source, quiet_libraries
 from ppclc.plan import CompressionPlan
 from ppclc.samples import Sample
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Sweep, Teacher
 from ppclc.training import TrainingSettings
 

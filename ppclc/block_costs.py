@@ -24,11 +24,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppclc import families
+from ppclc.classes import DTYPES, count_parameters, model_outline, random_model, student_config
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family
-from ppclc.models import DTYPES, Source, count_parameters, model_outline, random_model, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of, write_text
+from ppclc.sources import Source
 from ppclc.timing import Clock, interleaved
 
 VERSION = 3

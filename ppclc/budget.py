@@ -10,14 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import selection
 from ppclc.block_costs import require_block_costs
+from ppclc.classes import model_outline, predicted_parameters, student_config
 from ppclc.closed_forms import check_reach
 from ppclc.detection import even_intervals, group_ranges
 from ppclc.errors import RecipeError
-from ppclc.models import Source, model_outline, predicted_parameters, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.records import digest_of
 from ppclc.selection import Budget
+from ppclc.sources import Source
 
 Auto = Literal["auto", "none"]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ppclc.classes import model_class
 from ppclc.errors import RecipeError
-from ppclc.models import Source, model_class
 from ppclc.records import digest_of, file_digest
+from ppclc.sources import Source
 
 LATENTS = "latents"
 TEXT = "encoder_hidden_states"

@@ -27,6 +27,8 @@ app.add_typer(lora_app, name="lora")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe key; may be repeated.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub's model.")]
+Variant = Annotated[str | None, typer.Option("--variant", help="Which weights of several beside each other, e.g. fp16.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, or builtin:two-digits.")]
@@ -43,21 +45,30 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 
 @app.command()
-def init(model: Model, out: Annotated[Path, typer.Option("--out", "-o", help="Recipe to write.")] = Path("recipe.yaml")) -> None:
+def init(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Recipe to write.")] = Path("recipe.yaml"),
+    revision: Revision = None,
+    variant: Variant = None,
+) -> None:
     """Write a commented starter recipe for a model."""
     from ppclc import commands
 
-    typer.echo(commands.init(model, out))
+    typer.echo(commands.init(model, out, revision, variant))
 
 
 @app.command()
 def inspect(
-    model: Model, check: Annotated[bool, typer.Option("--check", help="Load the weights and verify them.")] = False, as_json: AsJson = False
+    model: Model,
+    check: Annotated[bool, typer.Option("--check", help="Read all weights and verify them.")] = False,
+    revision: Revision = None,
+    variant: Variant = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show family, blocks by group, parameters by part, and bytes of a model."""
     from ppclc import commands
 
-    _show(commands.inspect(model, check), as_json)
+    _show(commands.inspect(model, check, revision, variant), as_json)
 
 
 @app.command()
@@ -99,6 +110,8 @@ def cut(
     plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json to follow exactly.")] = None,
     out: Out = None,
     comfyui: Annotated[bool, typer.Option("--comfyui", help="Write one file for ComfyUI beside it, in comfyui/.")] = False,
+    revision: Revision = None,
+    variant: Variant = None,
     changes: Changes = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -107,7 +120,7 @@ def cut(
     """Cut another size from the distilled edits of a finished run, without training."""
     from ppclc import commands
 
-    document = commands.slice_size(run, parameters, plan_file, out, changes or [], verbose - quiet, comfyui)
+    document = commands.slice_size(run, parameters, plan_file, out, changes or [], verbose - quiet, comfyui, revision, variant)
     if as_json:
         typer.echo(json.dumps(document))
 
@@ -118,13 +131,15 @@ def export(
     backend: Annotated[str, typer.Option("--backend", help="Back end to lower to.")] = "onnx",
     out: Out = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    revision: Revision = None,
+    variant: Variant = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Lower any model folder, teacher or student, to a back end."""
     from ppclc import commands
 
-    _show(commands.export(model, backend, out, dtype, -quiet), as_json)
+    _show(commands.export(model, backend, out, dtype, -quiet, revision, variant), as_json)
 
 
 @app.command()

@@ -16,10 +16,10 @@ import torch
 from ppclc.checkpoints import Place, read_at
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family, SingleFile, with_single_file
-from ppclc.models import Source, open_source
 from ppclc.plan import CompressionPlan
 from ppclc.records import STORED_AS, disk_errors
 from ppclc.single_files import cuts_of, halves_swapped, stacked, stacked_shapes
+from ppclc.sources import Source, open_source
 from ppclc.weight_files import WeightFiles
 
 FOLDER = "comfyui"

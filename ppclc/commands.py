@@ -16,26 +16,14 @@ from rich.table import Table
 
 from ppclc import block_costs, compiler, sizes
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
+from ppclc.classes import DTYPES, count_parameters, model_outline, random_model
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.environment import versions
 from ppclc.errors import OutputError, RecipeError, UnavailableError
 from ppclc.lora import remap
-from ppclc.models import (
-    BUILTIN,
-    DTYPES,
-    Source,
-    check_teacher,
-    count_parameters,
-    load_source,
-    model_outline,
-    open_configuration,
-    open_source,
-    quiet_libraries,
-    random_model,
-    set_threads,
-)
+from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes.bench import bench_models
@@ -45,6 +33,7 @@ from ppclc.recipe import Recipe, find_recipe, read_recipe
 from ppclc.records import digest_of, write_text
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
+from ppclc.sources import BUILTIN, Source, check_teacher, open_configuration, open_source
 
 HEAD = ("teacher", "student", "plan", "gates")
 """What `compress` and `slice` print of a report."""
@@ -54,7 +43,7 @@ BLOCK_RUNS = 30
 STARTER = """\
 # Made by `ppclc init`. Every key has a default but model.path; `ppclc compress` writes them all to OUT/recipe.yaml.
 model:
-  path: {path}
+  {place}
   dtype: float32
 
 calibrate:
@@ -84,19 +73,21 @@ export:
 """
 
 
-def init(model: str, out: Path) -> str:
+def init(model: str, out: Path, revision: str | None = None, variant: str | None = None) -> str:
     """Write a starter recipe; says where. Raises OutputError rather than overwrite a file."""
-    source = open_source(model)
+    source = open_source(model, revision, variant)
     if out.exists():
         raise OutputError(f"{out}: is there already; give another file with -o")
-    write_text(out, STARTER.format(path=json.dumps(model), source="images" if source.task else "noise"))
+    place = {"path": model, "revision": revision, "variant": variant}
+    lines = "\n  ".join(f"{key}: {json.dumps(value)}" for key, value in place.items() if value is not None)
+    write_text(out, STARTER.format(place=lines, source="images" if source.task else "noise"))
     return f"wrote {out}; next: ppclc compress {out}"
 
 
-def inspect(model: str, check: bool) -> dict[str, Any]:
+def inspect(model: str, check: bool, revision: str | None = None, variant: str | None = None) -> dict[str, Any]:
     """Family, blocks, parameters and bytes of a model, from its configuration; `check` loads the weights too."""
     quiet_libraries()
-    source = open_source(model)
+    source = open_source(model, revision, variant)
     empty = model_outline(source.family, source.config)
     parts: dict[str, int] = {}
     for name, parameter in empty.named_parameters():
@@ -135,7 +126,7 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     quiet_libraries()
     path = find_recipe(recipe_name)
     recipe = read_recipe(path, changes)
-    source = open_source(recipe.model.path, recipe.model.revision)
+    source = open_source(*recipe.model.place)
     check_teacher(source)
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
@@ -213,10 +204,14 @@ def slice_size(
     changes: list[str],
     verbosity: int,
     single_file: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Cut another size from a finished run, or a model by a plan; the head of what a report would say. Raises as `ppclc.sizes` does."""
     if sizes.is_model(where, parameters, plan_file):
-        document = sizes.slice_model(where, plan_file, folder, verbosity, single_file)
+        document = sizes.slice_model((where, revision, variant), plan_file, folder, verbosity, single_file)
+    elif revision is not None or variant is not None:
+        raise RecipeError(f"{where}: a run has no revisions and no variants; wanted its recipe's own, or a model")
     else:
         document = sizes.slice_size(Path(where), parameters, plan_file, folder, changes, verbosity, single_file)
     return {k: document[k] for k in HEAD}
@@ -252,12 +247,14 @@ def newest_out() -> Path:
     return max(found, key=lambda f: (f / "model" / "transformer").stat().st_mtime)  # the folder above changes with its card
 
 
-def export(model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int) -> dict[str, Any]:
+def export(
+    model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int, revision: str | None = None, variant: str | None = None
+) -> dict[str, Any]:
     """Lower a model; the entry of `exports`."""
     quiet_libraries()
     export_pass.check_backend(backend, dtype)
     newest = newest_out() if model is None else None
-    source = open_source(str(newest / "model") if newest else str(model))
+    source = open_source(str(newest / "model") if newest else str(model), revision, variant)
     set_threads(source)
     folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
     display = Display(1, verbosity)

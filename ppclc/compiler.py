@@ -11,6 +11,7 @@ from typing import Any
 
 from ppclc.bank import joined, needed
 from ppclc.cards import Card, write_card
+from ppclc.classes import count_parameters, model_outline, student_config
 from ppclc.closed_forms import check_reach
 from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
@@ -20,17 +21,7 @@ from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
 from ppclc.interrupts import raise_if_stopped
-from ppclc.models import (
-    Source,
-    check_teacher,
-    count_parameters,
-    load_model,
-    model_outline,
-    open_source,
-    quiet_libraries,
-    set_threads,
-    student_config,
-)
+from ppclc.models import load_model, quiet_libraries, set_threads
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
 from ppclc.passes import calibrate as calibrate_pass
@@ -44,6 +35,7 @@ from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
 from ppclc.run import Run, check_mark, made, prepare
 from ppclc.search import Lessons
+from ppclc.sources import Source, check_teacher, open_source
 
 PASSES = ("calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report")
 
@@ -95,12 +87,12 @@ def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         OutputError: the folder holds the work of another teacher, or a run that has not come as far as its analysis.
     """
     again = f"go on with: ppclc compress {out / 'recipe.yaml'} -o {out}"
-    source = open_source(recipe.model.path, recipe.model.revision)
+    source = open_source(*recipe.model.place)
     check_teacher(source)
     set_threads(source)
     check_mark(out, source, "the teacher has changed since; put it back, or compress it anew into another folder")
     wanted = recipe.calibrate
-    found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
+    found = find_data(wanted.source, wanted.path, wanted.resolution, source)
     if isinstance(found, Unencoded) and not found.folder(out / "records", recipe.model.dtype).is_dir():
         raise OutputError(f"{out}: the run is not finished, its samples are not encoded; {again}")
     cache = cached(found, out / "records", recipe.model.dtype, display.say)
@@ -264,7 +256,7 @@ def verify(run: Run, progress: Callable[[float, str], None]) -> None:
 def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdict:
     """The verdict on a student; of a user's own pipeline its VAE decodes what both models sample."""
     dtype, samples = run.recipe.model.dtype, run.samples("judge")
-    with decoder(run.source, run.cache.grid, dtype, run.recipe.model.revision) if run.cache else nullcontext() as decode:
+    with decoder(run.source, run.cache.grid, dtype) if run.cache else nullcontext() as decode:
         return verify_pass.verify(run.called, model, run.source, outcomes, samples, run.recipe.verify, decode)
 
 

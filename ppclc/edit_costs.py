@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppclc.classes import empty_model, student_config
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
 from ppclc.families import STREAMS, Bank, States
 from ppclc.ffn_maps import ffn_map
-from ppclc.models import empty_model, student_block, student_config
+from ppclc.models import student_block
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample

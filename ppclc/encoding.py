@@ -25,8 +25,9 @@ from ppclc.cache import LATENTS, MASK, TEXT, Cache, open_cache
 from ppclc.datasets import Picture, is_image, pixels, read_pictures, read_prompts, shards_at
 from ppclc.errors import ModelError, RecipeError
 from ppclc.families import Encoders
-from ppclc.models import Source, digest_parts, load_part, open_parts, part_config, pipeline_class
+from ppclc.models import load_part
 from ppclc.records import digest_of, disk_errors, replace_folder, write_tensors
+from ppclc.sources import Source, digest_parts, open_parts, part_config, pipeline_class
 
 VERSION = 1
 SHARD_ROWS = 128
@@ -74,9 +75,7 @@ class Unencoded:
         return records / f"samples-{self.digest(dtype)}"
 
 
-def find_data(
-    kind: str, path: str | None, resolution: int | list[int], source: Source, revision: str | None = None
-) -> Cache | Unencoded | None:
+def find_data(kind: str, path: str | None, resolution: int | list[int], source: Source) -> Cache | Unencoded | None:
     """What a recipe's `calibrate.source` and `calibrate.path` name, checked; None for a task's own data and for noise.
 
     Raises:
@@ -93,7 +92,7 @@ def find_data(
         kind = kind_at(path)
     encoders = source.family.encoders
     if kind != "cached":
-        root = _pipeline_of(kind, source, encoders, revision)
+        root = _pipeline_of(kind, source, encoders)
     if path is None:
         raise RecipeError(f"calibrate.path: missing; source {kind!r} wants {WANTED[kind]}")
     if kind == "cached":
@@ -126,14 +125,14 @@ def _unfit(path: str, what: str) -> str:
     raise RecipeError(f"calibrate.path = {path!r}: {what}; wanted {'; or '.join(WANTED.values())}")
 
 
-def _pipeline_of(kind: str, source: Source, encoders: Encoders | None, revision: str | None) -> Path:
+def _pipeline_of(kind: str, source: Source, encoders: Encoders | None) -> Path:
     """The pipeline's folder, with all parts that encoding needs."""
     way_out = "give calibrate.source: cached with ready-made embeddings, or noise"
     if encoders is None:
         raise ModelError(f"calibrate.source = {kind!r}: prompts of {source.family.name} cannot be encoded by this version; {way_out}")
     try:
         # The VAE's configuration tells how many tokens an image has, for prompts too.
-        root = open_parts(source, encoders.text_parts + encoders.image_parts, revision)
+        root = open_parts(source, encoders.text_parts + encoders.image_parts)
     except ModelError as error:
         raise ModelError(f"calibrate.source = {kind!r}: {error}; {way_out}") from None
     name = pipeline_class(root)
@@ -271,13 +270,11 @@ def _pipeline(data: Unencoded, parts: tuple[str, ...], dtype: str) -> Iterator[A
 
 
 @contextmanager
-def decoder(
-    source: Source, grid: tuple[int, int], dtype: str, revision: str | None = None
-) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+def decoder(source: Source, grid: tuple[int, int], dtype: str) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
     """A function from latents to images (B, 3, H, W) in 0..1 by the pipeline's own VAE; None where there is no such pipeline."""
     encoders = source.family.encoders
     try:
-        root = open_parts(source, encoders.image_parts, revision) if encoders and source.task is None else None
+        root = open_parts(source, encoders.image_parts) if encoders and source.task is None else None
     except ModelError:  # a bare transformer, or a pipeline without a VAE
         root = None
     if encoders is None or root is None:

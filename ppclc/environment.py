@@ -7,7 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ppclc.models import Source, set_threads
+from ppclc.models import set_threads
+from ppclc.sources import Source
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
 

@@ -19,13 +19,15 @@ from safetensors import SafetensorError, safe_open
 
 from ppclc import __version__, plugins
 from ppclc.checkpoints import STATES, places_in, read_at
+from ppclc.classes import stock_config
 from ppclc.errors import ModelError, OutputError, PlanError
 from ppclc.families import Family
 from ppclc.lora_keys import Adapter, adapters_in, names_of
 from ppclc.lora_parts import STAYS, Basis, Fate, Fitted, Modules
-from ppclc.models import Source, check_teacher, open_configuration, open_source, quiet_libraries, stock_config
+from ppclc.models import quiet_libraries
 from ppclc.plan import CompressionPlan
 from ppclc.records import STORED_AS, check_writable, digest_of, write_tensors
+from ppclc.sources import Source, check_teacher, open_configuration, open_source
 from ppclc.weight_files import WeightFiles, is_finite
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from ppclc.classes import model_outline, student_config
 from ppclc.errors import ModelError
 from ppclc.families import Family
-from ppclc.models import model_outline, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.student_tensors import chunks_left, student_sizes
 

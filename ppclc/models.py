@@ -1,4 +1,4 @@
-"""Models: open, check, run block by block, edit, save. The one place that edits a module tree.
+"""Models: load, run block by block, edit, save. The one place that edits a module tree.
 
 `apply_plan(model, plan)` is the only way from a teacher to a student; slicing, loading and every back
 end meet the same one.
@@ -6,17 +6,12 @@ end meet the same one.
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-import re
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,179 +19,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppclc import families, plugins
-from ppclc.checkpoints import STATES, STORED, WEIGHTS, Piece, Place, held, places_in, places_of, stored_shapes, write_checkpoint
+from ppclc import families
+from ppclc.checkpoints import STATES, Piece, held, places_in, write_checkpoint
+from ppclc.classes import (
+    DTYPES,
+    empty_model,
+    model_class,
+    model_outline,
+    student_config,
+)
 from ppclc.devices import cores
-from ppclc.errors import ModelError, PlanError, UnavailableError
-from ppclc.families import Bank, Cut, Family, Group, Layout
+from ppclc.errors import ModelError, UnavailableError
+from ppclc.families import Bank, Family, Group, Layout
 from ppclc.plan import CompressionPlan
 from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
-from ppclc.single_files import cuts_of, layout_of, recognise, stacked_shapes
-from ppclc.student_tensors import student_config as edited_config
+from ppclc.sources import (
+    Source,
+    check_tensors,
+    json_object,
+    open_source,
+)
 from ppclc.student_tensors import student_tensor
-from ppclc.students.parts import Travelling, bring_class, travelling_file
+from ppclc.students.parts import Travelling, bring_class
 
-BUILTIN = "builtin:"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PART_LIBRARIES = {"diffusers": "torch_dtype", "transformers": "dtype"}
 """Libraries that parts of a pipeline are loaded from, and what each calls the dtype."""
 ALIGNMENT = 64
 """Bytes between the starts of tensors that share one allocation; PyTorch aligns its own alike."""
 NARROW = 256
 """Widths up to which operators run on one thread."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model lies: the folder that holds its `config.json` or the one file that it is, what the configuration says, its family."""
-
-    path: str
-    folder: Path
-    config: dict[str, Any]
-    family: Family
-    layout: Layout | None = None
-    stored: Mapping[str, Any] = field(default_factory=dict)
-    """The configuration as it lies there, where that is of another layout than ours."""
-    notes: tuple[str, ...] = ()
-    """What is to be told of it."""
-
-    @property
-    def task(self) -> Any | None:
-        """The task plug-in of a builtin model, None otherwise."""
-        return plugins.load("tasks", self.path.removeprefix(BUILTIN)) if self.path.startswith(BUILTIN) else None
-
-    def weight_files(self) -> list[Path]:
-        """The safetensors files, by the index where there is one.
-
-        Raises:
-            ModelError: none there, only pickles there, or an index that names files that are not there.
-        """
-        if self.folder.is_file():
-            return [self.folder]
-        index = self.folder / f"{WEIGHTS}.index.json"
-        if index.exists():
-            places = json_object(index).get("weight_map", {})
-            names = sorted({str(n) for n in places.values()} if isinstance(places, dict) else ["no weight_map"])
-            bad = [n for n in names if Path(n).name != n or not (self.folder / n).is_file()]
-            if bad or not names:
-                raise ModelError(f"{index}: names {', '.join(bad) or 'no shards'}, wanted shards that lie beside it; fetch the model again")
-            return [self.folder / n for n in names]
-        if (self.folder / WEIGHTS).is_file():
-            return [self.folder / WEIGHTS]
-        pickles = [p.name for p in self.folder.glob("*.bin")] + [p.name for p in self.folder.glob("*.pt")]
-        also = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
-        raise ModelError(f"{self.folder}: no weights, wanted {WEIGHTS} or its index{also}")
-
-    def places(self) -> dict[str, Place]:
-        """Where every tensor lies, from the files' headers. Raises ModelError for files that are not whole or do not agree."""
-        if self.layout is None or not self.layout.cuts:
-            return places_of(self.weight_files(), self.folder / f"{WEIGHTS}.index.json")
-        there = {name: place for file in self.weight_files() for name, place in places_in(file, STATES).items()}
-        return {name: _place_of(cut, there[cut.name]) for name, cut in self.layout.cuts.items()}
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether weights lie beside the configuration, whole or not."""
-        return self.folder.is_file() or any(self.folder.glob("*.safetensors*"))
-
-    def digest(self) -> str:
-        """SHA-256 over configuration and weight files."""
-        described = [] if self.folder.is_file() else [self.folder / "config.json"]
-        return _files_digest(tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in [*described, *self.weight_files()]))
-
-
-def _place_of(cut: Cut, whole: Place) -> Place:
-    """The place of a tensor of ours within one of another layout. Raises ModelError for a dtype that weights have not."""
-    if whole.dtype not in STORED.values():
-        raise ModelError(f"{whole.file}: tensor {cut.name} is stored as {whole.dtype}, wanted one of {', '.join(STORED)}")
-    row = math.prod(whole.shape[1:]) * whole.dtype.itemsize
-    return Place(whole.file, whole.start + cut.first * row, whole.dtype, (cut.last - cut.first, *whole.shape[1:]), cut.swapped)
-
-
-@cache
-def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
-    from ppclc.records import digest_of
-
-    return digest_of([file_digest(Path(path)) for path, _, _ in files])
-
-
-def open_source(path: str, revision: str | None = None) -> Source:
-    """Find a model: a folder (pipeline or bare transformer), a safetensors file as ComfyUI loads it, a hub id, or `builtin:NAME`.
-
-    Raises:
-        ModelError: there is no such folder or file, it holds no transformer, or no family knows it.
-    """
-    if (file := Path(path).expanduser()).suffix == ".safetensors" and file.is_file():
-        return _open_file(path, file)
-    if path.startswith(BUILTIN):
-        name = path.removeprefix(BUILTIN)
-        if name not in plugins.names("tasks"):
-            raise ModelError(f"{path}: no such model; there is {', '.join(BUILTIN + n for n in plugins.names('tasks'))}")
-        root = Path(plugins.load("tasks", name).model_folder)
-    else:
-        root = _local_or_hub(path, revision)
-    folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{path}: holds no transformer: wanted transformer/config.json or config.json")
-    config = json_object(folder / "config.json")
-    family = families.of_config(config, str(folder / "config.json"))
-    layout = next((found for found in family.layouts if found.applies(config)), None)
-    stored, config = config, layout.config(config) if layout else config
-    known = stock_config(family)
-    for key in [g.count_key for g in family.groups]:
-        value = config.setdefault(key, known.get(key))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
-    return Source(path, folder, known | config, family, layout, stored if layout else {})
-
-
-def _open_file(path: str, file: Path) -> Source:
-    """A transformer in a single file. Raises ModelError as `single_files.recognise` does, and for a tensor missing, extra or of a wrong shape."""
-    shapes = stored_shapes(file)
-    found = recognise(shapes, str(file))
-    config, layout = stock_config(found.family) | found.config, found.family.single_file
-    assert layout is not None
-    ours = {name: tuple(tensor.shape) for name, tensor in model_outline(found.family, config, str(file)).state_dict().items()}
-    cuts = cuts_of(layout, ours)
-    wanted = {found.prefix + name: shape for name, shape in stacked_shapes(cuts, ours).items()}
-    aside = {*found.others, *(found.prefix + name for name in layout.markers(config))}
-    compare_tensors(file, wanted, {name: shape for name, shape in shapes.items() if name not in aside}, "its own blocks and widths")
-    notes = [f"{path}: {len(found.others)} tensors beside the transformer's are not read, {found.others[0]} first"] if found.others else []
-    return Source(path, file, config, found.family, layout_of(found, cuts), found.config, tuple(notes))
-
-
-def open_configuration(path: str) -> Source:
-    """A model known by its configuration alone: a folder with `config.json`, or the file itself. Raises ModelError as `open_source`."""
-    file = Path(path).expanduser()
-    return replace(open_source(str(file.parent if file.name == "config.json" and file.is_file() else path)), path=path)
-
-
-def open_parts(source: Source, parts: tuple[str, ...], revision: str | None = None) -> Path:
-    """The folder of the pipeline that a transformer is of, with these parts in it; a hub's are fetched.
-
-    Raises:
-        ModelError: a bare transformer, or a pipeline without such a part.
-    """
-    root = source.folder.parent if source.folder.name == "transformer" else source.folder
-    index = root / "model_index.json"
-    if not index.is_file():
-        raise ModelError(f"{source.path}: is a bare transformer: there is no {index}, wanted a pipeline's folder with {', '.join(parts)}")
-    listed = json_object(index)
-    for part in parts:
-        if not isinstance(listed.get(part), list) or None in listed[part]:
-            raise ModelError(f"{index}: {part} = {listed.get(part)!r}: wanted the part's library and class")
-    if not Path(source.path).expanduser().is_dir() and not source.path.startswith(BUILTIN):
-        root = _local_or_hub(source.path, revision, [f"{p}/*{end}" for p in parts for end in (".json", ".safetensors", ".txt", ".jinja")])
-    for part in parts:
-        if not (root / part).is_dir():
-            raise ModelError(f"{root / part}: no such folder, but {index} lists it; fetch the model again")
-    return root
-
-
-def digest_parts(root: Path, parts: tuple[str, ...]) -> str:
-    """SHA-256 over all files of some parts of a pipeline."""
-    files = [f for part in parts for f in sorted((root / part).rglob("*")) if f.is_file()]
-    return _files_digest(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
 
 
 def load_part(root: Path, part: str, dtype: str) -> Any:
@@ -231,115 +82,6 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def pipeline_class(root: Path) -> str:
-    """Name of the class that a pipeline's folder is of."""
-    return str(json_object(root / "model_index.json").get("_class_name"))
-
-
-def part_config(root: Path, part: str) -> dict[str, Any]:
-    """Configuration of a part of a pipeline. Raises ModelError when it cannot be read."""
-    return json_object(root / part / "config.json")
-
-
-def _local_or_hub(path: str, revision: str | None, more: list[str] | None = None) -> Path:
-    root = Path(path).expanduser()
-    if root.is_dir():
-        return root
-    if root.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise ModelError(
-            f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', a .safetensors file, or builtin:two-digits"
-        )
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "transformer/*.json", "transformer/*.safetensors", "transformer/*.py", "*.safetensors", "README.md", "LICENSE*"]
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=[*wanted, *(more or [])]))
-    except Exception as error:  # the hub's client raises many kinds; all mean that the model cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{path}: no such folder, and not to be had from the hub ({reason}); give a local folder, or check the id, HF_TOKEN and HF_HUB_OFFLINE"
-        ) from None
-
-
-def json_object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds. Raises ModelError when that is no object."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); fetch the model again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: got a {type(value).__name__}, wanted a JSON object")
-    return value
-
-
-def _class(name: str) -> Any:
-    module, _, attribute = name.rpartition(":")
-    return getattr(import_module(module), attribute)
-
-
-def model_class(family: Family, config: Mapping[str, Any]) -> Any:
-    """The class that a configuration asks for: diffusers' own, or the family's width-edited one."""
-    return _class(family.class_names.get(str(config.get("_class_name")), f"diffusers:{family.class_name}"))
-
-
-def stock_config(family: Family) -> dict[str, Any]:
-    """The configuration that the family's stock class has where nobody says otherwise."""
-    import inspect
-
-    parameters = inspect.signature(_class(f"diffusers:{family.class_name}").__init__).parameters
-    return {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-
-
-def empty_model(family: Family, config: Mapping[str, Any], where: str = "config.json") -> Any:
-    """The model with parameters on the meta device: names, shapes and counts, no memory.
-
-    Raises:
-        ModelError: the configuration cannot be built.
-    """
-    from accelerate import init_empty_weights
-
-    return _built(family, config, where, init_empty_weights(include_buffers=False))
-
-
-def model_outline(family: Family, config: Mapping[str, Any], where: str = "config.json") -> Any:
-    """As `empty_model`, with buffers on the meta device too: their values, which some classes take seconds for, are not computed."""
-    return _built(family, config, where, torch.device("meta"))
-
-
-def _built(family: Family, config: Mapping[str, Any], where: str, within: AbstractContextManager[Any]) -> Any:
-    try:
-        with within:
-            return model_class(family, config).from_config({k: v for k, v in config.items() if k != "auto_map"})
-    except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(f"{where}: cannot be built as a model of {family.name}: {error}") from None
-
-
-def random_model(
-    family: Family, config: Mapping[str, Any], dtype: str = "float32", pool: dict[tuple[str, tuple[int, ...]], torch.Tensor] | None = None
-) -> Any:
-    """A model of that configuration with random weights, in evaluation mode, fit for timing and for nothing else.
-
-    Tensors that `pool` has by name and shape are shared with it, the others are put there: models that
-    are timed side by side take the memory of one.
-
-    Raises:
-        ModelError: the configuration cannot be built.
-    """
-    model = empty_model(family, config)
-    pool = {} if pool is None else pool
-    noise = 0.02 * torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    state = {}
-    for name, tensor in model.state_dict().items():
-        key = (name, tuple(tensor.shape))
-        if key not in pool:
-            # Repeated noise: to draw billions of numbers would take longer than what is timed.
-            count = tensor.numel()
-            pool[key] = noise.repeat(-(-count // len(noise)))[:count].reshape(tensor.shape).contiguous()
-        state[name] = pool[key]
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
-
-
 def load_source(source: Source, dtype: str = "float32") -> Any:
     """The model, in evaluation mode, every tensor accounted for and finite.
 
@@ -351,7 +93,12 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     empty = model_outline(source.family, source.config, str(source.folder / "config.json"))
     check_tensors(source, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, source.places())
     model, info = model_class(source.family, source.config).from_pretrained(
-        source.folder, torch_dtype=DTYPES[dtype], output_loading_info=True, use_safetensors=True, local_files_only=True
+        source.folder,
+        torch_dtype=DTYPES[dtype],
+        output_loading_info=True,
+        use_safetensors=True,
+        local_files_only=True,
+        variant=source.variant,
     )
     left = {k: v for k, v in info.items() if v}
     if left:
@@ -423,72 +170,9 @@ class _Accessed(Mapping[str, torch.Tensor]):
         return len(self.tensors)
 
 
-def check_tensors(source: Source, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Place]) -> None:
-    """Nothing when names and shapes are those that the class wants. Raises ModelError naming the first that is not."""
-    _check_blocks(source, found)
-    compare_tensors(source.folder, expected, {name: place.shape for name, place in found.items()})
-
-
-def compare_tensors(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], by: str = "config.json"
-) -> None:
-    """As `check_tensors`, of names and shapes alone; `by`: what tells what is wanted."""
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing:
-        raise ModelError(
-            f"{folder}: {len(missing)} tensors are missing, {missing[0]} first; wanted all that {by} call{'s' if by == 'config.json' else ''} for"
-        )
-    if extra:
-        asked = f"does {by} fit?" if by == "config.json" else "wanted the transformer's alone"
-        raise ModelError(f"{folder}: {len(extra)} tensors are not in the class, {extra[0]} first; {asked}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ModelError(f"{folder}: tensor {name} has shape {list(found[name])}, wanted {list(shape)} by {by}")
-
-
-def _check_blocks(source: Source, names: Iterable[str]) -> None:
-    """Raise ModelError for gaps in the numbers of blocks, and for another number of them than the configuration tells."""
-    for group in source.family.groups:
-        starts = re.compile(rf"{re.escape(group.path)}\.(\d+)\.")
-        numbers = {int(m[1]) for m in map(starts.match, names) if m}
-        if not numbers:
-            continue
-        if gaps := sorted(set(range(max(numbers))) - numbers):
-            raise ModelError(
-                f"{source.folder}: {group.path} has blocks up to {max(numbers)} but no {', '.join(map(str, gaps[:5]))}: wanted numbers from 0 "
-                "without gaps; fetch the model again"
-            )
-        if len(numbers) != source.config[group.count_key]:
-            raise ModelError(
-                f"{source.folder / 'config.json'}: {group.count_key} = {source.config[group.count_key]}, but the weights hold {len(numbers)} blocks "
-                f"in {group.path}; wanted both to agree: fetch the model again, or set it to {len(numbers)}"
-            )
-
-
 def load_model(path: str | Path, dtype: str = "float32", revision: str | None = None) -> Any:
     """Any teacher or student, stock or width-edited, ready to run. Raises ModelError as `load_source` does."""
     return load_source(open_source(str(path), revision), dtype)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, each once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def student_config(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
-    """Configuration of the student, `_class_name` included. Raises PlanError when the plan is of another model."""
-    if plan.family != family.name:
-        raise PlanError(f"plan: family = {plan.family!r}, but the model is of {family.name!r}")
-    if plan.num_blocks != family.num_blocks(config):
-        raise PlanError(f"plan: num_blocks = {plan.num_blocks}, but the model has {family.num_blocks(config)} blocks")
-    if family.is_edited(config):
-        raise PlanError("plan: the model is an edited student already; plans are made for its teacher")
-    return edited_config(family, config, plan) | {"_class_name": family.class_of(plan)}
-
-
-def predicted_parameters(family: Family, config: Mapping[str, Any], plan: CompressionPlan) -> int:
-    """Exact parameter count of the student, from the configuration alone."""
-    return count_parameters(model_outline(family, student_config(family, config, plan)))
 
 
 def apply_plan(model: Any, plan: CompressionPlan, bank: Bank | None = None) -> Any:
@@ -551,11 +235,6 @@ def save_model(model: Any, plan: CompressionPlan, folder: Path, pieces: Mapping[
         write_text(home / "plan.json", plan.to_json(digests))
         digests["plan.json"] = file_digest(home / "plan.json")
     return {f"{home.name}/{name}": digest for name, digest in sorted(digests.items())}
-
-
-def travelling_class(where: str) -> str:
-    """The text of a student's class, `module:Class`, as it travels: one module, with the parts that it shares with others in front."""
-    return travelling_file(_class(where))[1]
 
 
 def blocks_of(model: Any, family: Family) -> list[nn.Module]:
@@ -637,9 +316,3 @@ def require_library(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError:
         raise UnavailableError(f"{module} is not installed here: pip install 'ppclc[{extra}]'") from None
-
-
-def check_teacher(source: Source) -> None:
-    """Raise ModelError for a model that no plan can be made for: a width-edited student."""
-    if source.family.is_edited(source.config):
-        raise ModelError(f"{source.path}: is an edited student already; plans are made for its teacher: give the teacher's folder")

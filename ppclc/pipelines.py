@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ppclc.errors import ModelError
-from ppclc.models import BUILTIN, Source, json_object
 from ppclc.records import whole_folder, write_text
+from ppclc.sources import BUILTIN, Source, json_object
 
 INDEX = "model_index.json"
 OURS = "transformer"

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_iter
 from ppclc import checkpoints
 from ppclc.block_costs import BlockCosts, blocks_by_group, default_size, width_of
 from ppclc.checkpoints import METADATA
+from ppclc.classes import DTYPES, count_parameters, model_class, model_outline, student_config
 from ppclc.errors import PlanError
 from ppclc.families import Family
-from ppclc.models import DTYPES, count_parameters, model_class, model_outline, student_config
 from ppclc.plan import CompressionPlan
 from ppclc.records import safetensors_header
 

@@ -28,11 +28,20 @@ class Section(BaseModel):
 
 
 class ModelSettings(Section):
-    """Section `model`: the teacher. A folder, a hub id with an optional revision, or `builtin:two-digits`."""
+    """Section `model`: the teacher. A folder, a hub id with an optional revision, a file for ComfyUI, or `builtin:two-digits`.
+
+    variant: which weights of several that lie beside each other, `fp16` for `diffusion_pytorch_model.fp16.safetensors`.
+    """
 
     path: Annotated[str, Field(min_length=1)]
     revision: str | None = None
+    variant: Annotated[str, Field(pattern=r"^\w+$")] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @property
+    def place(self) -> tuple[str, str | None, str | None]:
+        """Path, revision and variant."""
+        return self.path, self.revision, self.variant
 
 
 class ExportTarget(Section):

@@ -13,7 +13,7 @@ from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError
-from ppclc.models import Source, check_teacher, load_source, open_source, set_threads
+from ppclc.models import load_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.pipelines import components, pipeline_of
@@ -36,6 +36,7 @@ from ppclc.records import (
     write_text,
 )
 from ppclc.samples import Samples, open_samples
+from ppclc.sources import Source, check_teacher, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.training import check_optimizer
 
@@ -117,7 +118,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     """Check all that can be checked before work begins, load the teacher, claim the output folder. planned: whether a plan is to be made."""
     for target in recipe.export:
         export_pass.check_backend(target.backend, target.dtype)
-    source = open_source(recipe.model.path, recipe.model.revision)
+    source = open_source(*recipe.model.place)
     check_teacher(source)
     if (root := pipeline_of(source)) is not None:
         components(root)  # one that no student can be made whole by is refused before work begins
@@ -125,7 +126,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     verify_pass.check_gates(recipe.verify, source)
     budget = budget_of(source, recipe.target, recipe.model.dtype)
     wanted = recipe.calibrate
-    found = find_data(wanted.source, wanted.path, wanted.resolution, source, recipe.model.revision)
+    found = find_data(wanted.source, wanted.path, wanted.resolution, source)
     check_writable(out)
     mark = check_mark(out, source, "give another folder with -o")
     check_by_hand(source, recipe.plan, recipe.calibrate.longest)

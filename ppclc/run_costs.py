@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict
 from ppclc import edit_costs, trials
 from ppclc.block_costs import Call, blocks_by_group, default_size, example_call, width_of
 from ppclc.budget import allows
+from ppclc.classes import DTYPES, count_parameters, empty_model, model_outline, random_model, student_config
 from ppclc.detection import group_ranges, removed_by
 from ppclc.devices import cores
 from ppclc.edit_costs import kept_choices
 from ppclc.families import STREAMS, Family
-from ppclc.models import DTYPES, Source, count_parameters, empty_model, model_outline, random_model, student_config
 from ppclc.moments import BANDS, CHUNKS
 from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan
@@ -34,6 +34,7 @@ from ppclc.predictions import Prediction, activation_bytes
 from ppclc.recipe import Recipe
 from ppclc.samples import TRAJECTORY_STEPS
 from ppclc.selection import Span
+from ppclc.sources import Source
 from ppclc.teachers import HELD_BLOCKS, HELD_BYTES
 
 SMALL_PARAMETERS = 200_000_000

@@ -20,7 +20,7 @@ from ppclc import flow
 from ppclc.batches import WHOLE, Share
 from ppclc.cache import LATENTS, MASK, TEXT, Cache
 from ppclc.errors import RecipeError
-from ppclc.models import Source
+from ppclc.sources import Source
 
 Sample = tuple[torch.Tensor, torch.Tensor, flow.Conditioning]
 """x_t (B, S, C), timestep (B,), conditioning."""

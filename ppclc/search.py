@@ -13,17 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import detection, selection, supernet, trials
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target, layout
+from ppclc.classes import predicted_parameters
 from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
 from ppclc.families import STREAMS
-from ppclc.models import Source, predicted_parameters
 from ppclc.moments import BANDS
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import Agreement, Candidate, SetScore, TrialResult
 from ppclc.samples import Samples
 from ppclc.selection import Budget, Chain, Options, Removed
+from ppclc.sources import Source
 from ppclc.supernet import Dropped
 from ppclc.teachers import ResidentTeacher
 

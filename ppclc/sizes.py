@@ -21,9 +21,10 @@ from ppclc import comfyui, compiler, distilling, selection
 from ppclc.bank import INTERVAL, EditBank, considered, interval_plan, needed
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
 from ppclc.cards import CARD, Card, write_card
+from ppclc.classes import student_config
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
-from ppclc.models import BUILTIN, Source, check_teacher, open_source, quiet_libraries, student_config
+from ppclc.models import quiet_libraries
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
 from ppclc.pipelines import names_in, surround
@@ -32,6 +33,7 @@ from ppclc.recipe import Recipe, read_recipe
 from ppclc.records import Analysis, Distilled, Store, Student, check_writable, digest_of, file_digest, whole_folder, write_text
 from ppclc.run import Run
 from ppclc.selection import Budget, Options, Span
+from ppclc.sources import BUILTIN, Source, check_teacher, open_source
 
 VERSION = 1
 SIZE_FILE = "size.json"
@@ -364,8 +366,10 @@ def is_model(where: str, parameters: float | None, plan_file: Path | None) -> bo
     return not folder.exists() and parameters is None and plan_file is not None  # an id of the hub
 
 
-def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosity: int, single_file: bool = False) -> dict[str, Any]:
-    """Cut a model by a plan with no run at all: blocks that go, and nothing that would have to be fitted; what `size.json` says of it.
+def slice_model(
+    place: tuple[str, str | None, str | None], plan_file: Path | None, folder: Path | None, verbosity: int, single_file: bool = False
+) -> dict[str, Any]:
+    """Cut a model (path, revision, variant) by a plan with no run: blocks that go, and nothing that would have to be fitted; what `size.json` says of it.
 
     Raises:
         RecipeError: no plan, or no folder to write to.
@@ -375,10 +379,10 @@ def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosi
     """
     if plan_file is None or folder is None:
         raise RecipeError(
-            f"ppclc slice {model}: a model and no run of ppclc compress: wanted --plan plan.json, and -o for the student's folder"
+            f"ppclc slice {place[0]}: a model and no run of ppclc compress: wanted --plan plan.json, and -o for the student's folder"
         )
     quiet_libraries()
-    source, plan = open_source(model), CompressionPlan.read(plan_file)
+    source, plan = open_source(*place), CompressionPlan.read(plan_file)
     check_teacher(source)
     student_config(source.family, source.config, plan)
     fitted = [key for key in needed(plan, source.family) if not INTERVAL.match(key)]
@@ -407,7 +411,7 @@ def slice_model(model: str, plan_file: Path | None, folder: Path | None, verbosi
     if single_file:
         _write_single_file(home, home.name, display)
     told = ["no interval was trained: its first block stands for it"] if plan.intervals else []
-    for line in [*summary(document, model, _shown(home)), *told]:
+    for line in [*summary(document, place[0], _shown(home)), *told]:
         display.say(line)
     return document
 

@@ -23,9 +23,11 @@ import torch
 from torch import nn
 
 from ppclc import flow
+from ppclc.classes import DTYPES, empty_model
 from ppclc.families import Family, Group, States
-from ppclc.models import ALIGNMENT, DTYPES, Shared, Source, block_state, blocks_of, empty_model, groups_of
+from ppclc.models import ALIGNMENT, Shared, block_state, blocks_of, groups_of
 from ppclc.samples import Sample, picked
+from ppclc.sources import Source
 from ppclc.weight_files import WeightFiles
 
 TEXT_INPUT = "text_input"

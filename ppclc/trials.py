@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from ppclc import flow
+from ppclc.classes import count_parameters
 from ppclc.devices import cores
 from ppclc.families import Bank
-from ppclc.models import apply_plan, count_parameters
+from ppclc.models import apply_plan
 from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
 from ppclc.samples import TRAJECTORY_STEPS, Sample, Samples

@@ -8,8 +8,8 @@ import torch
 
 from ppclc.checkpoints import fill
 from ppclc.errors import ModelError
-from ppclc.models import Source, check_tensors
 from ppclc.single_files import halves_swapped
+from ppclc.sources import Source, check_tensors
 
 PIECE = 2**22
 """Values that are looked at in one go."""

@@ -17,11 +17,11 @@ from ppclc.closed_forms import Probes, cka_map, far_of, modulation_basis
 from ppclc.detection import Span
 from ppclc.edit_costs import EditCosts
 from ppclc.families import STREAMS
-from ppclc.models import Source
 from ppclc.moments import BANDS, CHUNKS, near_of
 from ppclc.records import Agreement, Analysis, CalibrationStats
 from ppclc.samples import Sample, Samples
 from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
+from ppclc.sources import Source
 from ppclc.teachers import Teacher
 
 VERSION = 5

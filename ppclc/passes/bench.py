@@ -15,8 +15,8 @@ import numpy as np
 from ppclc import plugins
 from ppclc.backends import Reference, Tensors
 from ppclc.errors import RecipeError
-from ppclc.models import Source
 from ppclc.records import Benchmark, BenchRow, measured
+from ppclc.sources import Source
 from ppclc.timing import Clock, interleaved
 
 VERSION = 1

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow
 from ppclc.errors import RecipeError
-from ppclc.models import Source
 from ppclc.quality import BANDS, PSNR_TOP, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
 from ppclc.records import Gate, Measured, Quality, Verdict
 from ppclc.samples import Samples
+from ppclc.sources import Source
 
 VERSION = 2
 PREVIEWS = 24

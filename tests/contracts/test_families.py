@@ -13,27 +13,15 @@ import pytest
 import torch
 
 from ppclc import checkpoints, plugins
+from ppclc.classes import count_parameters, empty_model, model_class, predicted_parameters, travelling_class
 from ppclc.errors import PlanError
 from ppclc.families import STREAMS, Family
-from ppclc.models import (
-    Source,
-    apply_plan,
-    block_state,
-    blocks_of,
-    count_parameters,
-    empty_model,
-    groups_of,
-    load_model,
-    model_class,
-    open_source,
-    predicted_parameters,
-    save_model,
-    travelling_class,
-)
+from ppclc.models import apply_plan, block_state, blocks_of, groups_of, load_model, save_model
 from ppclc.passes.slice import slice_student
 from ppclc.plan import CompressionPlan
 from ppclc.samples import open_samples
 from ppclc.slicing import student_pieces
+from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.weight_files import WeightFiles
 from tests.tracing import StandIn, linear_ffns, replaced, trace

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from ppclc import plugins
+from ppclc.classes import count_parameters, empty_model, model_outline, predicted_parameters
 from ppclc.families import Family
-from ppclc.models import blocks_of, count_parameters, empty_model, model_outline, predicted_parameters
+from ppclc.models import blocks_of
 from ppclc.plan import CompressionPlan
 
 # Sources: config.json of each model's transformer on the hub, as far as it differs from the class's defaults.

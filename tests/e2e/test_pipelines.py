@@ -17,10 +17,11 @@ from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.encoding import decoder
 from ppclc.errors import PlanError
-from ppclc.models import load_model, open_source
+from ppclc.models import load_model
 from ppclc.passes.report import label, number, percent
 from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.sizes import slice_size
+from ppclc.sources import open_source
 from tests.contracts.test_families import subject_of
 from tests.pipelines import flux_pipeline, qwen_pipeline
 

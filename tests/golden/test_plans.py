@@ -6,8 +6,8 @@ import torch
 
 from ppclc.budget import PlanSettings, TargetSettings, even_plan
 from ppclc.detection import first_difference_intervals
-from ppclc.models import open_source
 from ppclc.selection import cheapest_chains
+from ppclc.sources import open_source
 
 
 def test_even_plan_of_the_embedded_teacher() -> None:

@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from ppclc import flow, trials
 from ppclc.block_costs import BlockCosts
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, budget_of, even_plan
+from ppclc.classes import count_parameters, empty_model, predicted_parameters, student_config
 from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, linear_map, modulation_basis, text_maps
 from ppclc.detection import even_intervals, first_difference_intervals, spans_of_dropped, trimmed
 from ppclc.edit_costs import EditCosts, kept_choices
 from ppclc.errors import PlanError, RecipeError
 from ppclc.families import Family
-from ppclc.models import Source, apply_plan, count_parameters, empty_model, open_source, predicted_parameters, student_config
+from ppclc.models import apply_plan
 from ppclc.moments import BANDS, Moments, near_of
 from ppclc.passes.analyze import analyze, probe_set
 from ppclc.passes.calibrate import CalibrateSettings, by_timestep, calibrate
@@ -34,6 +35,7 @@ from ppclc.records import Analysis, CalibrationStats
 from ppclc.samples import Samples, open_samples
 from ppclc.search import AnalyzeSettings, Search, agreement
 from ppclc.selection import cheapest_chains
+from ppclc.sources import Source, open_source
 from ppclc.supernet import fits
 from ppclc.teachers import ResidentTeacher
 from tests.tracing import trace

@@ -16,11 +16,12 @@ from ppclc import bank as bank_module
 from ppclc import cli, compiler, distilling, run_costs, sizes
 from ppclc.bank import EditBank, considered, interval_job, intervals_to_distill, needed, width_job
 from ppclc.budget import PlanSettings
+from ppclc.classes import predicted_parameters
 from ppclc.closed_forms import closed_form_bank
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
-from ppclc.models import apply_plan, load_model, predicted_parameters
+from ppclc.models import apply_plan, load_model
 from ppclc.passes import report
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from ppclc import plugins
+from ppclc.classes import model_class
 from ppclc.errors import RecipeError
 from ppclc.families import Family
-from ppclc.models import model_class
 from ppclc.passes.bench import BenchTarget, eager_target, run_bench
 from ppclc.records import Benchmark
 

@@ -13,10 +13,11 @@ import pytest
 
 from ppclc import block_costs
 from ppclc.block_costs import EDITS, default_size, example_call, measure, require_block_costs
+from ppclc.classes import random_model, student_config
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family
-from ppclc.models import Source, open_source, random_model, student_config
 from ppclc.plan import CompressionPlan
+from ppclc.sources import Source, open_source
 from ppclc.timing import interleaved
 
 MS = 1_000_000

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from ppclc.cards import Card, base_model, card_text, front_matter, write_card
-from ppclc.models import BUILTIN, Source, open_source
 from ppclc.plan import CompressionPlan
 from ppclc.records import Gate, Quality, Verdict
+from ppclc.sources import BUILTIN, Source, open_source
 
 CONFIG = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 6}
 PLAN = CompressionPlan.of("qwen_image", 6, [(1, 2)])

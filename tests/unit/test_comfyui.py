@@ -15,16 +15,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ppclc import cli, comfyui, commands, plugins
+from ppclc.checkpoints import WEIGHTS
+from ppclc.classes import empty_model
 from ppclc.comfyui import check_layout, write_single_file
 from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import rotary_axes
-from ppclc.models import WEIGHTS, apply_plan, empty_model, load_model, open_source, save_model
+from ppclc.models import apply_plan, load_model, save_model
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.samples import open_samples
 from ppclc.single_files import cuts_of, recognise, stacked_shapes
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.weight_files import WeightFiles
 from tests.contracts.test_families import subject_of

@@ -23,10 +23,10 @@ from ppclc.batches import Share
 from ppclc.cache import Cache, open_cache
 from ppclc.devices import Ranks, has_spare_core, launcher_warning, open_ranks
 from ppclc.errors import UnavailableError
-from ppclc.models import open_source
 from ppclc.records import Distilled, Job, Store
 from ppclc.samples import Samples, open_samples, picked
 from ppclc.shards import forget_older, newest_step, shard_file
+from ppclc.sources import open_source
 from ppclc.training import Trainer, TrainingSettings
 
 ROOT = Path(__file__).parents[2]

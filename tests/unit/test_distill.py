@@ -15,7 +15,7 @@ from ppclc.batches import WHOLE
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, interval_edit, state_loss
-from ppclc.models import apply_plan, block_state, groups_of, open_source
+from ppclc.models import apply_plan, block_state, groups_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, Lesson, distill_edits, finetune, image_states, joint_terms
@@ -23,6 +23,7 @@ from ppclc.plan import CompressionPlan, Interval
 from ppclc.quality import velocity_error
 from ppclc.records import Distilled
 from ppclc.samples import Samples, open_samples
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
 from tests.tracing import trace
 

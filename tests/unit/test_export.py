@@ -13,9 +13,10 @@ import torch
 
 from ppclc import lowering, plugins
 from ppclc.backends import Backend, ExportRequest, Written
+from ppclc.classes import model_class
 from ppclc.errors import OutputError, RecipeError, UnavailableError, VerificationError
 from ppclc.families import Family, Lowered
-from ppclc.models import apply_plan, block_state, model_class
+from ppclc.models import apply_plan, block_state
 from ppclc.passes import export
 from ppclc.passes.export import check_backend, export_digest, export_model, read_export
 from ppclc.plan import CompressionPlan

@@ -35,7 +35,7 @@ from ppclc.display import Display
 from ppclc.families import Family
 from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit, width_edits
 from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
-from ppclc.models import apply_plan, block_state, blocks_of, load_model, load_source, open_source, save_model
+from ppclc.models import apply_plan, block_state, blocks_of, load_model, load_source, save_model
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, distill_edits, finetune
 from ppclc.plan import CompressionPlan
@@ -45,6 +45,7 @@ from ppclc.records import Distilled, read_record
 from ppclc.refits import refitted
 from ppclc.run import Run
 from ppclc.samples import Sample, Samples, open_samples
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 from ppclc.training import TrainingSettings
 

@@ -14,12 +14,13 @@ from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
 from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
-from ppclc.models import apply_plan, open_source
+from ppclc.models import apply_plan
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats, Distilled
 from ppclc.refits import refitted, text_blocks
 from ppclc.samples import Sample, Samples, open_samples
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.training import CHECKPOINT, TrainingSettings
 

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ppclc import cli, plugins
+from ppclc.classes import stock_config
 from ppclc.errors import ModelError, OutputError, PlanError, PpclcError
 from ppclc.families import Family
 from ppclc.lora import remap
 from ppclc.lora_keys import names_of
 from ppclc.lora_parts import CUT, KEPT, LINEAR, MAPPED, NO_BASIS, PROJECTED, REMOVED, UNREAD, Modules, shapes_of
-from ppclc.models import apply_plan, save_model, stock_config
+from ppclc.models import apply_plan, save_model
 from ppclc.plan import CompressionPlan
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]

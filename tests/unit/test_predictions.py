@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import checkpoints, models, run_costs
+from ppclc import checkpoints, run_costs
 from ppclc.block_costs import default_size
+from ppclc.classes import DTYPES, count_parameters, empty_model, random_model, student_config
 from ppclc.errors import PlanError
 from ppclc.families import Family
-from ppclc.models import DTYPES, apply_plan, count_parameters, open_source, random_model, save_model, student_config
+from ppclc.models import apply_plan, save_model
 from ppclc.passes import analyze, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
@@ -22,6 +23,7 @@ from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.run_costs import Speeds, Work
 from ppclc.samples import open_samples
 from ppclc.search import Lessons
+from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,7 +71,7 @@ def test_bytes_of_shards_are_exact(shard: str, family: Family, teacher: Any, tmp
     plan = plan_of(family, "merged")
     save_model(apply_plan(teacher, plan), plan, tmp_path)
     assert len(list(tmp_path.rglob("*.safetensors"))) > 1
-    assert weight_bytes(models.empty_model(family, student_config(family, config_of(teacher), plan)), "float32") == written_bytes(tmp_path)
+    assert weight_bytes(empty_model(family, student_config(family, config_of(teacher), plan)), "float32") == written_bytes(tmp_path)
 
 
 def test_the_embedded_teacher_s_file_is_predicted_to_the_byte(family: Family) -> None:

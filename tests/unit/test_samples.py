@@ -24,11 +24,11 @@ from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data, kind_at
 from ppclc.errors import ModelError, PpclcError, RecipeError
 from ppclc.families import Family
-from ppclc.models import Source, open_source
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
 from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
+from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher
 from tests.pipelines import MEAN, STD, qwen_pipeline, qwen_text_encoder
 
@@ -745,24 +745,20 @@ def test_pipelines_that_do_not_fit(broken: Path, prompts_file: Path, changes: di
     refused("prompts", prompts_file, open_source(str(broken)), "vae: no such folder", error=ModelError)
 
 
-def test_a_hubs_parts_are_fetched_as_safetensors_when_they_are_needed(
+def test_a_hubs_parts_are_fetched_when_they_are_needed(
     folder: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str | None, list[str]]] = []
+    asked: list[tuple[Any, ...]] = []
 
-    def fetch(name: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, allow_patterns))
-        return str(folder)
+    def fetch(*place: Any) -> Path:
+        asked.append(place)
+        return folder
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    found = find_data("prompts", str(prompts_file), SIZE, open_source("some/model", "v1"), "v1")
+    monkeypatch.setattr("ppclc.hub.fetch", fetch)
+    found = find_data("prompts", str(prompts_file), SIZE, open_source("some/model", "v1", "fp16"))
     assert isinstance(found, Unencoded)
-    (first, second) = asked
-    assert first[:2] == second[:2] == ("some/model", "v1")
-    more = set(second[2]) - set(first[2])
-    assert {f"{p}/*.safetensors" for p in ("text_encoder", "tokenizer", "vae")} <= more
-    assert not any(pattern.endswith(("*", ".bin", ".pt")) for pattern in more)
+    assert asked == [("some/model", "v1", "fp16"), ("some/model", "v1", "fp16", ("text_encoder", "tokenizer", "vae"))]
 
 
 def test_encoders_that_are_not_whole(broken: Path, folder: Path, prompts_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ppclc import flow
-from ppclc.models import count_parameters, load_model
+from ppclc.classes import count_parameters
+from ppclc.models import load_model
 from ppclc.scenes import PLUGIN, data, judge
 from ppclc.scenes.task import conditioning
 from ppclc.scenes.train import CONFIG

@@ -9,8 +9,8 @@ import pytest
 
 from ppclc import selection
 from ppclc.budget import TargetSettings, budget_of
-from ppclc.models import open_source
 from ppclc.selection import Options
+from ppclc.sources import open_source
 
 
 def cheap_text_options(needed: int = 0, **changes: Any) -> Options:

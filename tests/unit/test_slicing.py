@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ppclc import checkpoints, commands
-from ppclc.checkpoints import Made, Place, held, places_in, places_of, write_checkpoint
+from ppclc.checkpoints import WEIGHTS, Made, Place, held, places_in, places_of, write_checkpoint
 from ppclc.errors import ModelError, OutputError, PlanError, PpclcError, RecipeError
 from ppclc.families import Family
-from ppclc.models import WEIGHTS, apply_plan, load_model, open_source
+from ppclc.models import apply_plan, load_model
 from ppclc.passes.slice import slice_student
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
 from ppclc.slicing import check_weights, recorded_digests, student_pieces
+from ppclc.sources import open_source
 from ppclc.weight_files import WeightFiles
 
 NAME = "qwen_image"

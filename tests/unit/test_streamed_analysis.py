@@ -15,7 +15,7 @@ from ppclc.compiler import compress
 from ppclc.display import Display
 from ppclc.edit_costs import EditCosts
 from ppclc.families import STREAMS
-from ppclc.models import Source, load_source, open_source
+from ppclc.models import load_source
 from ppclc.moments import near_of
 from ppclc.passes import calibrate as calibrate_pass
 from ppclc.passes.analyze import probe_set
@@ -24,6 +24,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.records import CalibrationStats
 from ppclc.samples import Samples, open_samples
+from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 
 BLOCKS = 6
