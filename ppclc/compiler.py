@@ -21,6 +21,7 @@ from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
 from ppclc.interrupts import raise_if_stopped
+from ppclc.judges import open_judges
 from ppclc.models import load_model, quiet_libraries, set_threads
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
@@ -250,7 +251,11 @@ def verify(run: Run, progress: Callable[[float, str], None]) -> None:
         settings.model_dump(mode="json"),
         (outcomes[0], outcomes[1], student),
         lambda _: _verdict(run, model, (outcomes[0], outcomes[1])),
+        # Judges that were not at hand may be by now.
+        valid=lambda verdict: not verdict.notes or open_judges(settings.judges_by_name)[1] == verdict.notes,
     )
+    for note in run.verdict.notes:
+        run.display.say(f"not judged by {note}")
 
 
 def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdict:

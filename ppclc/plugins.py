@@ -1,7 +1,7 @@
 """Plug-ins by file name: `names(kind)` and `load(kind, name)`.
 
-A family, a back end or a task is one module with a `PLUGIN`; the file's being there registers it.
-Third parties use the entry-point groups `ppclc.families`, `ppclc.backends` and `ppclc.tasks`.
+A family, a back end, a judge or a task is one module with a `PLUGIN`; the file's being there registers it.
+Third parties use the entry-point groups `ppclc.families`, `ppclc.backends`, `ppclc.judges` and `ppclc.tasks`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BUILTIN_TASKS = {"two-digits": "ppclc.scenes"}
 
 
 def names(kind: str) -> list[str]:
-    """Sorted names of all plug-ins of a kind: `families`, `backends` or `tasks`."""
+    """Sorted names of all plug-ins of a kind: `families`, `backends`, `judges` or `tasks`."""
     found = {point.name for point in entry_points(group=f"ppclc.{kind}")}
     if kind == "tasks":
         return sorted(found | set(BUILTIN_TASKS))

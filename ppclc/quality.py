@@ -202,6 +202,24 @@ def paired_drop(teacher: torch.Tensor, student: torch.Tensor, better: str = "hig
     return drop, (drop - half, drop + half)
 
 
+def difference_quality(teacher: torch.Tensor, student: torch.Tensor, seeds: Sequence[int], unit: str, better: str) -> Quality:
+    """As `paired_quality`, for a metric whose zero means nothing or is the teacher's own: the drop is in hundredths of its unit, not of the mean."""
+    t, s = teacher.double(), student.double()
+    worse = t - s if better == "higher" else s - t
+    drop, half = 100 * worse.mean().item(), 196 * worse.std().item() / len(worse) ** 0.5
+    return Quality(
+        teacher=t.mean().item(),
+        student=s.mean().item(),
+        drop_percent=drop,
+        ci95=(drop - half, drop + half),
+        n=len(t),
+        seeds=list(seeds),
+        noise=s.std().item() / len(s) ** 0.5,
+        unit=unit,
+        better=better,
+    )
+
+
 def paired_quality(
     teacher: torch.Tensor, student: torch.Tensor, seeds: Sequence[int], unit: str, better: str, scale: float = 1.0
 ) -> Quality:

@@ -177,11 +177,12 @@ class Measured(Record):
 
 
 class Verdict(Record):
-    """The quality table, the gates, and images of both models from the same noise (`teacher`, `student`)."""
+    """The quality table, the gates, and images of both models from the same noise (`teacher`, `student`); notes on what could not be judged."""
 
     quality: dict[str, Quality]
     gates: list[Gate]
     prompts: list[str]
+    notes: list[str] = []
 
 
 class Parity(BaseModel):

@@ -13,6 +13,7 @@ from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError
+from ppclc.judges import open_judges
 from ppclc.models import load_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
@@ -124,6 +125,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
         components(root)  # one that no student can be made whole by is refused before work begins
     set_threads(source)
     verify_pass.check_gates(recipe.verify, source)
+    if recipe.verify.judges_by_name:
+        open_judges(recipe.verify.judges_by_name)  # one that is asked for and not at hand is told before work begins
     budget = budget_of(source, recipe.target, recipe.model.dtype)
     wanted = recipe.calibrate
     found = find_data(wanted.source, wanted.path, wanted.resolution, source)

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins",),
     ("students",),
     ("families", "hub"),
+    ("judges",),
     ("batches", "checkpoints", "curves", "detection", "shards", "single_files", "student_tensors"),
     ("classes",),
     ("sources",),

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppclc import flow
+from ppclc import flow, plugins
 from ppclc.errors import RecipeError
-from ppclc.quality import BANDS, PSNR_TOP, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
+from ppclc.judges import open_judges
+from ppclc.quality import BANDS, PSNR_TOP, difference_quality, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
 from ppclc.records import Gate, Measured, Quality, Verdict
 from ppclc.samples import Samples
 from ppclc.sources import Source
 
-VERSION = 2
+VERSION = 3
 PREVIEWS = 24
 SEED, BATCH = 77, 16
 """Of the samples that velocities are compared on; they are drawn so many at a time."""
@@ -35,7 +36,8 @@ class GateSettings(BaseModel):
 class VerifySettings(BaseModel):
     """Section `verify` of a recipe: scenes a seed, sampling seeds, guidance scales, Euler steps, gates by metric.
 
-    Of a model without a task: samples whose velocities are compared, and images of both models that are drawn side by side.
+    Of a model without a task: samples whose velocities are compared, images of both models that are drawn side by side, and what
+    judges those: every judge that is at hand, none, or some by name with the weights that each takes, null for its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,7 +47,13 @@ class VerifySettings(BaseModel):
     steps: Annotated[int, Field(ge=1, strict=True)] = 10
     samples: Annotated[int, Field(ge=2, strict=True)] = 128
     images: Annotated[int, Field(ge=0, strict=True)] = 8
+    judges: Literal["auto", "none"] | dict[str, str | None] = "auto"
     gates: dict[str, GateSettings] = {}
+
+    @property
+    def judges_by_name(self) -> dict[str, str | None] | None:
+        """By name the weights of the judges that are asked for; None for all that are at hand."""
+        return None if self.judges == "auto" else {} if self.judges == "none" else dict(self.judges)
 
     def measure_key(self) -> dict[str, Any]:
         """The settings on which a measurement depends."""
@@ -54,7 +62,10 @@ class VerifySettings(BaseModel):
 
 def check_gates(settings: VerifySettings, source: Source) -> None:
     """Raise RecipeError for gates on metrics that this model will not have."""
-    known = ["velocity_error", *(f"velocity_error_t{b + 1}" for b in range(BANDS)), "flow_loss", "ssim", "psnr"]
+    known = ["velocity_error", *(f"velocity_error_t{b + 1}" for b in range(BANDS)), "flow_loss", "ssim", "psnr", *plugins.names("judges")]
+    for name in settings.judges_by_name or {}:
+        if name not in plugins.names("judges"):
+            raise RecipeError(f"verify.judges.{name}: no such judge; wanted some of {', '.join(plugins.names('judges'))}")
     if source.task:
         by_guidance = [f"{m}_g{g:g}" for m in ("scene_accuracy", "frechet_distance") for g in settings.guidance]
         known = [*by_guidance, "flow_loss", "velocity_error"]
@@ -111,7 +122,30 @@ def judged_without_task(
     for name, model in (("teacher", teacher), ("student", student)):
         images[name] = torch.cat([decode(x[None]) for x in flow.sample(model, noise, given, given, 1, settings.steps)]).float()
     quality |= image_table(images["teacher"], images["student"], settings.seeds[:1])
-    return Verdict(quality=quality, gates=gates(quality, settings), prompts=prompts, tensors=images)
+    judged, notes = judge_table(images["teacher"], images["student"], prompts, settings)
+    quality |= judged
+    return Verdict(quality=quality, gates=gates(quality, settings), prompts=prompts, notes=notes, tensors=images)
+
+
+def judge_table(
+    teacher: torch.Tensor, student: torch.Tensor, prompts: Sequence[str], settings: VerifySettings
+) -> tuple[dict[str, Quality], list[str]]:
+    """Figures of the judges that are at hand for both models' images (B, 3, H, W), and why others did not run.
+
+    Raises:
+        UnavailableError: a judge that the recipe names is not at hand.
+    """
+    if len(teacher) < 2:  # no spread to tell
+        return {}, []
+    found, left = open_judges(settings.judges_by_name)
+    table = {}
+    for name, (judge, run) in found.items():
+        judged: Any = run
+        theirs = torch.zeros(len(teacher)) if judge.paired else judged(teacher, prompts)
+        ours = judged(student, teacher if judge.paired else prompts)
+        told = paired_quality if judge.relative else difference_quality
+        table[name] = told(theirs, ours, settings.seeds[:1], judge.unit, judge.better)
+    return table, left
 
 
 def image_table(teacher: torch.Tensor, student: torch.Tensor, seeds: Sequence[int]) -> dict[str, Quality]:
