@@ -34,15 +34,26 @@ def fetch(name: str, revision: str | None = None, variant: str | None = None, pa
     try:
         names = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or []]
     except Exception as error:  # the hub's client raises many kinds; all mean that it tells nothing
-        try:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
+        known = in_cache(name, revision)
+        if known is None:
             raise _refusal(name, revision, error) from None
+        return known
     wanted = needed(names, variant, parts, name)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[glob.escape(n) for n in wanted]))
     except Exception as error:
         raise _refusal(name, revision, error) from None
+
+
+def in_cache(name: str, revision: str | None) -> Path | None:
+    """The folder of a model that was fetched before, whole or in part; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for config in ("transformer/config.json", "config.json"):
+        found = try_to_load_from_cache(name, config, revision=revision)
+        if isinstance(found, str):
+            return Path(found.removesuffix(config))
+    return None
 
 
 def _refusal(name: str, revision: str | None, error: Exception) -> ModelError:
