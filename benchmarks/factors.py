@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks.results_file import write_results
 from ppclc.closed_forms import closed_form_bank, interval_adapters
 from ppclc.compiler import compress
 from ppclc.display import Display
+from ppclc.edit_costs import kept_choices
 from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit
 from ppclc.local_phase import LocalPhase, LocalSettings
 from ppclc.models import build_student, load_source, set_threads
@@ -35,13 +37,14 @@ from ppclc.samples import Samples, open_samples
 from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
 
-BLOCKS, GONE, RANK = 12, 6, 8
+BLOCKS, GONE, RANK, TRIED_STEPS = 12, 6, 8, 30
 DISTILL = {"steps": 100, "learning_rate": 5e-3, "finetune_steps": 200, "finetune_learning_rate": 7e-3}
 DEFAULT: dict[str, Any] = {"start": "best", "adapters": False, "ridge": 1e-4, "sequential": False, "local_shift": 1.0, "distill": {}}
 FACTORS: dict[str, dict[str, Any]] = {
     "start: first block": {"start": "first"},
     "start: middle block": {"start": "middle"},
     "start: last block": {"start": "last"},
+    "start: by thirty local steps": {"start": "tried"},
     "adapters": {"adapters": True},
     "adapters, ridge 1e-2": {"adapters": True, "ridge": 1e-2},
     "adapters, ridge 1e-6": {"adapters": True, "ridge": 1e-6},
@@ -87,6 +90,8 @@ class Lab:
             plan = CompressionPlan.of(plan.family, plan.num_blocks, spans, [], plan.modulation_rank, plan.dead_code, (), spans)
         bank: dict[str, Any] = dict(closed_form_bank(self.stats, factor["ridge"], plan))
         samples = self.samples.shifted(factor["local_shift"])
+        if factor["start"] == "tried":
+            factor |= {"tried": self.tried(plan, samples, settings, work)}
         edits = [interval_edit(self.teaching, plan, i, partial(self._tensors, plan, i, factor), settings.weights) for i in plan.intervals]
         if factor["sequential"]:
             bank |= self._in_sequence(edits, plan, samples, settings, work)
@@ -101,8 +106,26 @@ class Lab:
         student.load_state_dict(tuned.tensors)
         return student.eval().requires_grad_(False)
 
+    def tried(self, plan: CompressionPlan, samples: Samples, settings: DistillSettings, work: Path) -> dict[str, int]:
+        """By interval the start whose block has the least loss after a short local phase on the same batches."""
+        edits = [
+            replace(
+                interval_edit(self.teaching, plan, i, partial(self.teacher.block_tensors, s), settings.weights), key=f"{i.key}-from-{s}"
+            )
+            for i in plan.intervals
+            for s in kept_choices(i.first, i.last)
+        ]
+        folders = self._folders(edits, work / "starts")
+        made = distill_pass.distill_edits(self.teacher, edits, TRIED_STEPS, samples, settings, _quiet, folders)
+        losses = {d.edit: d.losses[-1][1] for d in made}
+        found = {}
+        for i in plan.intervals:
+            found[i.key] = min(kept_choices(i.first, i.last), key=lambda s: losses[f"{i.key}-from-{s}"])
+        print(found, losses, flush=True)
+        return found
+
     def _tensors(self, plan: CompressionPlan, interval: Interval, factor: dict[str, Any]) -> dict[str, torch.Tensor]:
-        start = self.start(interval, factor["start"])
+        start = factor["tried"][interval.key] if factor["start"] == "tried" else self.start(interval, factor["start"])
         adapters = interval_adapters(self.stats, factor["ridge"], interval.first, start) if interval in plan.adapters else {}
         return self.teacher.block_tensors(start) | adapters
 
