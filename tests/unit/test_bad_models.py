@@ -233,6 +233,6 @@ def test_a_hub_id_that_cannot_be_had_says_so(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: Any, **__: Any) -> None:
         raise ConnectionError("the network is down\nand more")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
     with pytest.raises(ModelError, match=r"nobody/nothing: no such folder, and not to be had from the hub \(the network is down\)"):
         load_model("nobody/nothing")

@@ -96,7 +96,7 @@ def test_the_base_is_what_the_teachers_card_says(folder: Path, card: str, base: 
 
 def test_a_hub_id_goes_before_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folder))
+    monkeypatch.setattr("ppclc.hub.fetch", lambda *_: folder)
     (folder / "README.md").write_text("---\nbase_model: other/one\nlicense: apache-2.0\n---\n")
     found = open_source("Qwen/Qwen-Image")
     assert base_model(found, front_matter(found)) == "Qwen/Qwen-Image"
