@@ -452,6 +452,8 @@ class Job:
 
 
 Builders = Literal["main", "each", "all"]
+LARGE_BYTES = 2**28
+"""Tensors of a record that are larger are read back from its file once it is whole."""
 
 
 @dataclass
@@ -559,7 +561,7 @@ class Store:
             with whole_folder(folder) as draft:
                 write_record(made, draft)
                 write_text(draft / "stage.json", part.model_dump_json())
-            found[i] = read_record(type(made), folder) if made.stays_on_disk else made
+            found[i] = read_record(type(made), folder) if made.stays_on_disk or _is_large(made) else made
             del record, made
             shutil.rmtree(work, ignore_errors=True)
         self._remember(cost[0])
@@ -587,6 +589,12 @@ class Store:
                 self.stages[i] = Stage(name=stage.name, seconds=seconds, peak_rss_bytes=peak, reused=other.reused and stage.reused)
                 return
         self.stages.append(stage)
+
+
+def _is_large(record: Record) -> bool:
+    """Whether a record's tensors are better mapped from its file than kept where they were made: in memory, or in files of the work folder."""
+    size: int = sum(tensor.nbytes for tensor in record.tensors.values())
+    return size > LARGE_BYTES
 
 
 @contextmanager

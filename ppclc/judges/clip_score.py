@@ -17,10 +17,7 @@ from ppclc.judges import Fits, Judge
 
 def open_clip(weights: str) -> Fits:
     """CLIP of transformers, from a folder or the hub's cache."""
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError:
-        raise UnavailableError("transformers is not installed here: pip install 'ppclc[report]'") from None
+    transformers: Any = import_module("transformers")  # which takes seconds
     try:
         model = transformers.CLIPModel.from_pretrained(weights, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(weights, local_files_only=True)

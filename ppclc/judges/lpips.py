@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ def open_lpips(weights: str) -> Apart:
         library: Any = import_module("lpips")
     except ImportError:
         raise UnavailableError("lpips is not installed here: pip install lpips") from None
-    try:
-        model = library.LPIPS(net=weights, verbose=False).eval()
-    except Exception as error:  # no network, no connection for its weights
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not any(folder.glob(f"{weights}*.pth")):  # the library would fetch them
         raise UnavailableError(
-            f"no weights of {weights} at hand ({error}); run lpips.LPIPS(net={weights!r}) once where there is a connection"
-        ) from None
+            f"no weights of {weights} at hand in {folder}; run lpips.LPIPS(net={weights!r}) once where there is a connection"
+        )
+    model = library.LPIPS(net=weights, verbose=False).eval()
 
     @torch.no_grad()
     def apart(images_BCHW: torch.Tensor, others_BCHW: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,9 @@ def test_what_clip_sees_is_near_what_its_own_processor_gives(images: torch.Tenso
     assert (ours - theirs).abs().mean() < 0.05  # of a spread of about 1
 
 
-def test_the_table_has_every_judge_that_is_at_hand(clip_folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_has_every_judge_that_is_at_hand(
+    clip_folder: Path, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noisy = (images + 0.3 * torch.rand(images.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
     lpips: Any = types.ModuleType("lpips")
 
@@ -93,6 +95,11 @@ def test_the_table_has_every_judge_that_is_at_hand(clip_folder: Path, images: to
 
     lpips.LPIPS = LPIPS
     monkeypatch.setitem(sys.modules, "lpips", lpips)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    with pytest.raises(UnavailableError, match=r"^verify\.judges\.lpips: no weights of vgg at hand in .*checkpoints"):
+        open_judges({"lpips": "vgg"})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "vgg16-397923af.pth").touch()
     wanted = VerifySettings(judges={"clip_score": str(clip_folder), "lpips": "vgg"}, seeds=(7,))
     table, left = judge_table(images, noisy, PROMPTS, wanted)
     assert (list(table), left) == (["clip_score", "lpips"], [])

@@ -22,7 +22,7 @@ from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
-from ppclc.records import CalibrationStats
+from ppclc.records import CalibrationStats, Store
 from ppclc.samples import Samples, open_samples
 from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
@@ -226,3 +226,20 @@ def test_the_chain_up_to_distillation_never_loads_the_teacher(
 
 def forbidden(*_: Any) -> Callable[..., Any]:
     raise AssertionError("the whole teacher was loaded")
+
+
+def test_a_large_record_is_read_back_so_that_what_it_was_made_in_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(work: Path) -> CalibrationStats:
+        sums = moments.Moments(work)
+        sums.accumulate("a", torch.arange(5, dtype=torch.float64))
+        assert len(list(work.iterdir())) == 1
+        return CalibrationStats(num_blocks=1, longest=1, rows={}, samples=1, tensors=sums.tensors)
+
+    monkeypatch.setattr(moments, "LARGE_BYTES", 1)
+    for limit, name in ((1, "large"), (2**28, "small")):
+        monkeypatch.setattr("ppclc.records.LARGE_BYTES", limit)
+        record = Store(tmp_path).make(CalibrationStats, name, 1, {}, (), made)
+        mapped = f"/{name}-" in Path("/proc/self/maps").read_text() and "tensors.safetensors" in Path("/proc/self/maps").read_text()
+        assert mapped == (name == "large")
+        assert torch.equal(record.tensors["a"], torch.arange(5, dtype=torch.float64))
+        del record
