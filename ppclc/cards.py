@@ -131,7 +131,7 @@ def _quality(verdict: Verdict | None) -> str:
     text = [
         "## Quality",
         "",
-        "Teacher and student on the same prompts and noise. The drop is in percent of the teacher's figure, worse is positive.",
+        "Teacher and student on the same prompts and noise. The drop is in percent of the teacher's figure; worse is positive.",
         "",
         "| metric | teacher | student | drop, % | 95 % interval | n | seeds |",
         "|---|---|---|---|---|---|---|",

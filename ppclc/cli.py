@@ -29,6 +29,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stand
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a recipe key; may be repeated.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub's model.")]
 Variant = Annotated[str | None, typer.Option("--variant", help="Which weights of several beside each other, e.g. fp16.")]
+SlicedRevision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub's model; not for a run.")]
+SlicedVariant = Annotated[str | None, typer.Option("--variant", help="Which weights of a model, e.g. fp16; not for a run.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Model = Annotated[str, typer.Argument(help="A folder, a hub id, or builtin:two-digits.")]
@@ -110,8 +112,8 @@ def cut(
     plan_file: Annotated[Path | None, typer.Option("--plan", metavar="FILE", help="A plan.json to follow exactly.")] = None,
     out: Out = None,
     comfyui: Annotated[bool, typer.Option("--comfyui", help="Write one file for ComfyUI beside it, in comfyui/.")] = False,
-    revision: Revision = None,
-    variant: Variant = None,
+    revision: SlicedRevision = None,
+    variant: SlicedVariant = None,
     changes: Changes = None,
     as_json: AsJson = False,
     verbose: Verbose = False,

@@ -20,7 +20,7 @@ from ppclc.records import CalibrationStats
 Bank = dict[str, dict[str, torch.Tensor]]
 ADAPTED_STREAMS = ("image", "text")
 KEPT_PROBES = 16
-"""Matrices that probes keep: CKA goes over each of them as often as an interval may have blocks."""
+"""Matrices that probes keep at least: CKA goes over each of them as often as an interval may have blocks."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Probes:
     ridge: float
     kept: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def step(self, i: int) -> torch.Tensor:
-        """`A - I` (D, D) of block i's probe; the last KEPT_PROBES of them are kept."""
+    def step(self, i: int, keep: int = 0) -> torch.Tensor:
+        """`A - I` (D, D) of block i's probe; the last KEPT_PROBES of them are kept, or `keep` where that is more."""
         if i not in self.kept:
             self.kept[i] = ridge_solution(self.near.second(i), self.near.residual(i), self.ridge)
-            for oldest in list(self.kept)[:-KEPT_PROBES]:
+            for oldest in list(self.kept)[: -max(keep, KEPT_PROBES)]:
                 del self.kept[oldest]
         return self.kept[i]
 
@@ -50,7 +50,7 @@ class Probes:
         """`A` (D, D) of the probes u+1..k one after the other, for k = u..last; the identity first."""
         made = [torch.eye(len(self.near.mean(0)), dtype=torch.float64)]
         for k in range(u + 1, last + 1):
-            made.append(made[-1] + made[-1] @ self.step(k))
+            made.append(made[-1] + made[-1] @ self.step(k, last - u))
         return made
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from ppclc.errors import UnavailableError
+from ppclc.errors import UnavailableError, first_line
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=365)
@@ -212,4 +212,4 @@ def _lost_rank_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise UnavailableError(f"another process of this run has ended; what it said tells why ({str(error).splitlines()[0]})") from None
+        raise UnavailableError(f"another process of this run has ended; what it said tells why ({first_line(error)})") from None

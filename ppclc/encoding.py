@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from ppclc.cache import LATENTS, MASK, TEXT, Cache, open_cache
 from ppclc.datasets import Picture, is_image, pixels, read_pictures, read_prompts, shards_at
-from ppclc.errors import ModelError, RecipeError
+from ppclc.errors import ModelError, RecipeError, first_line
 from ppclc.families import Encoders
 from ppclc.models import load_part
 from ppclc.records import digest_of, disk_errors, replace_folder, write_tensors
@@ -305,9 +305,8 @@ def _running(data: Unencoded, parts: tuple[str, ...], first: str) -> Iterator[No
     try:
         yield
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ModelError(
-            f"{data.root / parts[0]}: fails from {first} on ({reason}); does it fit {', '.join(parts[1:]) or 'its config.json'}?"
+            f"{data.root / parts[0]}: fails from {first} on ({first_line(error)}); does it fit {', '.join(parts[1:]) or 'its config.json'}?"
         ) from error
 
 

@@ -46,3 +46,8 @@ class VerificationError(PpclcError):
     """A gate that failed, or a copy that does not equal its original."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

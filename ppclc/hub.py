@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from ppclc.errors import ModelError
+from ppclc.errors import ModelError, first_line
 
 ID = re.compile(r"[\w.-]+/[\w.-]+")
 WEIGHTS = re.compile(
@@ -57,10 +57,9 @@ def in_cache(name: str, revision: str | None) -> Path | None:
 
 
 def _refusal(name: str, revision: str | None, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     at = f" at revision {revision!r}" if revision else ""
     return ModelError(
-        f"{name}: no such folder, and not to be had from the hub{at} ({reason}); give a local folder, or check the id, HF_TOKEN and HF_HUB_OFFLINE"
+        f"{name}: no such folder, and not to be had from the hub{at} ({first_line(error)}); give a local folder, or check the id, HF_TOKEN and HF_HUB_OFFLINE"
     )
 
 

@@ -29,7 +29,7 @@ from ppclc.classes import (
     student_config,
 )
 from ppclc.devices import cores
-from ppclc.errors import ModelError, UnavailableError
+from ppclc.errors import ModelError, UnavailableError, first_line
 from ppclc.families import Bank, Family, Group, Layout
 from ppclc.plan import CompressionPlan
 from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
@@ -72,8 +72,9 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
             local_files_only=True,
         )
     except Exception as error:  # two libraries and their parsers raise many kinds; all mean that the part is not whole
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{root / part}: cannot be loaded as {name} ({reason}); fetch it again, safetensors included") from error
+        raise ModelError(
+            f"{root / part}: cannot be loaded as {name} ({first_line(error)}); fetch it again, safetensors included"
+        ) from error
     lacking = sorted({str(k) for key in ("missing_keys", "mismatched_keys") for k in info.get(key, ())})
     if lacking:
         raise ModelError(

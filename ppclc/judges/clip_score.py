@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ppclc.errors import UnavailableError
+from ppclc.errors import UnavailableError, first_line
 from ppclc.judges import Fits, Judge
 
 
@@ -23,8 +23,7 @@ def open_clip(weights: str) -> Fits:
         tokenizer = transformers.AutoTokenizer.from_pretrained(weights, local_files_only=True)
         images = transformers.AutoImageProcessor.from_pretrained(weights, local_files_only=True)
     except Exception as error:  # of many kinds; all mean that the weights cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnavailableError(f"no weights of {weights} at hand ({reason}); fetch them first: hf download {weights}") from None
+        raise UnavailableError(f"no weights of {weights} at hand ({first_line(error)}); fetch them first: hf download {weights}") from None
     size, mean, std = model.config.vision_config.image_size, images.image_mean, images.image_std
 
     @torch.no_grad()

@@ -853,7 +853,7 @@ def quality_charts(verdict: Verdict | None) -> list[Chart]:
                 axes.plot([limit] * 2, [y - 0.32, y + 0.32], color=SERIES[1], lw=2, ls=(0, (1.5, 1)) if upper else "-", label=words)
         axes.axvline(0, color=MUTED, lw=1)
         axes.set_yticks(range(len(rows)), [label(name).replace(", ", "\n") for name, *_ in rows])
-        axes.set(xlabel="drop in % of the teacher's figure (right is worse)", ylim=(len(rows) - 0.4, -0.6))
+        axes.set(xlabel="drop as in the table (right is worse)", ylim=(len(rows) - 0.4, -0.6))
         axes.grid(axis="y", visible=False)
         handles, names = axes.get_legend_handles_labels()
         legend = dict(zip(names, handles, strict=True))

@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,16 @@ from ppclc.training import Trainer, TrainingSettings
 
 ROOT = Path(__file__).parents[2]
 TWO = ["--multi_gpu", "--num_processes", "2"]
-SHARDED = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]
+LAUNCHERS = {"copies": TWO, "sharded": ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"]}
 REST = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 ENVIRONMENT = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 RECIPE = """
 model: {path: "builtin:two-digits"}
 calibrate: {samples: 64, longest: 2}
 plan: {intervals: [[3, 4], [6, 7], [9, 10]], text_stream: none, ffn: [{block: 1, stream: image}], modulation_rank: none}
-distill: {steps: 0, width_steps: 0, finetune_steps: 6, batch: 8, checkpoint_every: 4}
+distill: {steps: 0, width_steps: 0, finetune_steps: 14, batch: 8, checkpoint_every: 4}
 """
+EDITS = ["interval-3-4", "interval-6-7", "interval-9-10", "ffn-1-image"]
 
 
 @pytest.mark.parametrize(("cores", "processes", "spare"), [({0}, 1, False), ({0, 1}, 1, True), ({0, 1}, 2, False), ({0, 1, 2}, 2, True)])
@@ -241,48 +243,53 @@ def test_shards_of_a_step_count_only_together(tmp_path: Path) -> None:
 
 # -- runs of two processes ---------------------------------------------------------------------------------------------
 
+MORE = ["--set", "distill.accumulate=2", "--set", "distill.ema=0.5"]
+LOCAL = ["--set", "distill.steps=3", "--set", "distill.width_steps=2", "--set", "distill.local_batch=4"]
+"""A local phase, which has one batch for all ranks: edits, not samples, are spread over them."""
+
 
 @pytest.fixture(scope="module")
 def alone(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One process with twice the batch, two micro-batches a step, and an average."""
     out = tmp_path_factory.mktemp("alone") / "out"
-    code, _, err = run((), recipe, "-o", str(out), "--set", "distill.batch=16", *MORE)
+    code, _, err = run((), recipe, "-o", str(out), "--set", "distill.batch=16", *MORE, *LOCAL)
     assert code == 0, err
     return out
 
 
-MORE = ["--set", "distill.accumulate=2", "--set", "distill.ema=0.5"]
+@pytest.fixture(scope="module")
+def together(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, str, str]]:
+    """Output folder, standard output and standard error of two processes' run, by how they share the model."""
+
+    @cache
+    def ran(kind: str) -> tuple[Path, str, str]:
+        folder = tmp_path_factory.mktemp(kind)
+        code, out, err = run(LAUNCHERS[kind], recipe, "-o", str(folder), "--json", *MORE, *LOCAL)
+        assert code == 0, err
+        return folder, out, err
+
+    return ran
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TWO, SHARDED], ids=["copies", "sharded"])
-def test_two_processes_train_as_one_with_twice_the_batch(launcher: list[str], recipe: str, alone: Path, tmp_path: Path) -> None:
-    code, out, err = run(launcher, recipe, "-o", str(tmp_path), "--json", *MORE)
-    assert code == 0, err
+@pytest.mark.parametrize("kind", LAUNCHERS)
+def test_two_processes_train_as_one_with_twice_the_batch(kind: str, alone: Path, together: Callable[[str], tuple[Path, str, str]]) -> None:
+    """Edits, spread over the ranks, come out as in one process; so does the fine-tune, up to the order of sums."""
+    both, out, err = together(kind)
     assert len(out.splitlines()) == 1  # one rank speaks
     assert json.loads(out)["plan"]["intervals"][0] == {"first": 3, "last": 4}
     assert len(re.findall(r"^\[3/3\] distill: \d+\.\d s$", err, re.MULTILINE)) == 1, err
-    assert losses(tmp_path) == pytest.approx(losses(alone), rel=1e-5)
-    assert len(losses(alone)) == 6
-    ours, theirs = tensors(tmp_path), tensors(alone)
+    for key in EDITS:
+        one, two = tensors(alone, key), tensors(both, key)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(v, two[k]) for k, v in one.items()), key
+        assert [r["loss"] for r in curve(both, key)] == [r["loss"] for r in curve(alone, key)] != []
+    assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
+    assert len(losses(alone)) == 14
+    ours, theirs = tensors(both), tensors(alone)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(v, theirs[k], rtol=1e-4, atol=1e-5) for k, v in ours.items())
-    assert not list((tmp_path / "records").glob(".*"))
-
-
-@pytest.mark.slow
-def test_edits_are_spread_and_come_out_as_in_one_process(recipe: str, tmp_path: Path) -> None:
-    short = ["--set", "distill.steps=3", "--set", "distill.width_steps=2", "--set", "distill.finetune_steps=0"]
-    for launcher, name in (((), "one"), (TWO, "two")):
-        code, _, err = run(launcher, recipe, "-o", str(tmp_path / name), *short)
-        assert code == 0, err
-    edits = [*sorted(p.name for p in (tmp_path / "one" / "records").glob("interval-*")), "ffn-1-image"]
-    assert len(edits) == 4
-    for name in edits:
-        one, two = (tensors(tmp_path / out, name.rsplit("-", 1)[0] if "interval" in name else name) for out in ("one", "two"))
-        assert all(torch.equal(v, two[k]) for k, v in one.items())
-    key = edits[0].rsplit("-", 1)[0]
-    assert [r["loss"] for r in curve(tmp_path / "two", key)] == [r["loss"] for r in curve(tmp_path / "one", key)]
+    assert not list((both / "records").glob(".*"))
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[int]:
@@ -292,10 +299,12 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [pytest.param(TWO, id="copies"), pytest.param(SHARDED, id="sharded", marks=pytest.mark.long)])
-def test_a_stop_on_one_rank_stops_all_and_resumes_to_the_same_bits(launcher: list[str], recipe: str, tmp_path: Path) -> None:
-    args = [recipe, "--set", "distill.finetune_steps=14", "-o"]
-    process = start(launcher, *args, str(tmp_path / "parts"))
+@pytest.mark.parametrize("kind", ["copies", pytest.param("sharded", marks=pytest.mark.long)])
+def test_a_stop_on_one_rank_stops_all_and_resumes_to_the_same_bits(
+    kind: str, recipe: str, together: Callable[[str], tuple[Path, str, str]], tmp_path: Path
+) -> None:
+    args = [recipe, *MORE, *LOCAL, "-o", str(tmp_path / "parts")]
+    process = start(LAUNCHERS[kind], *args)
     while len(curve(tmp_path / "parts")) < 6 and process.poll() is None:
         time.sleep(0.05)
     os.kill(workers(process)[-1], signal.SIGTERM)
@@ -306,11 +315,11 @@ def test_a_stop_on_one_rank_stops_all_and_resumes_to_the_same_bits(launcher: lis
     assert 6 <= done < 14
     (work,) = (tmp_path / "parts" / "records").glob(".finetune-*.work")
     assert any(str(done) in f.name or f.name == "checkpoint.safetensors" for f in work.iterdir())
-    for name in ("parts", "whole"):
-        code, _, err = run(launcher, *args, str(tmp_path / name))
-        assert code == 0, err
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole = tensors(tmp_path / "whole")
+    code, _, err = run(LAUNCHERS[kind], *args)
+    assert code == 0, err
+    unbroken, _, _ = together(kind)
+    assert losses(tmp_path / "parts") == losses(unbroken)
+    whole = tensors(unbroken)
     assert all(torch.equal(v, whole[k]) for k, v in tensors(tmp_path / "parts").items())
 
 
