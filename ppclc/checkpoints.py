@@ -179,7 +179,7 @@ def write_checkpoint(home: Path, pieces: Mapping[str, Piece]) -> dict[str, str]:
     with disk_errors(home):
         home.mkdir(parents=True, exist_ok=True)
         for name, held_there in split.filename_to_tensors.items():
-            digests[name] = _write_file(home / name, {n: pieces[n] for n in held_there})
+            digests[name] = write_file(home / name, {n: pieces[n] for n in held_there})
         if split.is_sharded:
             index = json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True) + "\n"
             write_text(home / f"{WEIGHTS}.index.json", index)
@@ -187,7 +187,7 @@ def write_checkpoint(home: Path, pieces: Mapping[str, Piece]) -> dict[str, str]:
     return digests
 
 
-def _write_file(path: Path, pieces: Mapping[str, Piece]) -> str:
+def write_file(path: Path, pieces: Mapping[str, Piece]) -> str:
     """Write one safetensors file, and give its SHA-256. Raises ModelError when a file that pieces are moved from cannot be read."""
     with path.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as hasher:
         writer = _Writer(out, hasher)

@@ -6,18 +6,18 @@ by them. Source: `comfy/model_detection.py` and `load_diffusion_model_state_dict
 
 from __future__ import annotations
 
-import json
-import math
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ppclc.checkpoints import Place, read_at
+from ppclc.checkpoints import Made, Piece, Place, held, read_at, write_file
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family, SingleFile, with_single_file
 from ppclc.plan import CompressionPlan
-from ppclc.records import STORED_AS, disk_errors
+from ppclc.records import disk_errors
 from ppclc.single_files import cuts_of, halves_swapped, stacked, stacked_shapes
 from ppclc.sources import Source, open_source
 from ppclc.weight_files import WeightFiles
@@ -54,38 +54,37 @@ def write_single_file(folder: Path, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.parent / f".{path.name}.draft"
         try:
-            _write(source, layout, draft)
+            write_file(draft, _pieces(source, layout))
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
     return path
 
 
-def _write(source: Source, layout: SingleFile, draft: Path) -> None:
-    """Header and tensors. Source: https://github.com/huggingface/safetensors#format; wide dtypes come first, so that all are aligned."""
+def _pieces(source: Source, layout: SingleFile) -> dict[str, Piece]:
+    """Tensors of the file: bytes that are moved as they lie, and those that are put together when their turn comes."""
     places = WeightFiles(source, torch.float32, torch.device("cpu")).places
     ours = {name: place.shape for name, place in places.items()}
     cuts = cuts_of(layout, ours)
-    shapes, stacks = stacked_shapes(cuts, ours), stacked(cuts)
-    kinds = {theirs: _dtype(theirs, [places[name] for name in names]) for theirs, names in stacks.items()}
-    order = sorted(stacks, key=lambda name: (-kinds[name].itemsize, name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for theirs in order:
-        start, end = end, end + math.prod(shapes[theirs]) * kinds[theirs].itemsize
-        kind = STORED_AS[str(kinds[theirs]).removeprefix("torch.")]
-        header[theirs] = {"dtype": kind, "shape": list(shapes[theirs]), "data_offsets": [start, end]}
-    header |= {name: {"dtype": "F32", "shape": [0], "data_offsets": [end, end]} for name in layout.markers(source.config)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with draft.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for theirs in order:
-            for name in stacks[theirs]:
-                tensor = halves_swapped(read_at(places[name]), cuts[name].swapped)
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
+    shapes, pieces = stacked_shapes(cuts, ours), dict[str, Piece]()
+    for theirs, names in stacked(cuts).items():
+        parts = [(places[name], cuts[name].swapped) for name in names]
+        if len(parts) == 1 and not parts[0][1]:
+            pieces[theirs] = parts[0][0]
+        else:
+            kind, shape = _dtype(theirs, [place for place, _ in parts]), tuple(shapes[theirs])
+            pieces[theirs] = Made(kind, shape, partial(_joined, parts, kind, shape))
+    return pieces | {name: held(torch.empty(0)) for name in layout.markers(source.config)}
+
+
+def _joined(parts: Sequence[tuple[Place, bool]], kind: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """One tensor of several; a part at a time is read."""
+    whole, first = torch.empty(shape, dtype=kind), 0
+    for place, swapped in parts:
+        rows = whole[first : first + place.shape[0]]
+        rows.copy_(halves_swapped(read_at(place), swapped))
+        first += len(rows)
+    return whole
 
 
 def _dtype(theirs: str, places: list[Place]) -> torch.dtype:

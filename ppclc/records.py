@@ -96,14 +96,23 @@ class TrialResult(BaseModel):
     errors: list[tuple[int, float]]
 
 
+class StartResult(BaseModel):
+    """By the key of an interval the block that its student block started from, and how far the plan's student then came to sample."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    starts: dict[str, int]
+    errors: list[tuple[int, float]]
+
+
 class Analysis(Record):
     """Probes, CKA, first differences, candidates, and the plan chosen.
 
     `stability`: agreement of PPCL's intervals (`ppcl.`) and of the selection's (`selection.`) over
     resampled samples (`resamples`) and single timestep bands (`bands`). `work`: forwards of one sample
-    through the teacher that the costs of intervals were allowed and took, and all costs together; intervals considered and possible. `starts`: by
-    the key of an interval of the plan or considered for it, the teacher block that its student block starts from. `trials`: the best first; `supernet`: by number of
-    blocks, the best first. Distances are those of `quality.SampledDistance`.
+    through the teacher that the costs of intervals were allowed and took, and all costs together; intervals considered and possible.
+    `starts`: by the key of an interval of the plan or considered for it, the teacher block that its student block starts from.
+    `trials`: the best first, as are `start_trials`, of the plan from other starts; `supernet`: by number of blocks, the best
+    first. Distances are those of `quality.SampledDistance`.
 
     `probe_error[stream][i]`: share of a block's residual variance that its linear probe leaves.
     Tensor `cka` (streams, L, L): `cka[s, u, k]`, NaN where not computed. Tensors `modulation.basis`
@@ -123,6 +132,7 @@ class Analysis(Record):
     starts: dict[str, int] = {}
     supernet: list[SetScore] = []
     trials: list[TrialResult] = []
+    start_trials: list[StartResult] = []
     plan: CompressionPlan
 
 

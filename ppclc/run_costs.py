@@ -192,7 +192,8 @@ def moments(family: Family, config: Mapping[str, Any], longest: int) -> MomentCo
 def analyze_seconds(work: Work) -> float:
     """The teacher's forwards that the analysis spends on costs, what its trainings are taught and judged by, the supernet, then trials."""
     settings = work.recipe.analysis
-    steps = max(settings.supernet_steps if shares_weights(work) else 0, settings.trial_steps if trial_students(work) else 0)
+    tried = trial_students(work) or start_students(work)
+    steps = max(settings.supernet_steps if shares_weights(work) else 0, settings.trial_steps if tried else 0)
     judging = settings.probes * TRAJECTORY_STEPS if steps else 0
     taught = steps * work.recipe.distill.batch * (work.speeds.teacher_s + work.draw_s) + judging * work.speeds.teacher_s
     costs = analyze_forwards(work) * work.speeds.teacher_s + settings.probes * work.draw_s
@@ -262,6 +263,15 @@ def trial_students(work: Work) -> int:
     return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 and several else 0
 
 
+def start_students(work: Work) -> int:
+    """Students of the plan that start from other blocks: the first, and the last or a middle one; the search has most often found one of these."""
+    settings, plan = work.recipe.analysis, work.plan
+    if not (work.targeted and settings.strategy == "output_error" and settings.trials > 1):
+        return 0
+    lengths = [i.last - i.first for i in plan.intervals if i not in plan.adapters]
+    return min(max(lengths, default=0), 2) + 1 if lengths else 0
+
+
 def _beside(work: Work) -> float:
     """Wall time over work of many students, as many beside each other as there are lanes."""
     return SIDE_BY_SIDE / work.lanes if work.lanes > 1 else 1
@@ -284,6 +294,8 @@ def _trial_seconds(work: Work) -> float:
     for share in trials.ROUNDS if left else ():
         trained, judged, before = trained + left * (share - before) * steps, judged + left, share
         left = max(1, left // 2)
+    elsewhere = start_students(work)
+    trained, judged = trained + elsewhere * steps, judged + 2 * elsewhere
     learning = work.recipe.distill.batch * trained * work.speeds.training
     return work.speeds.student_s * (learning + settings.probes * TRAJECTORY_STEPS * judged) * _beside(work)
 
@@ -373,7 +385,7 @@ def peak_bytes(work: Work) -> int:
     training = 0 if work.plan.is_empty else _training_bytes(work, recipe.distill.batch)
     # Weights and two moments; gradients are in `training`.
     distill = 3 * student + training + min(training, KEPT_BYTES)
-    taught = min(trial_students(work), work.lanes)
+    taught = min(max(trial_students(work), start_students(work)), work.lanes)
     analysis = probes + _searching_bytes(work, training)
     kept = max(1, taught) * min(2 * training, 2 * KEPT_BYTES)
     lanes = work.lanes if work.judged else 1
@@ -394,7 +406,7 @@ def _searching_bytes(work: Work, training: int) -> int:
     step = (training + _training_bytes(replace(work, plan=whole), work.recipe.distill.batch)) // 2
     freed = min(step, KEPT_BYTES)
     shared = trials.STATE_BYTES * work.teacher.parameters + step + freed if shares_weights(work) else 0
-    students = trial_students(work)
+    students = max(trial_students(work), start_students(work))
     taught = min(students, work.lanes)
     held = students * trials.STATE_BYTES * work.student.parameters
     held = held if held <= trials.HELD_BYTES else held * taught // students

@@ -14,14 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppclc import detection, selection, supernet, trials
 from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, check_target, layout
 from ppclc.classes import predicted_parameters
-from ppclc.closed_forms import closed_form_bank, interval_adapters
+from ppclc.closed_forms import Bank, closed_form_bank, interval_adapters
 from ppclc.detection import Span, even_intervals
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import RecipeError
 from ppclc.families import STREAMS
 from ppclc.moments import BANDS
 from ppclc.plan import CompressionPlan, Interval
-from ppclc.records import Agreement, Candidate, SetScore, TrialResult
+from ppclc.records import Agreement, Candidate, SetScore, StartResult, TrialResult
 from ppclc.samples import Samples
 from ppclc.selection import Budget, Chain, Options, Removed
 from ppclc.sources import Source
@@ -46,8 +46,8 @@ class AnalyzeSettings(BaseModel):
     judged on. budget: most forwards of one sample through the teacher that costs of intervals may take; short
     intervals come first. supernet_steps: training of one network for all depths, by which `supernet_sets` sets
     of blocks are judged before some are tried; 0 leaves it out. trials: plans that are trained for `trial_steps`,
-    the better half each time further, to pick the one that samples nearest to the teacher; below 2 the first is
-    taken as it is.
+    the better half each time further, to pick the one that samples nearest to the teacher; of that one, students whose
+    blocks start elsewhere are trained as long, to pick the starts. Below 2 the first is taken as it is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -107,6 +107,7 @@ class Search:
         self.ffn_costs: list[tuple[float, str, int]] = []
         self.budget: Budget | None = None
         self.trials: list[TrialResult] = []
+        self.start_trials: list[StartResult] = []
         self.scores: list[SetScore] = []
         self.set_errors: dict[Removed, list[tuple[Dropped, torch.Tensor]]] = {}
 
@@ -203,7 +204,11 @@ class Search:
         if self.settings.supernet_steps and self.wanted.intervals == "auto" and any(map(any, depths)):
             chains = self._shared({n: options.chains[n] for n in {(0,) * len(self.sizes), *depths}}, teaching)
             found = selection.contenders(replace(options, chains=chains), self.budget, count)
-        return self._tried(found, teaching) if len(found) > 1 and self.settings.trials > 1 else found[0]
+        if self.settings.trials < 2:
+            return found[0]
+        chosen = self._tried(found, teaching) if len(found) > 1 else found[0]
+        self._try_starts(chosen, teaching)
+        return chosen
 
     def _removed(self, plan: CompressionPlan) -> Removed:
         """Blocks of each group that go with a plan."""
@@ -243,23 +248,40 @@ class Search:
 
     def _tried(self, plans: Sequence[CompressionPlan], teaching: trials.Teaching) -> CompressionPlan:
         """The plan whose student samples nearest to the teacher after a short training."""
-        stats = self.costs.stats
-        entries = []
-        for plan in plans:
-            bank = closed_form_bank(stats, self.settings.ridge, plan)
-            bank |= {plan.interval_key(i): self._start_state(plan, i) for i in plan.intervals}
-            entries.append(trials.Trial(plan, bank, teaching.learning_rate))
+        entries = [trials.Trial(plan, self._bank(plan), teaching.learning_rate) for plan in plans]
         ranked = trials.run_trials(self.whole, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
         self.trials = [TrialResult(plan=t.plan, errors=t.errors) for t in ranked]
         return ranked[0].plan
 
-    def _start_state(self, plan: CompressionPlan, interval: Interval) -> dict[str, torch.Tensor]:
-        """Tensors of an interval's student block before any training, its closed-form adapters with it."""
-        start = self.start_in(plan, interval)
-        state = self.costs.teacher.block_tensors(start)
-        if interval in plan.adapters:
-            state |= interval_adapters(self.costs.stats, self.settings.ridge, interval.first, start)
-        return state
+    def _try_starts(self, plan: CompressionPlan, teaching: trials.Teaching) -> None:
+        """Take, of several ways to start the plan's intervals, the one whose student comes to sample nearest to the teacher.
+
+        All start as the search found them, or each from its first, middle or last block. Those with adapters stay.
+        """
+        plain = [i for i in plan.intervals if i not in plan.adapters]
+        keys = {(i.first, i.last): plan.interval_key(i) for i in plain}
+        ways = [{span: self.start(*span) for span in keys}]
+        for share in (0.0, 0.5, 1.0):
+            way = {(u, v): min(self.costs.choices(u, v), key=lambda s: (abs(s - int(u + share * (v - u))), s)) for u, v in keys}
+            ways += [way] if way not in ways else []
+        if len(ways) == 1:
+            return
+        entries = [trials.Trial(plan, self._bank(plan, way), teaching.learning_rate) for way in ways]
+        taught = teaching.taught[: self.settings.trial_steps]
+        ranked = trials.run_trials(self.whole, entries, taught, teaching.distance, self.progress, rounds=(1.0,))
+        by_trial = {id(t): way for t, way in zip(entries, ways, strict=True)}
+        found = [(by_trial[id(t)], t.errors) for t in ranked]
+        self.start_trials = [StartResult(starts={keys[s]: b for s, b in way.items()}, errors=errors) for way, errors in found]
+        self.starts |= found[0][0]
+
+    def _bank(self, plan: CompressionPlan, starts: Mapping[Span, int] | None = None) -> Bank:
+        """What an untrained student of the plan is made from: closed forms, and the blocks that intervals start from, as the search has it or as told."""
+        bank = closed_form_bank(self.costs.stats, self.settings.ridge, plan)
+        for i in plan.intervals:
+            start = (starts or {}).get((i.first, i.last), self.start_in(plan, i))
+            adapters = interval_adapters(self.costs.stats, self.settings.ridge, i.first, start) if i in plan.adapters else {}
+            bank[plan.interval_key(i)] = self.costs.teacher.block_tensors(start) | adapters
+        return bank
 
     @cached_property
     def options(self) -> Options:

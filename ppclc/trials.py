@@ -109,10 +109,15 @@ class Trial:
 
 
 def run_trials(
-    teacher: Any, trials: Sequence[Trial], taught: Sequence[Lesson], judge: Callable[[Any], float], progress: Callable[[float, str], None]
+    teacher: Any,
+    trials: Sequence[Trial],
+    taught: Sequence[Lesson],
+    judge: Callable[[Any], float],
+    progress: Callable[[float, str], None],
+    rounds: Sequence[float] = ROUNDS,
 ) -> list[Trial]:
     """All trials, the best first: those that went further before those that dropped out."""
-    ends = [max(1, round(share * len(taught))) for share in ROUNDS]
+    ends = [max(1, round(share * len(taught))) for share in rounds]
     left, finished = list(trials), 0
     out: list[Trial] = []
     whole = STATE_BYTES * count_parameters(teacher) * len(left)

@@ -24,7 +24,7 @@ from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
 from ppclc.sources import Source
 from ppclc.teachers import Teacher
 
-VERSION = 5
+VERSION = 6
 
 
 def analyze(
@@ -70,6 +70,7 @@ def analyze(
         work=search.work(),
         supernet=search.scores,
         trials=search.trials,
+        start_trials=search.start_trials,
         starts=starts,
         plan=plan,
         tensors={"cka": torch.stack([maps[s] for s in streams]), **modulation},

@@ -250,6 +250,7 @@ def report_html(inputs: ReportInputs) -> str:
         edits=plan_words(inputs.plan),
         scored=scored(inputs.analysis),
         tried=tried(inputs.analysis),
+        started=started(inputs.analysis),
         pluggable=pluggable(inputs.bank, inputs.own),
         sizes=sizes(inputs.out),
         pairs=image_pairs(inputs.verdict),
@@ -449,9 +450,23 @@ def tried(analysis: Analysis) -> list[tuple[str, str]]:
         for stream in ("image", "text"):
             linear = [str(e.block) for e in plan.ffn if e.stream == stream]
             parts += [f"{stream} networks of {', '.join(linear)} linear"] if linear else []
-        step, error = min(result.errors, key=lambda e: e[1])
-        found.append(("; ".join(parts) or "no edit", f"{number(error, 3)} after {step} steps"))
+        found.append(("; ".join(parts) or "no edit", _least(result.errors)))
     return found
+
+
+def started(analysis: Analysis) -> list[tuple[str, str]]:
+    """Where the plan's student blocks were tried to start from, the best first: the teacher's blocks, and how far the samples then came to lie."""
+    spans = {analysis.plan.interval_key(i): f"{i.first} to {i.last}" for i in analysis.plan.intervals}
+    return [
+        (", ".join(f"{spans[key]} from {start}" for key, start in result.starts.items()), _least(result.errors))
+        for result in analysis.start_trials
+    ]
+
+
+def _least(errors: Sequence[tuple[int, float]]) -> str:
+    """The least distance of a trial, and after how many steps it had come to it."""
+    step, error = min(errors, key=lambda e: e[1])
+    return f"{number(error, 3)} after {step} steps"
 
 
 # ------------------------------------------------------------------------------------------------- other sizes

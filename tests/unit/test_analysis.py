@@ -536,6 +536,23 @@ def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
         assert planted.analyze({"parameters": 0.65}, only_depth, trials=4, trial_steps=6).trials == analysis.trials
 
 
+def test_blocks_start_where_their_student_learns_best(planted: Planted) -> None:
+    """Of blocks 2 to 4 only 2 does more than add a constant: a student's block that starts elsewhere learns from nothing."""
+    by_hand = {"intervals": [[2, 4]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"}
+    analysis = planted.analyze({"parameters": 0.9}, by_hand, trials=2, trial_steps=4)
+    tried = {r.starts["interval-2-4"]: r.errors for r in analysis.start_trials}
+    assert list(tried) == [2, *sorted(set(tried) - {2}, key=lambda b: min(e for _, e in tried[b]))]
+    assert set(tried) == {2, 3, 4}
+    assert all([step for step, _ in errors] == [0, 4] for errors in tried.values())
+    assert analysis.starts["interval-2-4"] == 2
+    search = planted.search(by_hand)
+    search.kept[2, 4] = 4  # what the search had found gives way to what learns best
+    teaching = trials.Teaching.of(planted.model, planted.samples, 4, 8, 1e-3, 16)
+    search._try_starts(analysis.plan, teaching)
+    assert search.start(2, 4) == 2
+    assert not planted.analyze({"parameters": 0.9}, by_hand, trials=1, trial_steps=4).start_trials
+
+
 def test_a_search_with_adapters_counts_them_and_says_where_their_blocks_start(planted: Planted) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none", "adapters": "auto"}
     analysis = planted.analyze({"parameters": 0.65}, only_depth, trials=2, trial_steps=3)

@@ -177,10 +177,10 @@ def test_a_write_that_stops_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     file = write_single_file(tmp_path, tmp_path / "c" / "a.safetensors")
     before = file.read_bytes()
 
-    def broken(_: Any) -> torch.Tensor:
+    def broken(*_: Any) -> None:
         raise OSError("gone")
 
-    monkeypatch.setattr(comfyui, "read_at", broken)
+    monkeypatch.setattr("ppclc.checkpoints._Writer.move", broken)
     with pytest.raises(OSError, match="gone"):
         write_single_file(tmp_path, file)
     assert file.read_bytes() == before
