@@ -190,10 +190,9 @@ def laboratory(out: Path, strategy: str = "output_error") -> Lab:
     recipe = {
         "model": {"path": "builtin:two-digits"},
         "calibrate": {"source": "images"},
-        "analyze": {"strategy": strategy, "supernet_steps": 80, "supernet_sets": 32, "trials": 6, "trial_steps": 40},
+        "analyze": {"strategy": strategy, "supernet_steps": 80, "supernet_sets": 32, "trials": 6, "trial_steps": 60},
         "plan": {"text_stream": "none", "ffn": "none", "modulation_rank": RANK},
         "target": {"parameters": parameters_left(source)},
-        "distill": DISTILL,
     }
     return Lab(compress(parse_recipe(recipe, "factors"), "factors", out / "run", Display(2, -1), until="analyze"))
 

@@ -264,12 +264,12 @@ def trial_students(work: Work) -> int:
 
 
 def start_students(work: Work) -> int:
-    """Students of the plan that start from other blocks: the first, and the last or a middle one; the search has most often found one of these."""
+    """Students of the plan that start from first, middle or last blocks, less the one that was tried with other plans: the search most often found one of these."""
     settings, plan = work.recipe.analysis, work.plan
     if not (work.targeted and settings.strategy == "output_error" and settings.trials > 1):
         return 0
     lengths = [i.last - i.first for i in plan.intervals if i not in plan.adapters]
-    return min(max(lengths, default=0), 2) + 1 if lengths else 0
+    return min(max(lengths), 2) + (trial_students(work) == 0) if lengths else 0
 
 
 def _beside(work: Work) -> float:

@@ -266,13 +266,17 @@ class Search:
             ways += [way] if way not in ways else []
         if len(ways) == 1:
             return
-        entries = [trials.Trial(plan, self._bank(plan, way), teaching.learning_rate) for way in ways]
         taught = teaching.taught[: self.settings.trial_steps]
-        ranked = trials.run_trials(self.whole, entries, taught, teaching.distance, self.progress, rounds=(1.0,))
-        by_trial = {id(t): way for t, way in zip(entries, ways, strict=True)}
-        found = [(by_trial[id(t)], t.errors) for t in ranked]
-        self.start_trials = [StartResult(starts={keys[s]: b for s, b in way.items()}, errors=errors) for way, errors in found]
-        self.starts |= found[0][0]
+        found = {}
+        if self.trials:  # the first way has been tried, as long, with other plans
+            errors = self.trials[0].errors
+            found[0] = [errors[0], errors[-1]]
+        entries = {n: trials.Trial(plan, self._bank(plan, ways[n]), teaching.learning_rate) for n in range(len(found), len(ways))}
+        trials.run_trials(self.whole, list(entries.values()), taught, teaching.distance, self.progress, rounds=(1.0,))
+        found |= {n: t.errors for n, t in entries.items()}
+        ranked = sorted(found, key=lambda n: min(error for _, error in found[n]))
+        self.start_trials = [StartResult(starts={keys[s]: b for s, b in ways[n].items()}, errors=found[n]) for n in ranked]
+        self.starts |= ways[ranked[0]]
 
     def _bank(self, plan: CompressionPlan, starts: Mapping[Span, int] | None = None) -> Bank:
         """What an untrained student of the plan is made from: closed forms, and the blocks that intervals start from, as the search has it or as told."""
