@@ -136,8 +136,8 @@ def _pipeline_of(kind: str, source: Source, encoders: Encoders | None) -> Path:
     except ModelError as error:
         raise ModelError(f"calibrate.source = {kind!r}: {error}; {way_out}") from None
     name = pipeline_class(root)
-    if name != encoders.pipeline_class:
-        raise ModelError(f"{root / 'model_index.json'}: _class_name = {name!r}: wanted {encoders.pipeline_class}; {way_out}")
+    if name not in encoders.pipeline_classes:
+        raise ModelError(f"{root / 'model_index.json'}: _class_name = {name!r}: wanted {' or '.join(encoders.pipeline_classes)}; {way_out}")
     return root
 
 
@@ -287,7 +287,8 @@ def decoder(source: Source, grid: tuple[int, int], dtype: str) -> Iterator[Calla
 @contextmanager
 def pipeline_with(root: Path, encoders: Encoders, parts: tuple[str, ...], dtype: str) -> Iterator[Any]:
     """A pipeline with these parts alone, which are gone from memory afterwards."""
-    kind = getattr(import_module("diffusers"), encoders.pipeline_class)
+    name = pipeline_class(root)
+    kind = getattr(import_module("diffusers"), name if name in encoders.pipeline_classes else encoders.pipeline_classes[0])
     loaded: dict[str, Any] = {part: load_part(root, part, dtype) for part in parts}
     needed = [n for n, p in inspect.signature(kind.__init__).parameters.items() if n != "self" and p.default is p.empty]
     pipeline = kind(**{**dict.fromkeys(needed), **loaded})

@@ -9,51 +9,130 @@ import torch
 
 def flux_pipeline(transformer: Any, seed: int = 0) -> Any:
     """FLUX.1 around a tiny transformer of sixteen-wide text: CLIP and T5 with tokenizers of bytes, a VAE that halves once."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import CLIPTextModel
 
     config = transformer.config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clip_words, t5_words = clip_tokenizer(), t5_tokenizer()
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(clip_words),
-                hidden_size=config.pooled_projection_dim,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=clip_words.model_max_length,
-                projection_dim=config.pooled_projection_dim,
-                bos_token_id=clip_words.bos_token_id,
-                eos_token_id=clip_words.eos_token_id,
-                pad_token_id=clip_words.pad_token_id,
-            )
+        clip = CLIPTextModel(clip_config(clip_words, config.pooled_projection_dim, config.pooled_projection_dim))
+        t5, vae = t5_encoder(t5_words, config.joint_attention_dim), halving_vae(config.in_channels // 4)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=clip.eval(),
+        tokenizer=clip_words,
+        text_encoder_2=t5,
+        tokenizer_2=t5_words,
+        transformer=transformer,
+    )
+
+
+def sd3_pipeline(transformer: Any, seed: int = 0) -> Any:
+    """Stable Diffusion 3 around a tiny transformer of sixteen-wide text: two CLIPs of half that width, T5, a VAE that halves once."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    config = transformer.config
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        clip_words, t5_words = clip_tokenizer(), t5_tokenizer()
+        half = clip_config(clip_words, config.joint_attention_dim // 2, config.pooled_projection_dim // 2)
+        clips = [CLIPTextModelWithProjection(half).eval() for _ in range(2)]
+        t5, vae = t5_encoder(t5_words, config.joint_attention_dim), halving_vae(config.in_channels)
+    return StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=clips[0],
+        tokenizer=clip_words,
+        text_encoder_2=clips[1],
+        tokenizer_2=clip_words,
+        text_encoder_3=t5,
+        tokenizer_3=t5_words,
+        transformer=transformer,
+    )
+
+
+CHAT = "{% for message in messages %}<|im_start|>{{ message['role'] }} {{ message['content'] }}<|im_end|>{% endfor %}"
+
+
+def flux2_pipeline(transformer: Any, seed: int = 0) -> Any:
+    """FLUX.2 klein around a tiny transformer: a language model of 28 layers, of which three are read, a VAE that halves once."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = transformer.config
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        words = qwen_tokenizer()
+        words.chat_template, words.model_max_length = CHAT, 48
+        text = Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=config.joint_attention_dim // 3,
+            intermediate_size=16,
+            num_hidden_layers=28,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            max_position_embeddings=64,
         )
-        t5 = T5EncoderModel(
-            T5Config(vocab_size=len(t5_words), d_model=config.joint_attention_dim, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-        )
-        vae = AutoencoderKL(
+        encoder = Qwen3ForCausalLM(text).eval()
+        vae = AutoencoderKLFlux2(
             block_out_channels=(8, 8),
             layers_per_block=1,
             down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
             up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
             norm_num_groups=4,
             latent_channels=config.in_channels // 4,
-            scaling_factor=0.36,
-            shift_factor=0.12,
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae.eval(),
-        text_encoder=clip.eval(),
-        tokenizer=clip_words,
-        text_encoder_2=t5.eval(),
-        tokenizer_2=t5_words,
-        transformer=transformer,
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), text_encoder=encoder, tokenizer=words, transformer=transformer
     )
+
+
+def clip_config(words: Any, width: int, projection: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=words.model_max_length,
+        projection_dim=projection,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+
+
+def t5_encoder(words: Any, width: int) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=len(words), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)).eval()
+
+
+def halving_vae(channels: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        norm_num_groups=4,
+        latent_channels=channels,
+        scaling_factor=0.36,
+        shift_factor=0.12,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).eval()
 
 
 def clip_tokenizer() -> Any:

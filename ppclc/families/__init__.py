@@ -237,14 +237,14 @@ def lowered_as_it_is(
 class Encoders:
     """How a family's pipeline turns prompts and images into what its transformer takes.
 
-    pipeline_class: diffusers' class. text_parts, image_parts: the parts of `model_index.json` that
+    pipeline_classes: diffusers' classes with such parts, the usual one first. text_parts, image_parts: the parts of `model_index.json` that
     each needs; no other is loaded. encode_prompts: pipeline and prompts to conditioning tensors by
     the names of forward, a row a prompt. encode_images: pipeline and images (B, 3, H, W) in -1..1 to
     latents as the transformer takes them. decode: pipeline, latents and image grid in tokens to images (B, 3, H, W) in 0..1.
     pixels_per_token: the VAE's configuration to the side, in pixels, of the square that one token stands for.
     """
 
-    pipeline_class: str
+    pipeline_classes: tuple[str, ...]
     text_parts: tuple[str, ...]
     image_parts: tuple[str, ...]
     encode_prompts: Callable[[Any, list[str]], dict[str, Any]]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _bfl, lowered_as_it_is
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _bfl, _kl, lowered_as_it_is
 
 GUIDANCE = 3.5
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' FluxPipeline."""
@@ -55,26 +55,16 @@ def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
 
 
 def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
-    """Packed latents (B, S, C) of images (B, 3, H, W) in -1..1: the VAE's mode, shifted and scaled."""
-    vae = pipeline.vae
-    latents = vae.encode(images.to(vae.dtype)).latent_dist.mode()
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    """Packed latents (B, S, C) of images (B, 3, H, W) in -1..1."""
+    latents = _kl.encoded(pipeline.vae, images)
     packed: torch.Tensor = pipeline._pack_latents(latents, *latents.shape)
     return packed
 
 
 def decode(pipeline: Any, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Images (B, 3, H, W) in 0..1 of packed latents, as the pipeline does at its end."""
-    vae = pipeline.vae
+    """Images (B, 3, H, W) in 0..1 of packed latents."""
     height, width = (2 * side * pipeline.vae_scale_factor for side in grid)
-    z = pipeline._unpack_latents(latents.to(vae.dtype), height, width, pipeline.vae_scale_factor)
-    images: torch.Tensor = vae.decode(z / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-    return (images.float() / 2 + 0.5).clamp(0, 1)
-
-
-def pixels_per_token(vae_config: Mapping[str, Any]) -> int:
-    """Side of the square of pixels that one token stands for: the VAE halves once a stage but the first, packing once more."""
-    return int(2 ** len(vae_config["block_out_channels"]))
+    return _kl.decoded(pipeline.vae, pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor))
 
 
 ORIGINAL_BLOCKS: Mapping[str, tuple[str, ...]] = {
@@ -159,13 +149,13 @@ PLUGIN = Family(
     },
     text_tensors=("encoder_hidden_states", "pooled_projections"),
     encoders=Encoders(
-        pipeline_class="FluxPipeline",
+        pipeline_classes=("FluxPipeline",),
         text_parts=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
         image_parts=("vae",),
         encode_prompts=encode_prompts,
         encode_images=encode_images,
         decode=decode,
-        pixels_per_token=pixels_per_token,
+        pixels_per_token=_kl.pixels_per_token,
     ),
     single_file=_bfl.SINGLE_FILE,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 
-from ppclc.families import Family, Group, Lowered, Modulation, lowered_as_it_is
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _kl, lowered_as_it_is
 
 GUIDANCE = 4.0
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' Flux2Pipeline."""
@@ -44,6 +44,29 @@ def grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, 
         "txt_ids": torch.cartesian_prod(one, one, one, torch.arange(text)).float(),
     }
     return given | ({"guidance": torch.full((batch,), GUIDANCE)} if config.get("guidance_embeds") else {})
+
+
+def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
+    """Text states (B, T, E) of three layers of the pipeline's language model beside each other, padded and unmasked as the model was trained."""
+    longest = min(512, int(getattr(pipeline.tokenizer, "model_max_length", 512)))
+    states, _ = pipeline.encode_prompt(prompts, max_sequence_length=longest)
+    return {"encoder_hidden_states": states}
+
+
+def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
+    """Packed latents (B, S, C) of images (B, 3, H, W) in -1..1: patches of the VAE's mode, normalised by its batch norm's statistics."""
+    packed: torch.Tensor = pipeline._pack_latents(pipeline._encode_vae_image(images.to(pipeline.vae.dtype), None))
+    return packed
+
+
+def decode(pipeline: Any, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Images (B, 3, H, W) in 0..1 of packed latents. Source: diffusers' `Flux2Pipeline`, at its end."""
+    vae = pipeline.vae
+    patches = latents.to(vae.dtype).transpose(1, 2).unflatten(2, grid)
+    scale = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+    patches = patches * scale.to(patches) + vae.bn.running_mean.view(1, -1, 1, 1).to(patches)
+    images: torch.Tensor = vae.decode(pipeline._unpatchify_latents(patches), return_dict=False)[0]
+    return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
 def lowered(model: Any) -> Lowered:
@@ -121,4 +144,13 @@ PLUGIN = Family(
         "timestep_guidance_channels": 16,
         "axes_dims_rope": (4, 4, 4, 4),
     },
+    encoders=Encoders(
+        pipeline_classes=("Flux2Pipeline", "Flux2KleinPipeline"),
+        text_parts=("text_encoder", "tokenizer"),
+        image_parts=("vae",),
+        encode_prompts=encode_prompts,
+        encode_images=encode_images,
+        decode=decode,
+        pixels_per_token=_kl.pixels_per_token,
+    ),
 )

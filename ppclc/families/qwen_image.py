@@ -282,7 +282,7 @@ PLUGIN = Family(
     },
     grid_inputs=grid_inputs,
     encoders=Encoders(
-        pipeline_class="QwenImagePipeline",
+        pipeline_classes=("QwenImagePipeline",),
         text_parts=("text_encoder", "tokenizer"),
         image_parts=("vae",),
         encode_prompts=encode_prompts,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ppclc.families import AXES, Family, Group, Lowered, Modulation, lowered_as_it_is
+from ppclc.families import AXES, Encoders, Family, Group, Lowered, Modulation, _kl, lowered_as_it_is
 from ppclc.plan import CompressionPlan
 
 
@@ -39,6 +39,23 @@ def latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ..
     """Channels, rows and columns: a token is a square of patches."""
     side = int(config["patch_size"])
     return (int(config["in_channels"]), side * height, side * width)
+
+
+def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
+    """Text states (B, T, E) of both CLIPs beside each other, T5's behind them, unmasked as it was trained, and the CLIPs' pooled ones (B, P)."""
+    longest = min(256, int(pipeline.tokenizer_3.model_max_length))
+    states, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=longest)
+    return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, h, w) of images (B, 3, H, W) in -1..1."""
+    return _kl.encoded(pipeline.vae, images)
+
+
+def decode(pipeline: Any, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Images (B, 3, H, W) in 0..1 of latents; the grid is theirs."""
+    return _kl.decoded(pipeline.vae, latents)
 
 
 def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
@@ -108,4 +125,13 @@ PLUGIN = Family(
         "qk_norm": "rms_norm",
     },
     text_tensors=("encoder_hidden_states", "pooled_projections"),
+    encoders=Encoders(
+        pipeline_classes=("StableDiffusion3Pipeline",),
+        text_parts=("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3"),
+        image_parts=("vae",),
+        encode_prompts=encode_prompts,
+        encode_images=encode_images,
+        decode=decode,
+        pixels_per_token=_kl.pixels_per_token,
+    ),
 )
