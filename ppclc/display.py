@@ -51,19 +51,31 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(escape(label), total=1.0, note="")
-            yield lambda done, note: progress.update(task, completed=done, note=escape(note))
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            task, before = bar.add_task(escape(label), total=1.0, note=""), 0.0
+
+            def progress(done: float, note: str) -> None:
+                nonlocal before
+                if done < before:  # another part of the stage, whose pace is its own
+                    bar.reset(task)
+                before = done
+                bar.update(task, completed=done, note=escape(note))
+
+            yield progress
 
     def _lines(self, label: str) -> Iterator[Callable[[float, str], None]]:
         start = last = time.perf_counter()
+        first = before = 0.0
 
         def progress(done: float, note: str) -> None:
-            nonlocal last
+            nonlocal start, last, first, before
             now = time.perf_counter()
-            if now - last >= PLAIN_EVERY_S and 0 < done < 1:
+            if done < before:  # another part of the stage, whose pace is its own
+                start, first = now, done
+            before = done
+            if now - last >= PLAIN_EVERY_S and first < done < 1:
                 last = now
-                left = (now - start) * (1 - done) / done
+                left = (now - start) * (1 - done) / (done - first)
                 self.say(f"{label}: {100 * done:.0f} %, {left:.0f} s left{', ' + note if note else ''}")
 
         yield progress
