@@ -5,7 +5,8 @@ EXTRAS := onnx,onnxruntime,report,train,test
 # On Linux the default index may give torch's CUDA build, several GB. To take the CPU build instead:
 #   make install TORCH_INDEX=<address of PyTorch's index of CPU wheels>
 TORCH_INDEX ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Files with few tests are the long ones here: not last, when one process would be left with them.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo install lint test test-fast teacher clean
