@@ -12,6 +12,7 @@ import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from ppclc import __version__
 from ppclc.passes import report
 from ppclc.passes.report import ReportInputs, report_html, report_json, write_report
 from ppclc.plan import CompressionPlan
-from ppclc.records import Analysis, Benchmark, BenchRow, Candidate, Distilled, Export, Gate, Parity, Quality, Stage, Verdict
+from ppclc.records import Analysis, Benchmark, BenchRow, Candidate, Distilled, Export, Gate, Parity, Quality, Stage, StartResult, Verdict
 
 BLOCKS = 12
 HOSTILE = "<script>alert('red three')</script> & \"blue\" five"
@@ -448,3 +449,14 @@ def test_adapters_are_told_in_words_and_on_the_strip() -> None:
     assert strip[6].cells[1].note == "Teacher block 7: blocks 6–8 became student block 5; linear adapters in front of it"
     assert report.edit_words("interval-6-8-adapted") == "blocks 6–8 as one, with adapters"
     assert report.edit_words("interval-6-8") == "blocks 6–8 as one"
+
+
+def test_starts_are_told_with_the_blocks_that_they_are_for() -> None:
+    plan = CompressionPlan.of("qwen_image", 12, [(0, 1), (3, 5)])
+    keys = [plan.interval_key(i) for i in plan.intervals]
+    tried = [
+        StartResult(starts=dict(zip(keys, blocks, strict=True)), errors=errors)
+        for blocks, errors in (((0, 4), [(0, 0.2), (60, 0.034)]), ((1, 5), [(0, 0.1), (60, 0.3)]))
+    ]
+    told = report.started(SimpleNamespace(plan=plan, start_trials=tried))  # type: ignore[arg-type]
+    assert told == [("0 to 1 from 0, 3 to 5 from 4", "0.034 after 60 steps"), ("0 to 1 from 1, 3 to 5 from 5", "0.1 after 0 steps")]
