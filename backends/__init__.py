@@ -7,16 +7,22 @@ that a missing one is told before any work is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+DTYPES = ("float32", "bfloat16", "float16")
 Tensors = dict[str, torch.Tensor]
 Reference = Callable[[Tensors], torch.Tensor]
 """The eager model as a function of the exported module's inputs."""
+
+
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+"""By input its least, usual and greatest shape."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class ExportRequest:
 
     inputs: an example by forward's argument names, no dynamic axis of size 1. dynamic: axis names by
     input and axis. ranges: least and greatest size by axis name. dtype: name of the parameters' dtype.
+    profiles: least, usual and greatest shape of every input, for back ends that build for a range of them.
+    taps: names of the outputs that the module gives beside its own.
     """
 
     module: torch.nn.Module
@@ -34,6 +42,8 @@ class ExportRequest:
     dtype: str
     out: Path
     options: Mapping[str, Any]
+    profiles: Sequence[Profile] = ()
+    taps: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ class Session(Protocol):
         """The output for inputs by name, when it is there: a device is waited for."""
         ...
 
+    def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
+        """All outputs, the model's own and then those of `ExportRequest.taps`."""
+        ...
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -62,7 +76,8 @@ class Backend:
     load: a session from the folder of an artefact; one that writes nothing runs the reference instead.
     export: writes the artefact; None where there is none to write. artefact: name of the back end that
     writes what this one runs, where that is another. requires: modules, each with the extra of ppclc
-    that brings it. options: what a caller may set, with the defaults.
+    that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults.
+    cannot_run: why this machine cannot run what it writes; empty where it can.
     """
 
     name: str
@@ -72,3 +87,4 @@ class Backend:
     requires: tuple[tuple[str, str], ...] = ()
     dtypes: tuple[str, ...] = ("float32",)
     options: Mapping[str, Any] = field(default_factory=dict)
+    cannot_run: Callable[[], str] = lambda: ""

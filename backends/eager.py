@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ppclc.backends import Backend, Reference, Tensors
+from ppclc.backends import DTYPES, Backend, Reference, Tensors
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,14 @@ class EagerSession:
             torch.cuda.synchronize(output.device)
         return output
 
+    def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
+        """The model's output alone."""
+        return [self.run(inputs)]
+
 
 def load(folder: Path, reference: Reference) -> EagerSession:
     """A session of the eager model; the folder is not read."""
     return EagerSession(reference)
 
 
-PLUGIN = Backend(name="eager", load=load, dtypes=("float32", "bfloat16", "float16"))
+PLUGIN = Backend(name="eager", load=load, dtypes=DTYPES)

@@ -133,15 +133,17 @@ def export(
     backend: Annotated[str, typer.Option("--backend", help="Back end to lower to.")] = "onnx",
     out: Out = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    force: Annotated[bool, typer.Option("--force", help="float16 even where a family is known to overflow in it.")] = False,
+    changes: Changes = None,
     revision: Revision = None,
     variant: Variant = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Lower any model folder, teacher or student, to a back end."""
+    """Lower any model folder, teacher or student, to a back end. Its options: --set export.opset=20."""
     from ppclc import commands
 
-    _show(commands.export(model, backend, out, dtype, -quiet, revision, variant), as_json)
+    _show(commands.export(model, backend, out, dtype, -quiet, changes or [], force, revision, variant), as_json)
 
 
 @app.command()

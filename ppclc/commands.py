@@ -29,7 +29,7 @@ from ppclc.passes import report as report_pass
 from ppclc.passes.bench import bench_models
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
-from ppclc.recipe import Recipe, find_recipe, read_recipe
+from ppclc.recipe import Recipe, export_options, find_recipe, read_recipe
 from ppclc.records import digest_of, write_text
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
@@ -248,20 +248,37 @@ def newest_out() -> Path:
 
 
 def export(
-    model: str | None, backend: str, out: Path | None, dtype: str, verbosity: int, revision: str | None = None, variant: str | None = None
+    model: str | None,
+    backend: str,
+    out: Path | None,
+    dtype: str,
+    verbosity: int,
+    changes: list[str],
+    force: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> dict[str, Any]:
-    """Lower a model; the entry of `exports`."""
+    """Lower a model; the entry of `exports`. changes: options of the back end, as `export.opset=20`."""
     quiet_libraries()
-    export_pass.check_backend(backend, dtype)
+    options = export_options(changes)
+    export_pass.check_backend(backend, dtype, options)
     newest = newest_out() if model is None else None
     source = open_source(str(newest / "model") if newest else str(model), revision, variant)
+    export_pass.check_float16(source.family, dtype, force)
     set_threads(source)
     folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
     display = Display(1, verbosity)
     for note in source.notes:
         display.say(note)
-    with display.stage(f"export {source.path} to {backend}"):
-        record = export_pass.export_model(load_source(source), source.family, backend, dtype, folder, source.digest())
+    if record := export_pass.kept_export(folder, source.digest(), backend, dtype, options):
+        display.say(f"{folder} holds this export already; nothing to do")
+        return report_pass.export_json(record)
+    with display.stage(f"export {source.path} to {backend}") as progress:
+        record = export_pass.export_model(
+            load_source(source, dtype), source.family, backend, dtype, folder, source.digest(), progress, options, force
+        )
+    for line in export_pass.told(record):
+        display.say(line)
     display.say(f"wrote {folder}")
     return report_pass.export_json(record)
 
@@ -395,8 +412,10 @@ def doctor() -> dict[str, Any]:
 
     backends = {}
     for name in plugins.names("backends"):
-        missing = [extra for module, extra in plugins.load("backends", name).requires if importlib.util.find_spec(module) is None]
-        backends[name] = "ready" if not missing else f"pip install 'ppclc[{missing[0]}]'"
+        backend = plugins.load("backends", name)
+        missing = [extra for modules, extra in backend.requires if not any(importlib.util.find_spec(m) for m in modules.split("|"))]
+        ready = f"exports; {reason}" if (reason := backend.cannot_run()) else "ready"
+        backends[name] = ready if not missing else f"pip install 'ppclc[{missing[0]}]'"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: everything runs on the CPU"
     return {
         "versions": versions(),

@@ -19,10 +19,9 @@ from ppclc.distilling import bank_of, distill
 from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
-from ppclc.families import Family
 from ppclc.interrupts import raise_if_stopped
 from ppclc.judges import open_judges
-from ppclc.models import load_model, quiet_libraries, set_threads
+from ppclc.models import load_model, load_source, quiet_libraries, set_threads
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
 from ppclc.passes import calibrate as calibrate_pass
@@ -32,6 +31,7 @@ from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.pipelines import surround
 from ppclc.plan import CompressionPlan
+from ppclc.receipts import is_intact
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
 from ppclc.run import Run, check_mark, made, prepare
@@ -267,30 +267,44 @@ def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdi
 
 def export(run: Run, progress: Callable[[float, str], None]) -> None:
     """Every target of the recipe for the student, and the teacher beside it as the baseline of `bench`."""
-    model = load_model(run.out / "model", run.recipe.model.dtype)
     run.exports, run.teacher_exports = [], []
-    jobs = [(t, role) for t in run.recipe.export for role in ("student", "teacher")]
-    for n, (target, role) in enumerate(jobs):
+    jobs = [(t, folder, role) for t, folder in zip(run.recipe.export, export_folders(run), strict=True) for role in ("student", "teacher")]
+    for n, (target, folders, role) in enumerate(jobs):
         root: Record = made(run.student) if role == "student" else run.base
-        subject = model if role == "student" else run.teacher
-        baseline = run.out / "records" / f"teacher-{target.backend}-{target.dtype}"
-        folder = run.out / "export" / target.backend if role == "student" else baseline
+        source = open_source(str(run.out / "model")) if role == "student" else run.source
+        folder = folders[role]
         record = run.store.make(
             Export,
             f"export-{target.backend}-{target.dtype}-{role}",
             export_pass.VERSION,
             target.model_dump(),
             (root,),
-            partial(_export, subject, run.source.family, target, folder, root.digest),
-            valid=partial(export_pass.is_intact, folder=folder),
+            partial(_export, run, source, target, folder, role),
+            valid=partial(is_intact, folder=folder),
             stage="export",
         )
         (run.exports if role == "student" else run.teacher_exports).append(record)
         progress((n + 1) / len(jobs), f"{target.backend} {role}")
 
 
-def _export(model: Any, family: Family, target: ExportTarget, folder: Path, digest: str, _: Path) -> Export:
-    return export_pass.export_model(model, family, target.backend, target.dtype, folder, digest)
+def export_folders(run: Run) -> list[dict[str, Path]]:
+    """Where the student's artefact of every target goes, `export/<backend>` for the first of a back end, and its teacher's."""
+    seen: set[str] = set()
+    found = []
+    for target in run.recipe.export:
+        name = f"{target.backend}-{target.dtype}" if target.backend in seen else target.backend
+        seen.add(target.backend)
+        teacher = run.out / "records" / f"teacher-{target.backend}-{target.dtype}"
+        found.append({"student": run.out / "export" / name, "teacher": teacher})
+    return found
+
+
+def _export(run: Run, source: Source, target: ExportTarget, folder: Path, role: str, _: Path) -> Export:
+    same = target.dtype == run.recipe.model.dtype and role == "teacher"
+    model = run.teacher if same else load_source(source, target.dtype)
+    return export_pass.export_model(
+        model, run.source.family, target.backend, target.dtype, folder, source.digest(), options=target.options, force=target.force
+    )
 
 
 def bench(run: Run, progress: Callable[[float, str], None]) -> None:
@@ -305,10 +319,7 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
         lambda _: bench_pass.bench_models(
             run.source,
             {"teacher": run.teacher, "student": load_model(run.out / "model", run.recipe.model.dtype)},
-            {
-                "teacher": [run.out / "records" / f"teacher-{t.backend}-{t.dtype}" for t in run.recipe.export],
-                "student": [run.out / "export" / t.backend for t in run.recipe.export],
-            },
+            {role: [folders[role] for folders in export_folders(run)] for role in ("teacher", "student")},
             settings.batch,
             settings.runs,
             progress,

@@ -15,6 +15,9 @@ from torch.export import Dim, ExportedProgram
 from ppclc.errors import VerificationError
 from ppclc.records import Parity
 
+MAX_ABS = {"float32": 1e-4}
+"""Largest difference from eager by dtype, and `REL_L2` the largest relative one, against eager in the same dtype."""
+REL_L2 = {"bfloat16": 2e-2, "float16": 2e-2}
 CHATTY = ("torch.export", "torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -50,6 +53,15 @@ def dtype_name(module: torch.nn.Module) -> str:
     return names.pop() if len(names) == 1 else "mixed"
 
 
+def gpu() -> str | None:
+    """The current CUDA device with its compute capability and driver, as artefacts depend on it; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(torch.cuda.current_device())
+    driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else "unknown"
+    return f"{about.name}, compute capability {about.major}.{about.minor}, driver {driver}"
+
+
 def parity(reference: torch.Tensor, got: torch.Tensor) -> Parity:
     """Distance of an output from eager's, in float64.
 
@@ -68,6 +80,11 @@ def parity(reference: torch.Tensor, got: torch.Tensor) -> Parity:
         rel_l2=difference / norm_a if norm_a else math.inf if difference else 0.0,
         cosine=(a @ b).item() / both if both else float(norm_a == norm_b),
     )
+
+
+def passes(distance: Parity, dtype: str) -> bool:
+    """Whether a distance is within its dtype's limit; NaN is not."""
+    return distance.max_abs <= MAX_ABS[dtype] if dtype in MAX_ABS else distance.rel_l2 <= REL_L2[dtype]
 
 
 def worst(parities: Iterable[Parity]) -> Parity:

@@ -311,9 +311,11 @@ def quiet_libraries() -> None:
         transformers_logging.disable_progress_bar()
 
 
-def require_library(module: str, extra: str) -> Any:
-    """Import a library that an extra brings. Raises UnavailableError saying how to install it."""
-    try:
-        return import_module(module)
-    except ImportError:
-        raise UnavailableError(f"{module} is not installed here: pip install 'ppclc[{extra}]'") from None
+def require_library(modules: str, extra: str) -> Any:
+    """Import a library that an extra brings, of `a|b` the first that is there. Raises UnavailableError saying how to install it."""
+    for module in modules.split("|"):
+        try:
+            return import_module(module)
+        except ImportError:
+            continue
+    raise UnavailableError(f"{modules.replace('|', ' or ')} is not installed here: pip install 'ppclc[{extra}]'")

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -45,10 +45,12 @@ class ModelSettings(Section):
 
 
 class ExportTarget(Section):
-    """One entry of section `export`."""
+    """One entry of section `export`. options: the back end's own, as `{opset: 20}`. force: as `ppclc export --force`."""
 
     backend: str
     dtype: str = "float32"
+    options: dict[str, Any] = {}
+    force: bool = False
 
 
 class BenchSettings(Section):
@@ -70,6 +72,14 @@ class Recipe(Section):
     verify: VerifySettings = VerifySettings()
     export: list[ExportTarget] = []
     bench: BenchSettings = BenchSettings()
+
+    @field_validator("export")
+    @classmethod
+    def _each_once(cls, targets: list[ExportTarget]) -> list[ExportTarget]:
+        named = [(t.backend, t.dtype) for t in targets]
+        if len(set(named)) < len(named):
+            raise ValueError("each back end once in a dtype")
+        return targets
 
     @property
     def analysis(self) -> AnalyzeSettings:
@@ -121,6 +131,16 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def export_options(changes: list[str]) -> dict[str, Any]:
+    """A back end's options as `--set export.name=value` gives them. Raises RecipeError for a key of another section."""
+    data: dict[str, Any] = {"export": {}}
+    for change in changes:
+        _apply_change(data, change)
+    if others := sorted(data.keys() - {"export"}):
+        raise RecipeError(f"--set {others[0]}: wanted an option of the back end, e.g. export.opset=20")
+    return dict(data["export"])
 
 
 def _yaml(text: str, where: str) -> Any:

@@ -117,9 +117,10 @@ class Run:
 
 def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks, planned: bool = True) -> Run:
     """Check all that can be checked before work begins, load the teacher, claim the output folder. planned: whether a plan is to be made."""
-    for target in recipe.export:
-        export_pass.check_backend(target.backend, target.dtype)
     source = open_source(*recipe.model.place)
+    for target in recipe.export:
+        export_pass.check_backend(target.backend, target.dtype, target.options)
+        export_pass.check_float16(source.family, target.dtype, target.force)
     check_teacher(source)
     if (root := pipeline_of(source)) is not None:
         components(root)  # one that no student can be made whole by is refused before work begins

@@ -105,11 +105,27 @@ class Part(Mapping[str, Any]):
         return sum(1 for _ in self)
 
 
+FULL_PRECISION = ("img_ids", "txt_ids", "timestep", "guidance")
+"""Inputs that stay float32 whatever a model computes in: 16 bits hold no position beyond 256, and a timestep is rounded where forward does it."""
+
+
+def typed(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Inputs of forward as a model of that dtype takes them."""
+
+    def cast(name: str, value: Any) -> Any:
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(dtype) if floats and name not in FULL_PRECISION else value
+
+    return {name: cast(name, value) for name, value in given.items()}
+
+
 @dataclass(frozen=True)
 class Lowered:
     """A module that torch.export can take, its example inputs, and their dynamic axes by name.
 
-    `inputs(**sizes)` makes inputs of other sizes; `reference(inputs)` answers with the eager model.
+    `inputs(**sizes)` makes inputs of other sizes, in the model's dtype; `reference(inputs)` answers with the eager model.
+    `sizes` are those that artefacts are compared at, batch, image grid in tokens and text length; `usual` is what engines
+    are built for where nobody says otherwise: an image of 1024 x 1024 for the published VAEs.
     """
 
     module: Any
@@ -118,6 +134,7 @@ class Lowered:
     ranges: Mapping[str, tuple[int, int]]
     sizes: tuple[Mapping[str, int], ...]
     reference: Callable[[dict[str, Any]], Any]
+    usual: Mapping[str, int] = field(default_factory=lambda: {"batch": 1, "height": 64, "width": 64, "text": 512})
 
 
 class TensorResult(torch.nn.Module):
@@ -202,20 +219,22 @@ def lowered_as_it_is(
     axes: Mapping[str, Mapping[int, str]] = AXES,
     sides: bool = False,
     exportable: Any = None,
+    largest: int = 64,
 ) -> Lowered:
     """A model that torch.export takes nearly unchanged, with dynamic batch, image and text lengths; with `sides`, height and width for the image's.
 
-    `exportable`: what stands for the model where more is to be changed than `exportable_copy` does.
+    `exportable`: what stands for the model where more is to be changed than `exportable_copy` does. `largest`: side of the largest
+    image grid that it has positions for.
     """
     config = dict(model.config)
+    side = min(64, largest)
 
     def inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(batch + 10 * height + 100 * width + 1000 * text)
-        return example_inputs(config, batch, height, width, text, generator)
+        return typed(example_inputs(config, batch, height, width, text, generator), model.dtype)
 
     def reference(given: dict[str, Any]) -> torch.Tensor:
-        cast = {k: v.to(model.dtype) if v.is_floating_point() and not k.endswith("_ids") else v for k, v in given.items()}
-        out: torch.Tensor = model(**cast, return_dict=False)[0]
+        out: torch.Tensor = model(**typed(given, model.dtype), return_dict=False)[0]
         return out
 
     image = {"height": (1, 512), "width": (1, 512)} if sides else {"image_tokens": (1, 65536)}
@@ -230,6 +249,7 @@ def lowered_as_it_is(
             {"batch": 3, "height": 8, "width": 4, "text": 3},
         ),
         reference=reference,
+        usual={"batch": 1, "height": side, "width": side, "text": 512},
     )
 
 
@@ -360,6 +380,7 @@ class Family:
     forward's `timestep` is where the flow's is 1. latents: shape of one sample's latents by configuration and image grid in
     tokens. grid_inputs: what forward takes besides, by configuration, batch, image grid in tokens and text length. encoders: the
     way from prompts and images to tensors, None where there is none yet. layouts: others that students are published in.
+    float16_overflow: where it is told that trained models overflow in float16; empty where none is known to.
     single_file: the one that ComfyUI loads, None where ppclc knows none.
     """
 
@@ -388,6 +409,7 @@ class Family:
     latents: Callable[[Mapping[str, Any], int, int], tuple[int, ...]] = packed_latents
     grid_inputs: Callable[[Mapping[str, Any], int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None
+    float16_overflow: str = ""
     layouts: tuple[Layout, ...] = ()
     single_file: SingleFile | None = None
 

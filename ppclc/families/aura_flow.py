@@ -5,6 +5,7 @@ Shape suffixes: B batch, T text token, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, height, width and text length."""
     side = model.config.patch_size
     axes = {**AXES, "hidden_states": {0: "batch", 2: f"{side}*height", 3: f"{side}*width"}}
-    return lowered_as_it_is(model, example_inputs, axes, sides=True)
+    return lowered_as_it_is(model, example_inputs, axes, sides=True, largest=math.isqrt(int(model.config.pos_embed_max_size)))
 
 
 PLUGIN = Family(

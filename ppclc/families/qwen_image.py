@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, Shapes, SingleFile, _oppo, counted, rotary_axes
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, Shapes, SingleFile, _oppo, counted, rotary_axes, typed
 from ppclc.students.qwen_image import JointAttention
 
 
@@ -202,11 +202,10 @@ def lowered(model: Any) -> Lowered:
         given = {n: example.pop(n) for n in names} | {"img_ids": image_ids, "txt_ids": text_ids}
         if zero:
             given["modulate_index"] = (torch.arange(len(image_ids)) >= height * width).int().expand(batch, -1).contiguous()
-        return given | example
+        return typed(given | example, model.dtype)
 
     def reference(given: dict[str, Any]) -> torch.Tensor:
-        kwargs = {k: v for k, v in given.items() if k not in ("img_ids", "txt_ids", "modulate_index")}
-        kwargs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in kwargs.items()}
+        kwargs = typed({k: v for k, v in given.items() if k not in ("img_ids", "txt_ids", "modulate_index")}, model.dtype)
         kwargs["img_shapes"] = [images_of(given["img_ids"])] * len(given["hidden_states"])
         out: torch.Tensor = model(**kwargs, return_dict=False)[0]
         return out
@@ -291,6 +290,7 @@ PLUGIN = Family(
         pixels_per_token=pixels_per_token,
     ),
     layouts=(_oppo.LAYOUT,),
+    float16_overflow="NaN on real weights: github.com/Comfy-Org/ComfyUI/issues/10751",
     single_file=SingleFile(
         applies=lambda shapes: {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= shapes.keys(),
         config=file_config,

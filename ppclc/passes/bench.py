@@ -15,7 +15,8 @@ import numpy as np
 from ppclc import plugins
 from ppclc.backends import Reference, Tensors
 from ppclc.errors import RecipeError
-from ppclc.records import Benchmark, BenchRow, measured
+from ppclc.receipts import read_export
+from ppclc.records import Benchmark, BenchRow, Export, measured
 from ppclc.sources import Source
 from ppclc.timing import Clock, interleaved
 
@@ -127,6 +128,11 @@ def _speedup(row: BenchRow, rows: Sequence[BenchRow]) -> float | None:
     return teacher.p50_ms / row.p50_ms if teacher and row.p50_ms > 0 else None
 
 
+def is_fair(export: Export, dtype: str) -> bool:
+    """Whether an artefact is timed beside eager in a dtype: it is in that dtype, and this machine has kernels for it."""
+    return export.dtype == dtype and "arithmetic" not in export.options.get("session", {})
+
+
 def bench_models(
     source: Source, models: dict[str, Any], exports: dict[str, list[Path]], batch: int, runs: int, progress: Callable[[float, str], None]
 ) -> Benchmark:
@@ -142,8 +148,8 @@ def bench_models(
     first = next(iter(lowered.values()))
     size = {**first.sizes[0], "batch": batch}
     targets = [eager_target(label, low.reference) for label, low in lowered.items()]
-    for label, low in lowered.items():
-        found = [f for f in exports.get(label, []) if (f / ONNX_MODEL).is_file()]
-        targets += [onnxruntime_target(label, folder, low.reference) for folder in found]
     dtype = str(next(next(iter(models.values())).parameters()).dtype).removeprefix("torch.")
+    for label, low in lowered.items():
+        found = [f for f in exports.get(label, []) if (f / ONNX_MODEL).is_file() and is_fair(read_export(f), dtype)]
+        targets += [onnxruntime_target(label, folder, low.reference) for folder in found]
     return run_bench(targets, first.inputs(**size), size, runs, "cpu", dtype, progress)

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 import ppclc
 from ppclc import plugins
-from ppclc.backends import Backend, ExportRequest
-from ppclc.errors import OutputError, PpclcError, RecipeError, VerificationError
+from ppclc.backends import Backend, ExportRequest, Profile
+from ppclc.errors import OutputError, PpclcError, RecipeError, VerificationError, first_line
 from ppclc.families import Family, Lowered
-from ppclc.lowering import parity, worst
+from ppclc.lowering import MAX_ABS, REL_L2, parity, passes, worst
 from ppclc.models import require_library
+from ppclc.receipts import RECORD, export_json, is_intact, read_export
 from ppclc.records import Export, Parity, digest_of, file_digest, whole_folder, write_text
+from ppclc.triage import block_paths, first_divergence, overflow
 
-VERSION = 1
-RECORD = "export.json"
-MAX_ABS = {"float32": 1e-4}
+VERSION = 2
+LOUD = 30
+"""How many times louder some channels of text are made than the others."""
 Progress = Callable[[float, str], None]
 
 
@@ -45,8 +49,8 @@ def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
     for option in options or {}:
         if option not in writer.options:
             raise RecipeError(f"export.{option}: {name} has no such option; it has {', '.join(writer.options) or 'none'}")
-    for module, extra in {**dict(writer.requires), **dict(plugins.load("backends", name).requires)}.items():
-        require_library(module, extra)
+    for modules, extra in {**dict(writer.requires), **dict(plugins.load("backends", name).requires)}.items():
+        require_library(modules, extra)
     return writer
 
 
@@ -74,32 +78,47 @@ def export_model(
     model_digest: str,
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
+    force: bool = False,
 ) -> Export:
-    """Write the model to a folder for a back end and compare it with eager at the family's sizes.
+    """Write the model, whose dtype is `dtype`, to a folder for a back end and compare it with eager at the family's sizes.
 
-    The model is left as it is. The folder appears whole or not at all; an earlier export there is replaced.
+    The model is left as it is. The folder appears whole or not at all; an earlier export there is replaced, but one of the
+    same model, options and library versions is kept as it is where `kept_export` finds it whole. Where this machine cannot run what was
+    written, nothing is compared and the record says why. force: write float16 of a family that overflows in it, and what overflows here.
 
     Raises:
-        RecipeError, UnavailableError: as `check_backend` does.
+        RecipeError, UnavailableError: as `check_backend` and `check_float16` do.
         OutputError: the folder holds something else, or cannot be written.
-        VerificationError: what was written does not run, or differs from eager by more than 1e-4 in float32.
+        VerificationError: what was written does not run, or differs from eager by more than its dtype may, where it says.
     """
-    writer = check_backend(backend_name, dtype, options)
+    writer, runner = check_backend(backend_name, dtype, options), plugins.load("backends", backend_name)
     _check_folder(folder)
     tell = progress or (lambda done, what: None)
+    if kept := kept_export(folder, model_digest, backend_name, dtype, options):
+        tell(1.0, "")
+        return kept
+    check_float16(family, dtype, force)
     given, seconds = {**writer.options, **(options or {})}, Seconds()
+    lowered = family.lowered(model)
+    check_sizes(lowered, given)
+    if dtype == "float16" and not force:
+        check_range(lowered, f"{folder}: {backend_name}")
     with whole_folder(folder) as draft:
         tell(0.0, "lower")
         with seconds.of("prepare"):
-            lowered = family.lowered(model)
             write_text(draft / "transformer" / "config.json", config_json(model))
             example = lowered.inputs(**lowered.sizes[0])
         assert writer.export is not None
-        written = writer.export(ExportRequest(lowered.module, example, lowered.dynamic, lowered.ranges, dtype, draft, given))
+        request = ExportRequest(lowered.module, example, lowered.dynamic, lowered.ranges, dtype, draft, given, profiles(lowered, given))
+        written = writer.export(request)
         tell(0.8, "compare")
-        with seconds.of("compare"):
-            distance, used = compare(plugins.load("backends", backend_name), draft, lowered, tell)
-        check_parity(distance, f"{folder}: {backend_name}", dtype)
+        compared = Compared(None, {"not_run": reason}) if (reason := runner.cannot_run()) else None
+        if compared is None:
+            with seconds.of("compare"):
+                compared = compare(runner, draft, lowered, dtype, tell)
+            if compared.parity and not passes(compared.parity, dtype):
+                where = _triage(writer, runner, lowered, (family, model.config), compared.worst, dtype, given)
+                raise VerificationError(f"{folder}: {backend_name}: {_differs(compared.parity, dtype)}{where}; nothing was written")
         files = {p.relative_to(draft).as_posix(): p for p in sorted(draft.rglob("*")) if p.is_file()}
         export = Export(
             digest=export_digest(model_digest, backend_name, dtype, options),
@@ -108,16 +127,149 @@ def export_model(
             files={name: file_digest(path) for name, path in files.items()},
             bytes=sum(path.stat().st_size for path in files.values()),
             dtype=dtype,
-            shapes=[dict(size) for size in lowered.sizes],
-            parity=distance,
+            shapes=[dict(size) for size in (given.get("sizes") or [lowered.usual] if "sizes" in given else lowered.sizes)],
+            parity=compared.parity,
             inputs=list(example),
-            options=written.options | {"session": used},
+            options=written.options | {"session": compared.session},
             versions=versions(writer),
             seconds={**written.seconds, **seconds.by_phase},
         )
         write_text(draft / RECORD, export_json(export, model_digest))
     tell(1.0, "")
     return export
+
+
+def check_sizes(lowered: Lowered, options: Mapping[str, Any]) -> None:
+    """Raise RecipeError for sizes that are none; a back end without the option has none to check."""
+    wanted = "wanted a list of {batch, height, width, text}, whole numbers above 0, image sides in tokens"
+    sizes = options.get("sizes")
+    if sizes is None:
+        return
+    keys = set(lowered.usual)
+    if not isinstance(sizes, list) or not sizes or not all(isinstance(s, dict) and set(s) == keys for s in sizes):
+        raise RecipeError(f"export.options.sizes = {sizes!r}: {wanted}")
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for size in sizes for n in size.values()):
+        raise RecipeError(f"export.options.sizes = {sizes!r}: {wanted}")
+
+
+def profiles(lowered: Lowered, options: Mapping[str, Any]) -> list[Profile]:
+    """Shapes to build for: of each size its own, with any text up to its length; or, where `dynamic`, of all of them one."""
+    if "sizes" not in options:
+        return []
+    sizes = [dict(size) for size in options["sizes"] or [lowered.usual]]
+    if not options["dynamic"]:
+        return [_profile(lowered, {**size, "text": 1}, size, size) for size in sizes]
+    largest = {key: max(size[key] for size in sizes) for key in sizes[0]}
+    return [_profile(lowered, dict.fromkeys(largest, 1), sizes[0], largest)]
+
+
+def _profile(lowered: Lowered, least: Mapping[str, int], usual: Mapping[str, int], greatest: Mapping[str, int]) -> Profile:
+    a, b, c = (lowered.inputs(**size) for size in (least, usual, greatest))
+    return {name: (tuple(a[name].shape), tuple(b[name].shape), tuple(c[name].shape)) for name in a}
+
+
+def told(export: Export) -> list[str]:
+    """What a person wants to know of an export, a line each."""
+    if export.parity is None:
+        return [f"not compared with eager: {export.options['session']['not_run']}"]
+    arithmetic = export.options["session"].get("arithmetic")
+    shown = f"largest difference from eager {export.parity.max_abs:.1e}, relative L2 {export.parity.rel_l2:.1e}"
+    return [f"{shown}, at {len(export.shapes)} sizes{f' (run in {arithmetic})' if arithmetic else ''}"]
+
+
+def check_float16(family: Family, dtype: str, force: bool) -> None:
+    """Raise RecipeError for float16 of a family whose trained models are known to overflow in it, unless it is forced."""
+    if dtype == "float16" and family.float16_overflow and not force:
+        raise RecipeError(
+            f"export.dtype = 'float16': {family.name} is known to overflow in it ({family.float16_overflow}); "
+            "wanted bfloat16 or float32, or --force"
+        )
+
+
+def check_range(lowered: Lowered, where: str) -> None:
+    """Raise VerificationError where the model itself overflows in its dtype, on usual inputs or on ones with loud channels."""
+    for inputs in _cases(lowered, "float16"):
+        if place := overflow(lowered, inputs):
+            raise VerificationError(
+                f"{where}: the model overflows in float16: {place} is the first that is not finite; "
+                "wanted bfloat16 or float32, or --force; nothing was written"
+            )
+
+
+def _cases(lowered: Lowered, dtype: str) -> Iterator[dict[str, Any]]:
+    """Inputs to compare on: one for each of the family's sizes, and in 16 bits one with loud channels."""
+    for size in lowered.sizes:
+        yield lowered.inputs(**size)
+    if dtype != "float32":
+        yield with_outliers(lowered.inputs(**lowered.sizes[0]))
+
+
+def with_outliers(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs whose every seventh channel of text is `LOUD` times as large, as trained encoders have some."""
+    text = inputs["encoder_hidden_states"].clone()
+    text[..., ::7] *= LOUD
+    return inputs | {"encoder_hidden_states": text}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How far an artefact is from eager at worst, how its session ran, and the inputs of the worst case."""
+
+    parity: Parity | None
+    session: dict[str, Any]
+    worst: dict[str, Any] = field(default_factory=dict)
+
+
+def compare(backend: Backend, folder: Path, lowered: Lowered, dtype: str, progress: Progress) -> Compared:
+    """The worst distance from eager over the family's sizes, and in 16 bits over loud channels too.
+
+    Raises:
+        VerificationError: the artefact does not load or run.
+    """
+    distances: list[Parity] = []
+    cases = list(_cases(lowered, dtype))
+    with torch.no_grad():
+        with _failures(f"{backend.name}: cannot load what was written"):
+            session = backend.load(folder, lowered.reference)
+        for inputs in cases:
+            with _failures(f"{backend.name}: does not run at { ({n: list(t.shape) for n, t in inputs.items()}) }"):
+                got = session.run(inputs)
+            distances.append(parity(lowered.reference(inputs), got))
+            progress(0.8 + 0.2 * len(distances) / len(cases), "compare")
+    failed = next((i for i, d in enumerate(distances) if not passes(d, dtype)), 0)
+    return Compared(worst(distances), session.options, cases[failed])
+
+
+def _differs(distance: Parity, dtype: str) -> str:
+    limit = f"max_abs of at most {MAX_ABS[dtype]:g}" if dtype in MAX_ABS else f"rel_l2 of at most {REL_L2[dtype]:g}"
+    figures = f"max_abs = {distance.max_abs:.3g}, rel_l2 = {distance.rel_l2:.3g}, cosine {distance.cosine:.6f}"
+    return f"differs from eager by {figures}, wanted {limit} in {dtype}"
+
+
+def _triage(
+    writer: Backend,
+    runner: Backend,
+    lowered: Lowered,
+    place: tuple[Family, Mapping[str, Any]],
+    inputs: dict[str, Any],
+    dtype: str,
+    options: Mapping[str, Any],
+) -> str:
+    """Where an artefact leaves eager, for a message; empty where lowering with taps fails or shows nothing."""
+
+    def run(module: torch.nn.Module, given: dict[str, Any], taps: Sequence[str]) -> list[torch.Tensor]:
+        with TemporaryDirectory(prefix="ppclc-triage-") as home:
+            out = Path(home)
+            example = lowered.inputs(**lowered.sizes[0])
+            assert writer.export is not None
+            writer.export(ExportRequest(module, example, lowered.dynamic, lowered.ranges, dtype, out, options, taps=taps))
+            return runner.load(out, lowered.reference).outputs(given)
+
+    try:
+        found = first_divergence(lowered, block_paths(*place), inputs, dtype, run)
+    except Exception as error:
+        return f"; where could not be told ({first_line(error)})"
+    return f"; {found}" if found else "; no block differs: what comes behind them does"
 
 
 def _check_folder(folder: Path) -> None:
@@ -148,25 +300,6 @@ def config_json(model: Any) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def compare(backend: Backend, folder: Path, lowered: Lowered, progress: Progress) -> tuple[Parity, dict[str, Any]]:
-    """The worst distance from eager over the family's sizes, and how the session ran.
-
-    Raises:
-        VerificationError: the artefact does not load or run.
-    """
-    distances: list[Parity] = []
-    with torch.no_grad():
-        with _failures(f"{backend.name}: cannot load what was written"):
-            session = backend.load(folder, lowered.reference)
-        for size in lowered.sizes:
-            inputs = lowered.inputs(**size)
-            with _failures(f"{backend.name}: does not run at {dict(size)}"):
-                got = session.run(inputs)
-            distances.append(parity(lowered.reference(inputs), got))
-            progress(0.8 + 0.2 * len(distances) / len(lowered.sizes), "compare")
-    return worst(distances), session.options
-
-
 @contextmanager
 def _failures(what: str) -> Iterator[None]:
     """Tell a runtime's own errors, of whatever class, as VerificationError."""
@@ -178,37 +311,17 @@ def _failures(what: str) -> Iterator[None]:
         raise VerificationError(f"{what}: {error}") from error
 
 
-def check_parity(distance: Parity, where: str, dtype: str) -> None:
-    """Raise VerificationError for a distance beyond the dtype's limit, or one that is not a number."""
-    limit = MAX_ABS.get(dtype)
-    if limit is not None and not distance.max_abs <= limit:
-        figures = f"max_abs = {distance.max_abs:.3g} (rel_l2 {distance.rel_l2:.3g}, cosine {distance.cosine:.6f})"
-        raise VerificationError(
-            f"{where}: differs from eager by {figures}, wanted max_abs of at most {limit:g} in {dtype}; nothing was written"
-        )
-
-
 def versions(backend: Backend) -> dict[str, str]:
     """Versions of ppclc and of every library that had a part in it."""
-    modules = ["torch", "diffusers", *(module for module, _ in backend.requires)]
-    return {"ppclc": ppclc.__version__} | {m: str(import_module(m).__version__) for m in modules}
+    modules = [m for names, _ in backend.requires for m in names.split("|") if find_spec(m) is not None]
+    return {"ppclc": ppclc.__version__} | {m: str(import_module(m).__version__) for m in ("torch", "diffusers", *modules)}
 
 
-def export_json(export: Export, model_digest: str) -> str:
-    """`export.json`: the record, and the digest of the model that it was made from."""
-    return json.dumps({"model_digest": model_digest, **export.model_dump(mode="json", exclude={"folder"})}, indent=1) + "\n"
-
-
-def read_export(folder: Path) -> Export:
-    """The export that lies in a folder. Raises OutputError when there is none."""
+def kept_export(folder: Path, model_digest: str, backend_name: str, dtype: str, options: Mapping[str, Any] | None = None) -> Export | None:
+    """The export in `folder` where it is whole, and is what exporting the same model again would make here."""
     try:
-        value = json.loads((folder / RECORD).read_text("utf-8"))
-        value.pop("model_digest")
-        return Export.model_validate({**value, "folder": str(folder)})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise OutputError(f"{folder}: no readable {RECORD} ({error}); export the model again") from None
-
-
-def is_intact(export: Export, folder: Path) -> bool:
-    """Whether every file of an export lies in `folder` as it was written."""
-    return all((folder / f).is_file() and file_digest(folder / f) == digest for f, digest in export.files.items())
+        export = read_export(folder)
+    except OutputError:
+        return None
+    same = export.digest == export_digest(model_digest, backend_name, dtype, options) and export.backend == backend_name
+    return export if same and export.versions == versions(_writer(backend_name)) and is_intact(export, folder) else None

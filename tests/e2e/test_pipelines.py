@@ -33,8 +33,11 @@ PIPELINES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "sd3": ("StableDiffusion3Pipeline", sd3_pipeline),
     "flux2": ("Flux2KleinPipeline", flux2_pipeline),
 }
-CHANGES: dict[str, dict[str, Any]] = {"flux2": {"guidance_embeds": False, "joint_attention_dim": 24}}
-"""What a pipeline's transformer needs to differ in from the family's tiny one."""
+CHANGES: dict[str, dict[str, Any]] = {
+    "flux": {"num_single_layers": 2},
+    "flux2": {"guidance_embeds": False, "joint_attention_dim": 24},
+}
+"""What a pipeline's transformer differs in from the family's tiny one: what its parts need, and fewer blocks to be lowered."""
 DEPTH: dict[str, Any] = {"plan": {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}, "export": []}
 WIDTH: dict[str, Any] = {"plan": {"intervals": [[0, 1]], "text_stream": [2], "ffn": "none", "modulation_rank": "none"}, "export": []}
 CARD = """\

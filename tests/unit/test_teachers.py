@@ -294,18 +294,16 @@ def test_a_students_tensors_are_read_one_by_one(make: Callable[..., Any], family
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(family: Family, tmp_path: Path) -> None:
-    """In processes of their own: the local phase of two intervals at two depths, and the bits of a resident teacher."""
+    """In processes of their own: the local phase at two depths and of more intervals, and the bits of a resident teacher."""
     options = benchmark.parse(SMALL)
     for blocks in (4, 12):
         benchmark.write_teacher(tmp_path / str(blocks), family, benchmark.teacher_config(family, blocks, heads=8))
     files = {blocks: sum(f.stat().st_size for f in (tmp_path / str(blocks)).glob("*.safetensors")) for blocks in (4, 12)}
     block = (files[12] - files[4]) / 8
-    shallow, deep = (benchmark.in_process("streamed", tmp_path / str(blocks), options, steps=2) for blocks in (4, 12))
-    assert deep["peak_bytes"] < shallow["peak_bytes"] + block, "eight more blocks take less than one"
-    many = benchmark.in_process("streamed", tmp_path / "12", benchmark.parse([*SMALL, "--intervals", "6"]), steps=2)
-    assert many["peak_bytes"] < deep["peak_bytes"] + block, "four more edits take less than one"
-    alone = benchmark.in_process("streamed", tmp_path / "12", options, steps=0)
-    assert alone["peak_bytes"] < 1.5 * 3 * block
-    resident = benchmark.in_process("resident", tmp_path / "12", options, steps=2)
+    shallow = benchmark.in_process("streamed", tmp_path / "4", options, steps=2)
+    many = benchmark.parse([*SMALL, "--intervals", "6"])
+    deep = benchmark.in_process("streamed", tmp_path / "12", many, steps=2)
+    assert deep["peak_bytes"] < shallow["peak_bytes"] + block, "eight more blocks and four more edits take less than a block"
+    resident = benchmark.in_process("resident", tmp_path / "12", many, steps=2)
     assert resident["peak_bytes"] > 12 * block
     assert resident["sha256"] == deep["sha256"]

@@ -1,0 +1,171 @@
+"""What an ONNX graph in 16 bits needs, so that it is valid, keeps its roundings, and can be run where there are no kernels for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+MOVES = {
+    *("Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose"),
+    *("Unsqueeze", "Cast", "ConstantOfShape", "Constant"),
+}
+"""Operators whose results are their inputs' own numbers, so that they round nothing."""
+ARITHMETIC = {"Add", "Div", "Mul", "Sub"}
+
+
+def cast_to(value: Any, dtype: ir.DataType, name: str) -> ir.Node:
+    """A Cast of a value, its output typed and named."""
+    node = ir.node("Cast", [value], attributes={"to": int(dtype)}, num_outputs=1)
+    output = node.outputs[0]
+    output.name, output.dtype, output.shape = name, dtype, value.shape
+    return node
+
+
+def plain_permutations(model: ir.Model) -> None:
+    """Each Einsum that only permutes axes becomes a Transpose: ONNX has no Einsum in bfloat16."""
+    for node in list(model.graph):
+        if node.op_type != "Einsum" or len(node.inputs) != 1:
+            continue
+        before, _, after = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+        if sorted(before) != sorted(after) or len(set(before)) != len(before):
+            continue
+        moved = ir.node("Transpose", list(node.inputs), attributes={"perm": [before.index(axis) for axis in after]}, num_outputs=1)
+        _replace(model, node, moved)
+
+
+def explicit_roundings(model: ir.Model) -> None:
+    """Arithmetic on a number a sample that is read in float32 alone is done in float32 and rounded by a Cast of its own.
+
+    A time embedding is cosines of a thousand times the timestep, of which 16 bits hold three digits: a runtime that computes in
+    float32 for want of a kernel, and leaves the rounding out, as ONNX Runtime does on the CPU, gives another phase.
+    """
+    for node in list(model.graph):
+        output: Any = node.outputs[0]
+        readers = [use.node for use in output.uses()]
+        wide = bool(readers) and all(r.op_type == "Cast" and r.attributes["to"].as_int() == ir.DataType.FLOAT for r in readers)
+        if node.op_type not in ARITHMETIC or output.dtype not in HALVES or not wide or output.shape is None or len(output.shape) != 1:
+            continue
+        rounded, shape = output.dtype, output.shape
+        widened = [cast_to(value, ir.DataType.FLOAT, f"{output.name}_wide_{i}") for i, value in enumerate(node.inputs)]
+        exact = ir.node(node.op_type, [n.outputs[0] for n in widened], num_outputs=1)
+        exact.outputs[0].name, exact.outputs[0].dtype, exact.outputs[0].shape = f"{output.name}_wide", ir.DataType.FLOAT, shape
+        model.graph.insert_before(node, [*widened, exact])
+        _replace(model, node, cast_to(exact.outputs[0], ir.DataType(rounded), f"{output.name}_rounded"))
+
+
+def islands(model: ir.Model) -> int:
+    """Each operator that the opset has not in bfloat16 is done in float32, between Casts; how many there were."""
+    found = 0
+    for node in list(model.graph):
+        if node.domain or all(_has(node, value, position, model.opset_imports[""]) for value, position in _narrow(node)):
+            continue
+        found += 1
+        for i, value in enumerate(node.inputs):
+            if value is not None and value.dtype == ir.DataType.BFLOAT16:
+                wide = cast_to(value, ir.DataType.FLOAT, f"{value.name}_for_{node.outputs[0].name}")
+                model.graph.insert_before(node, [wide])
+                node.replace_input_with(i, wide.outputs[0])
+        for output in node.outputs:
+            if output.dtype == ir.DataType.BFLOAT16:
+                output.dtype = ir.DataType.FLOAT
+                back = cast_to(output, ir.DataType.BFLOAT16, str(output.name))
+                output.name = f"{output.name}_wide"
+                ir.convenience.replace_all_uses_with(output, back.outputs[0], replace_graph_outputs=True)
+                back.replace_input_with(0, output)
+                model.graph.insert_after(node, [back])
+    return found
+
+
+def _narrow(node: ir.Node) -> Iterator[tuple[str, int]]:
+    """Inputs and outputs of a node in bfloat16, as the side and the position."""
+    for side, values in (("inputs", node.inputs), ("outputs", node.outputs)):
+        yield from ((side, i) for i, v in enumerate(values) if v is not None and v.dtype == ir.DataType.BFLOAT16)
+
+
+def _has(node: ir.Node, side: str, position: int, opset: int) -> bool:
+    """Whether an operator takes, or gives, bfloat16 at a position."""
+    formal = getattr(onnx.defs.get_schema(node.op_type, opset, ""), side)
+    return "tensor(bfloat16)" in formal[min(position, len(formal) - 1)].types
+
+
+def _replace(model: ir.Model, old: ir.Node, new: ir.Node) -> None:
+    """Put a node of one output in another's place; its output keeps the name, type and shape."""
+    before: Any = old.outputs[0]
+    after: Any = new.outputs[0]
+    model.graph.insert_before(old, [new])
+    after.name, after.dtype, after.shape = before.name, before.dtype, before.shape
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    model.graph.remove(old, safe=True)
+
+
+def count(model: ir.Model, *types: str) -> int:
+    """Operators of some types."""
+    counted = Counter(node.op_type for node in model.graph.all_nodes())
+    return sum(counted[t] for t in types)
+
+
+def has_dtype(model: ir.Model, dtype: ir.DataType) -> bool:
+    """Whether an input or a weight is of a dtype."""
+    return any(value.dtype == dtype for value in [*model.graph.inputs, *model.graph.initializers.values()])
+
+
+def in_float32(model: ir.Model) -> None:
+    """A bfloat16 graph as one that any runtime takes: weights, inputs and arithmetic in float32, every result rounded to bfloat16.
+
+    What eager PyTorch does on a CPU, too: it adds up in float32 and stores in bfloat16.
+    """
+    narrow, graph = ir.DataType.BFLOAT16, model.graph
+    for value in graph.inputs:
+        if value.dtype == narrow:
+            value.dtype = ir.DataType.FLOAT
+    for value in graph.initializers.values():
+        if value.dtype == narrow:
+            assert value.const_value is not None
+            value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.dtype = ir.DataType.FLOAT
+    for node in list(graph):
+        _check_flat(node)
+        narrowed = [output for output in node.outputs if output.dtype == narrow]
+        if node.op_type == "Cast" and narrowed:
+            _widen_after(model, node, node.outputs[0])
+            continue
+        for output in narrowed:
+            output.dtype = ir.DataType.FLOAT
+        if node.op_type == "ConstantOfShape" and narrowed:
+            fill = node.attributes["value"].as_tensor().numpy().astype(np.float32)
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(fill))
+        if node.op_type not in MOVES:
+            for output in narrowed:
+                _round_after(model, node, output)
+
+
+def _check_flat(node: ir.Node) -> None:
+    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in _attributes(node)):
+        raise ValueError(f"{node.op_type}: a graph within the graph")
+
+
+def _attributes(node: ir.Node) -> Iterator[Any]:
+    return (a for a in node.attributes.values() if isinstance(a, ir.Attr))
+
+
+def _widen_after(model: ir.Model, node: ir.Node, output: Any) -> None:
+    """What reads the output of a Cast to bfloat16, which rounds, gets it as float32."""
+    wide = cast_to(output, ir.DataType.FLOAT, f"{output.name}__exact")
+    ir.convenience.replace_all_uses_with(output, wide.outputs[0], replace_graph_outputs=True)
+    wide.replace_input_with(0, output)
+    model.graph.insert_after(node, [wide])
+
+
+def _round_after(model: ir.Model, node: ir.Node, output: Any) -> None:
+    """What reads an output gets it rounded to bfloat16."""
+    rounding = cast_to(output, ir.DataType.BFLOAT16, f"{output.name}__rounded")
+    wide = cast_to(rounding.outputs[0], ir.DataType.FLOAT, f"{output.name}__exact")
+    ir.convenience.replace_all_uses_with(output, wide.outputs[0], replace_graph_outputs=True)
+    rounding.replace_input_with(0, output)
+    model.graph.insert_after(node, [rounding, wide])

@@ -1,0 +1,337 @@
+"""TensorRT, else TensorRT-RTX: one engine of the ONNX model, with an optimization profile for each size that is asked for.
+
+Strongly typed: what the graph computes in is what the engine does. TensorRT-RTX builds without a GPU; running an engine takes one in
+either. The two libraries have the same interface but for `Library`, where all that tells them apart stands.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from ppclc.backends import DTYPES, Backend, ExportRequest, Profile, Reference, Tensors, Written, onnx, onnxruntime
+from ppclc.errors import RecipeError, UnavailableError, VerificationError
+from ppclc.lowering import gpu
+from ppclc.records import measured
+
+ENGINE = "transformer/model.engine"
+RECEIPT = "transformer/engine.json"
+OPTIONS = {
+    "library": None,  # tensorrt | tensorrt_rtx; null takes the first that is there
+    "opset": 23,
+    "sizes": None,  # [{batch: 1, height: 64, width: 64, text: 512}], in tokens; null: the family's usual one
+    "dynamic": False,  # one profile over all sizes, where false gives each its own
+    "workspace_gb": None,
+    "weight_streaming": False,
+    "refit": False,
+    "timing_cache": None,  # a file that builds share
+}
+TYPES = {
+    "FLOAT": torch.float32,
+    "HALF": torch.float16,
+    "BF16": torch.bfloat16,
+    "INT32": torch.int32,
+    "INT64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two libraries, and all in which they differ."""
+
+    module: Any
+
+    @property
+    def name(self) -> str:
+        """`tensorrt` or `tensorrt_rtx`."""
+        return str(self.module.__name__)
+
+    @property
+    def network_flags(self) -> int:
+        """Strongly typed, which newer releases are without being told."""
+        flag = getattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
+
+    @property
+    def travels(self) -> bool:
+        """Whether an engine runs on other GPUs than the one it was built on: TensorRT-RTX compiles its kernels where it runs."""
+        return self.name == "tensorrt_rtx"
+
+    @property
+    def has_timing_cache(self) -> bool:
+        """Whether what a build has timed serves the next; TensorRT-RTX times nothing while it builds."""
+        return not self.travels
+
+
+def library(wanted: str | None = None) -> Library:
+    """The library of that name, else TensorRT, else TensorRT-RTX.
+
+    Raises:
+        RecipeError: no library of that name.
+        UnavailableError: it is not installed, or does not load.
+    """
+    names = ("tensorrt", "tensorrt_rtx")
+    if wanted not in (None, *names):
+        raise RecipeError(f"export.options.library = {wanted!r}: wanted {' or '.join(names)}")
+    for name in names if wanted is None else (wanted,):
+        if find_spec(name) is not None:
+            try:
+                return Library(import_module(name))
+            except (ImportError, OSError) as error:
+                raise UnavailableError(f"{name} is installed but does not load: {error}") from None
+    extra = str(wanted or "tensorrt-rtx").replace("_", "-")
+    raise UnavailableError(f"{wanted or 'tensorrt or tensorrt_rtx'} is not installed here: pip install 'ppclc[{extra}]'")
+
+
+@dataclass
+class Log:
+    """What a builder says: errors and warnings, and the list of layers that it made."""
+
+    problems: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+
+    def take(self, severity: str, message: str) -> None:
+        """Keep what matters of a message."""
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self.problems.append(message)
+        if message.startswith("Layers:"):
+            self.layers += [line for line in message.splitlines() if line.startswith("Name:")]
+
+    def fused(self, profiles: int) -> int:
+        """Attention layers of a profile; all profiles have as many."""
+        return sum("mha" in line.partition(",")[0] for line in self.layers) // profiles
+
+    def widened(self, profiles: int) -> int:
+        """Matrix products and attention whose activations are float32, of a profile."""
+        heavy = [line for line in self.layers if "LayerType: gemm" in line or "mha" in line.partition(",")[0]]
+        return sum("Datatype: Float," in line.partition("Constants:")[0] for line in heavy) // profiles
+
+
+def export(request: ExportRequest) -> Written:
+    """Build the engine.
+
+    Raises:
+        RecipeError: an option that cannot be used.
+        UnavailableError: the library is not there, or needs a GPU to build.
+        VerificationError: the graph is refused, or cannot be built.
+    """
+    chosen = library(request.options["library"])
+    onnx_options = {"opset": request.options["opset"], "external_data": None}
+    with TemporaryDirectory(prefix="ppclc-tensorrt-") as home:
+        start = time.perf_counter()
+        graph = onnx.export(_elsewhere(request, Path(home), onnx_options))
+        lowered = time.perf_counter()
+        attentions = _attentions(Path(home) / onnxruntime.MODEL)
+        log = Log()
+        with measured("build") as cost:
+            engine = _build(chosen, Path(home) / onnxruntime.MODEL, request, log)
+        built = time.perf_counter()
+    path = request.out / ENGINE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(engine)
+    here = gpu()
+    receipt: dict[str, Any] = {"library": chosen.name, "version": str(chosen.module.__version__), "gpu": here, "dtype": request.dtype}
+    receipt |= {"profiles": [{name: [list(shape) for shape in shapes] for name, shapes in p.items()} for p in request.profiles]}
+    (request.out / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", "utf-8")
+    count = len(request.profiles)
+    options = dict(request.options) | {
+        "library": chosen.name,
+        "library_version": str(chosen.module.__version__),
+        "built_on": here,
+        "attention_total": attentions,
+        "attention_fused": log.fused(count),
+        "float32_products": log.widened(count),
+        "build_peak_bytes": cost[0].peak_rss_bytes,
+    }
+    return Written(options, {"onnx": lowered - start, **{f"onnx_{k}": v for k, v in graph.seconds.items()}, "build": built - lowered})
+
+
+def _elsewhere(request: ExportRequest, out: Path, options: dict[str, Any]) -> ExportRequest:
+    return ExportRequest(request.module, request.inputs, request.dynamic, request.ranges, request.dtype, out, options, taps=request.taps)
+
+
+def _attentions(path: Path) -> int:
+    """Attention operators of an ONNX model."""
+    import onnx_ir as ir
+
+    from ppclc.backends import _onnx_graphs
+
+    return _onnx_graphs.count(ir.load(path), "Attention")
+
+
+def _build(chosen: Library, path: Path, request: ExportRequest, log: Log) -> bytes:
+    trt = chosen.module
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.take(str(severity).rpartition(".")[2], message)
+
+    logger = Logger()
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise UnavailableError(f"{chosen.name} cannot build here: {'; '.join(log.problems) or 'no reason given'}")
+    network = builder.create_network(chosen.network_flags)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(path)):
+        told = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
+        raise VerificationError(f"{chosen.name} does not take the ONNX model: {told}")
+    config = _config(chosen, builder, request)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise VerificationError(f"{chosen.name} could not build the engine: {'; '.join(log.problems[-3:]) or 'no reason given'}")
+    _keep_timing(chosen, config, request.options["timing_cache"])
+    return bytes(engine)
+
+
+def _config(chosen: Library, builder: Any, request: ExportRequest) -> Any:
+    trt, options = chosen.module, request.options
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options["workspace_gb"] is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options["workspace_gb"] * 2**30))
+    if options["weight_streaming"]:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options["refit"]:
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL if hasattr(trt.BuilderFlag, "REFIT_INDIVIDUAL") else trt.BuilderFlag.REFIT)
+    if options["timing_cache"] and chosen.has_timing_cache:
+        kept = Path(options["timing_cache"]).expanduser()
+        config.set_timing_cache(config.create_timing_cache(kept.read_bytes() if kept.is_file() else b""), ignore_mismatch=True)
+    for shapes in request.profiles:
+        profile = builder.create_optimization_profile()
+        for name, (least, usual, greatest) in shapes.items():
+            profile.set_shape(name, least, usual, greatest)
+        config.add_optimization_profile(profile)
+    return config
+
+
+def _keep_timing(chosen: Library, config: Any, place: str | None) -> None:
+    if place and chosen.has_timing_cache:
+        path = Path(place).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.new")
+        draft.write_bytes(bytes(config.get_timing_cache().serialize()))
+        draft.replace(path)
+
+
+def cannot_run() -> str:
+    """Why an engine cannot be run on this machine; empty where it can."""
+    return "" if torch.cuda.is_available() else "there is no CUDA device here, which engines run on"
+
+
+@dataclass
+class TensorRTSession:
+    """An engine on the current CUDA device; inputs are brought there, in the dtypes that it wants."""
+
+    library: Library
+    engine: Any
+    context: Any
+    profiles: Sequence[Profile]
+    options: dict[str, Any]
+    current: int = 0
+
+    def run(self, inputs: Tensors) -> torch.Tensor:
+        """The first output, on the device."""
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
+        """All outputs, on the device.
+
+        Raises:
+            VerificationError: no profile takes inputs of these shapes, or the engine does not run.
+        """
+        stream = torch.cuda.current_stream()
+        self._choose(inputs, stream)
+        held = []
+        for name, tensor in inputs.items():
+            given = tensor.to("cuda", self._dtype(name)).contiguous()
+            held.append(given)
+            self.context.set_input_shape(name, tuple(given.shape))
+            self.context.set_tensor_address(name, given.data_ptr())
+        names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+        found = []
+        for name in [n for n in names if n not in inputs]:
+            output = torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=self._dtype(name), device="cuda")
+            self.context.set_tensor_address(name, output.data_ptr())
+            found.append(output)
+        if not self.context.execute_async_v3(stream.cuda_stream):
+            raise VerificationError(f"{self.library.name}: the engine did not run")
+        stream.synchronize()
+        return found
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return TYPES[str(self.engine.get_tensor_dtype(name)).rpartition(".")[2]]
+
+    def _choose(self, inputs: Tensors, stream: Any) -> None:
+        """Take the first profile that has room for these shapes."""
+        for number, profile in enumerate(self.profiles):
+            if all(_within(tuple(inputs[name].shape), least, greatest) for name, (least, _, greatest) in profile.items()):
+                if number != self.current:
+                    self.context.set_optimization_profile_async(number, stream.cuda_stream)
+                    self.current = number
+                return
+        shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+        raise VerificationError(f"{self.library.name}: no optimization profile takes {shapes}; export with options.sizes that do")
+
+
+def _within(shape: Sequence[int], least: Sequence[int], greatest: Sequence[int]) -> bool:
+    return len(shape) == len(least) and all(a <= n <= b for n, a, b in zip(shape, least, greatest, strict=True))
+
+
+def load(folder: Path, reference: Reference) -> TensorRTSession:
+    """The engine below a folder, ready to run.
+
+    Raises:
+        UnavailableError: no GPU; another library, version or GPU than it was built with.
+        VerificationError: the engine cannot be read.
+    """
+    receipt = json.loads((folder / RECEIPT).read_text("utf-8"))
+    if reason := cannot_run():
+        raise UnavailableError(f"{folder / ENGINE}: {reason}")
+    chosen = library(receipt["library"])
+    check_machine(receipt, {"version": str(chosen.module.__version__), "gpu": gpu()}, chosen.travels, folder)
+    trt = chosen.module
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    if engine is None:
+        raise VerificationError(f"{folder / ENGINE}: {chosen.name} cannot read it; {_again(folder)}")
+    profiles = [{name: tuple(map(tuple, shapes)) for name, shapes in p.items()} for p in receipt["profiles"]]
+    options = {"library": chosen.name, "version": receipt["version"], "gpu": gpu()}
+    return TensorRTSession(chosen, engine, engine.create_execution_context(), profiles, options)  # type: ignore[arg-type]
+
+
+def check_machine(receipt: dict[str, Any], here: dict[str, Any], travels: bool, folder: Path) -> None:
+    """Raise UnavailableError for an engine that was built by another version, or on another GPU where that matters."""
+    if receipt["version"] != here["version"]:
+        raise UnavailableError(
+            f"{folder / ENGINE}: built by {receipt['library']} {receipt['version']}, here is {here['version']}; {_again(folder)}"
+        )
+    if not travels and receipt["gpu"] != here["gpu"]:
+        raise UnavailableError(f"{folder / ENGINE}: built on {receipt['gpu']}, here is {here['gpu']}; {_again(folder)}")
+
+
+def _again(folder: Path) -> str:
+    return f"build it again: ppclc export MODEL --backend tensorrt -o {shlex.quote(str(folder))}"
+
+
+PLUGIN = Backend(
+    name="tensorrt",
+    load=load,
+    export=export,
+    requires=(("onnx", "onnx"), ("onnxscript", "onnx"), ("tensorrt|tensorrt_rtx", "tensorrt-rtx")),
+    dtypes=DTYPES,
+    options=OPTIONS,
+    cannot_run=cannot_run,
+)
