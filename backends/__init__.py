@@ -32,7 +32,7 @@ class ExportRequest:
     inputs: an example by forward's argument names, no dynamic axis of size 1. dynamic: axis names by
     input and axis. ranges: least and greatest size by axis name. dtype: name of the parameters' dtype.
     profiles: least, usual and greatest shape of every input, for back ends that build for a range of them.
-    taps: names of the outputs that the module gives beside its own.
+    taps: names of the outputs that the module gives beside its own. model_digest: of the model's configuration and weights.
     """
 
     module: torch.nn.Module
@@ -44,6 +44,7 @@ class ExportRequest:
     options: Mapping[str, Any]
     profiles: Sequence[Profile] = ()
     taps: Sequence[str] = ()
+    model_digest: str = ""
 
 
 @dataclass(frozen=True)

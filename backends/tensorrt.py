@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +28,7 @@ RECEIPT = "transformer/engine.json"
 OPTIONS = {
     "library": None,  # tensorrt | tensorrt_rtx; null takes the first that is there
     "opset": 23,
+    "graph": None,  # folder of an ONNX export of the same model in the same dtype, to build from instead of lowering again
     "sizes": None,  # [{batch: 1, height: 64, width: 64, text: 512}], in tokens; null: the family's usual one
     "dynamic": False,  # one profile over all sizes, where false gives each its own
     "workspace_gb": None,
@@ -126,17 +126,18 @@ def export(request: ExportRequest) -> Written:
         UnavailableError: the library is not there, or needs a GPU to build.
         VerificationError: the graph is refused, or cannot be built.
     """
-    chosen = library(request.options["library"])
-    onnx_options = {"opset": request.options["opset"], "external_data": None}
+    chosen, given = library(request.options["library"]), request.options["graph"]
     with TemporaryDirectory(prefix="ppclc-tensorrt-") as home:
-        start = time.perf_counter()
-        graph = onnx.export(_elsewhere(request, Path(home), onnx_options))
-        lowered = time.perf_counter()
-        attentions = _attentions(Path(home) / onnxruntime.MODEL)
+        if given is None:
+            seconds = onnx.export(_elsewhere(request, Path(home))).seconds
+        else:
+            check_graph(Path(given), request)
+            seconds = {}
+        graph = Path(given or home) / onnxruntime.MODEL
+        attentions = _attentions(graph)
         log = Log()
         with measured("build") as cost:
-            engine = _build(chosen, Path(home) / onnxruntime.MODEL, request, log)
-        built = time.perf_counter()
+            engine = _build(chosen, graph, request, log)
     path = request.out / ENGINE
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(engine)
@@ -154,11 +155,22 @@ def export(request: ExportRequest) -> Written:
         "float32_products": log.widened(count),
         "build_peak_bytes": cost[0].peak_rss_bytes,
     }
-    return Written(options, {"onnx": lowered - start, **{f"onnx_{k}": v for k, v in graph.seconds.items()}, "build": built - lowered})
+    return Written(options, {**seconds, "build": cost[0].seconds})
 
 
-def _elsewhere(request: ExportRequest, out: Path, options: dict[str, Any]) -> ExportRequest:
-    return ExportRequest(request.module, request.inputs, request.dynamic, request.ranges, request.dtype, out, options, taps=request.taps)
+def _elsewhere(request: ExportRequest, out: Path) -> ExportRequest:
+    return replace(request, out=out, options={"opset": request.options["opset"], "external_data": None})
+
+
+def check_graph(folder: Path, request: ExportRequest) -> None:
+    """Raise RecipeError for a folder that is no ONNX export of the same model in the same dtype."""
+    try:
+        receipt = json.loads((folder / "export.json").read_text("utf-8"))
+        found = (receipt["model_digest"], receipt["dtype"], (folder / onnxruntime.MODEL).is_file())
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RecipeError(f"export.options.graph = {str(folder)!r}: holds no ONNX export") from None
+    if found != (request.model_digest, request.dtype, True):
+        raise RecipeError(f"export.options.graph = {str(folder)!r}: is of another model or dtype, wanted {request.dtype} of this one")
 
 
 def _attentions(path: Path) -> int:

@@ -109,7 +109,17 @@ def export_model(
             write_text(draft / "transformer" / "config.json", config_json(model))
             example = lowered.inputs(**lowered.sizes[0])
         assert writer.export is not None
-        request = ExportRequest(lowered.module, example, lowered.dynamic, lowered.ranges, dtype, draft, given, profiles(lowered, given))
+        request = ExportRequest(
+            lowered.module,
+            example,
+            lowered.dynamic,
+            lowered.ranges,
+            dtype,
+            draft,
+            given,
+            profiles(lowered, given),
+            model_digest=model_digest,
+        )
         written = writer.export(request)
         tell(0.8, "compare")
         compared = Compared(None, {"not_run": reason}) if (reason := runner.cannot_run()) else None
