@@ -16,8 +16,16 @@ import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
 Tensors = dict[str, torch.Tensor]
-Reference = Callable[[Tensors], torch.Tensor]
-"""The eager model as a function of the exported module's inputs."""
+
+
+class Subject(Protocol):
+    """A model that is exported or run: itself, as a function of the exported module's inputs, and that module."""
+
+    @property
+    def reference(self) -> Callable[[Tensors], torch.Tensor]: ...
+
+    @property
+    def module(self) -> torch.nn.Module: ...
 
 
 Shape = tuple[int, ...]
@@ -74,7 +82,7 @@ class Session(Protocol):
 class Backend:
     """All that ppclc knows of one back end.
 
-    load: a session from the folder of an artefact; one that writes nothing runs the reference instead.
+    load: a session from the folder of an artefact; one that writes nothing runs the model itself instead.
     export: writes the artefact; None where there is none to write. artefact: name of the back end that
     writes what this one runs, where that is another. requires: modules, each with the extra of ppclc
     that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults.
@@ -82,7 +90,7 @@ class Backend:
     """
 
     name: str
-    load: Callable[[Path, Reference], Session]
+    load: Callable[[Path, Subject], Session]
     export: Callable[[ExportRequest], Written] | None = None
     artefact: str = ""
     requires: tuple[tuple[str, str], ...] = ()

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ppclc.backends import DTYPES, Backend, Reference, Tensors
+from ppclc.backends import DTYPES, Backend, Subject, Tensors
 
 
 @dataclass(frozen=True)
 class EagerSession:
     """The eager model without gradients."""
 
-    reference: Reference
+    subject: Subject
 
     @property
     def options(self) -> dict[str, Any]:
@@ -25,7 +25,7 @@ class EagerSession:
     def run(self, inputs: Tensors) -> torch.Tensor:
         """The model's output; a device has finished when it is returned."""
         with torch.no_grad():
-            output = self.reference(inputs)
+            output = self.subject.reference(inputs)
         if output.is_cuda:
             torch.cuda.synchronize(output.device)
         return output
@@ -35,9 +35,9 @@ class EagerSession:
         return [self.run(inputs)]
 
 
-def load(folder: Path, reference: Reference) -> EagerSession:
+def load(folder: Path, subject: Subject) -> EagerSession:
     """A session of the eager model; the folder is not read."""
-    return EagerSession(reference)
+    return EagerSession(subject)
 
 
 PLUGIN = Backend(name="eager", load=load, dtypes=DTYPES)

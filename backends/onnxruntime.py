@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ppclc.backends import DTYPES, Backend, Reference, Tensors
+from ppclc.backends import DTYPES, Backend, Subject, Tensors
 from ppclc.errors import UnavailableError
 
 MODEL = "transformer/model.onnx"
@@ -40,7 +40,7 @@ class OnnxRuntimeSession:
         return {name: tensor.detach().to("cpu", wanted.get(name)).contiguous().numpy() for name, tensor in inputs.items()}
 
 
-def load(folder: Path, reference: Reference) -> OnnxRuntimeSession:
+def load(folder: Path, subject: Subject) -> OnnxRuntimeSession:
     """A session of `transformer/model.onnx` below the folder, with as many threads as PyTorch has.
 
     A bfloat16 model has no kernels on the CPU: there it is run in float32, every result rounded to bfloat16, and `options` say so.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ppclc.backends import DTYPES, Backend, ExportRequest, Profile, Reference, Tensors, Written, onnx, onnxruntime
+from ppclc.backends import DTYPES, Backend, ExportRequest, Profile, Subject, Tensors, Written, onnx, onnxruntime
 from ppclc.errors import RecipeError, UnavailableError, VerificationError
 from ppclc.lowering import gpu
 from ppclc.records import measured
@@ -303,7 +303,7 @@ def _within(shape: Sequence[int], least: Sequence[int], greatest: Sequence[int])
     return len(shape) == len(least) and all(a <= n <= b for n, a, b in zip(shape, least, greatest, strict=True))
 
 
-def load(folder: Path, reference: Reference) -> TensorRTSession:
+def load(folder: Path, subject: Subject) -> TensorRTSession:
     """The engine below a folder, ready to run.
 
     Raises:

@@ -109,12 +109,12 @@ FULL_PRECISION = ("img_ids", "txt_ids", "timestep", "guidance")
 """Inputs that stay float32 whatever a model computes in: 16 bits hold no position beyond 256, and a timestep is rounded where forward does it."""
 
 
-def typed(given: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs of forward as a model of that dtype takes them."""
+def typed(given: Mapping[str, Any], dtype: torch.dtype, full: Sequence[str] = FULL_PRECISION) -> dict[str, Any]:
+    """Inputs of forward as a model of that dtype takes them; those that `full` names stay float32."""
 
     def cast(name: str, value: Any) -> Any:
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(dtype) if floats and name not in FULL_PRECISION else value
+        return value.to(dtype) if floats and name not in full else value
 
     return {name: cast(name, value) for name, value in given.items()}
 
@@ -220,21 +220,22 @@ def lowered_as_it_is(
     sides: bool = False,
     exportable: Any = None,
     largest: int = 64,
+    full: Sequence[str] = FULL_PRECISION,
 ) -> Lowered:
     """A model that torch.export takes nearly unchanged, with dynamic batch, image and text lengths; with `sides`, height and width for the image's.
 
     `exportable`: what stands for the model where more is to be changed than `exportable_copy` does. `largest`: side of the largest
-    image grid that it has positions for.
+    image grid that it has positions for. `full`: inputs that stay float32.
     """
     config = dict(model.config)
     side = min(64, largest)
 
     def inputs(batch: int, height: int, width: int, text: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(batch + 10 * height + 100 * width + 1000 * text)
-        return typed(example_inputs(config, batch, height, width, text, generator), model.dtype)
+        return typed(example_inputs(config, batch, height, width, text, generator), model.dtype, full)
 
     def reference(given: dict[str, Any]) -> torch.Tensor:
-        out: torch.Tensor = model(**typed(given, model.dtype), return_dict=False)[0]
+        out: torch.Tensor = model(**typed(given, model.dtype, full), return_dict=False)[0]
         return out
 
     image = {"height": (1, 512), "width": (1, 512)} if sides else {"image_tokens": (1, 65536)}

@@ -69,7 +69,8 @@ def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, height, width and text length."""
     rows, columns = model.config.patch_size[-2:]
     axes = {**AXES, "hidden_states": {0: "batch", 2: f"{rows}*height", 3: f"{columns}*width"}}
-    return lowered_as_it_is(model, example_inputs, axes, sides=True, exportable=exportable(model))
+    # Its time embedding computes in the timestep's own dtype, so that the pipeline's, which is the model's, is what it takes.
+    return lowered_as_it_is(model, example_inputs, axes, sides=True, exportable=exportable(model), full=())
 
 
 PLUGIN = Family(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ppclc import plugins
-from ppclc.backends import Reference, Tensors
+from ppclc.backends import Subject, Tensors
 from ppclc.errors import RecipeError
 from ppclc.receipts import read_export
 from ppclc.records import Benchmark, BenchRow, Export, measured
@@ -56,15 +56,15 @@ class BenchTarget:
     peak: Callable[[Callable[[], None]], int] = peak_resident
 
 
-def eager_target(label: str, reference: Reference, device: str = "cpu") -> BenchTarget:
-    """The eager model, by `Lowered.reference`."""
-    session = plugins.load("backends", "eager").load(Path(), reference)
+def eager_target(label: str, lowered: Subject, device: str = "cpu") -> BenchTarget:
+    """The eager model."""
+    session = plugins.load("backends", "eager").load(Path(), lowered)
     return BenchTarget(label, "eager", session.run, peak_resident if device == "cpu" else peak_on_device)
 
 
-def onnxruntime_target(label: str, folder: Path, reference: Reference) -> BenchTarget:
+def onnxruntime_target(label: str, folder: Path, lowered: Subject) -> BenchTarget:
     """The ONNX model in an export's folder, in ONNX Runtime on the CPU."""
-    session = plugins.load("backends", "onnxruntime").load(folder, reference)
+    session = plugins.load("backends", "onnxruntime").load(folder, lowered)
     return BenchTarget(label, "onnxruntime", session.run)
 
 
@@ -147,9 +147,9 @@ def bench_models(
         raise RecipeError(f"bench: {', '.join(models)} take inputs of different widths; wanted a teacher and its students")
     first = next(iter(lowered.values()))
     size = {**first.sizes[0], "batch": batch}
-    targets = [eager_target(label, low.reference) for label, low in lowered.items()]
+    targets = [eager_target(label, low) for label, low in lowered.items()]
     dtype = str(next(next(iter(models.values())).parameters()).dtype).removeprefix("torch.")
     for label, low in lowered.items():
         found = [f for f in exports.get(label, []) if (f / ONNX_MODEL).is_file() and is_fair(read_export(f), dtype)]
-        targets += [onnxruntime_target(label, folder, low.reference) for folder in found]
+        targets += [onnxruntime_target(label, folder, low) for folder in found]
     return run_bench(targets, first.inputs(**size), size, runs, "cpu", dtype, progress)

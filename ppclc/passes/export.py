@@ -240,7 +240,7 @@ def compare(backend: Backend, folder: Path, lowered: Lowered, dtype: str, progre
     cases = list(_cases(lowered, dtype))
     with torch.no_grad():
         with _failures(f"{backend.name}: cannot load what was written"):
-            session = backend.load(folder, lowered.reference)
+            session = backend.load(folder, lowered)
         for inputs in cases:
             with _failures(f"{backend.name}: does not run at { ({n: list(t.shape) for n, t in inputs.items()}) }"):
                 got = session.run(inputs)
@@ -273,7 +273,7 @@ def _triage(
             example = lowered.inputs(**lowered.sizes[0])
             assert writer.export is not None
             writer.export(ExportRequest(module, example, lowered.dynamic, lowered.ranges, dtype, out, options, taps=taps))
-            return runner.load(out, lowered.reference).outputs(given)
+            return runner.load(out, lowered).outputs(given)
 
     try:
         found = first_divergence(lowered, block_paths(*place), inputs, dtype, run)

@@ -18,7 +18,7 @@ from ppclc import plugins
 from ppclc.backends import _onnx_graphs
 from ppclc.backends.tensorrt import ENGINE
 from ppclc.classes import DTYPES
-from ppclc.lowering import MAX_ABS, REL_L2, parity
+from ppclc.lowering import MAX_ABS, REL_L2, parity, passes
 from ppclc.models import apply_plan
 from ppclc.passes.export import export_model, with_outliers
 from ppclc.plan import CompressionPlan
@@ -72,7 +72,7 @@ def test_float32_runs_elsewhere_as_here(family: str, role: str, tmp_path: Path) 
     # Sizes that export did not compare at, by a session of its own.
     model = in_dtype(family, role, "float32")
     lowered = plugins.load("families", family).lowered(model)
-    session = plugins.load("backends", "onnxruntime").load(tmp_path / "x", lowered.reference)
+    session = plugins.load("backends", "onnxruntime").load(tmp_path / "x", lowered)
     inputs = lowered.inputs(batch=4, height=2, width=6, text=11)
     with torch.no_grad():
         wanted = lowered.reference(inputs)
@@ -87,7 +87,7 @@ def test_bfloat16_runs_elsewhere_as_here_and_is_built_with_every_attention_fused
     export = lower(family, role, "bfloat16", "onnx", tmp_path / "x")
     model = in_dtype(family, role, "bfloat16")
     lowered = plugins.load("families", family).lowered(model)
-    session = plugins.load("backends", "onnxruntime").load(tmp_path / "x", lowered.reference)
+    session = plugins.load("backends", "onnxruntime").load(tmp_path / "x", lowered)
     assert session.options["arithmetic"] == "float32, results rounded to bfloat16"
     inputs = lowered.inputs(batch=2, height=2, width=6, text=11)
     with torch.no_grad():
@@ -96,7 +96,8 @@ def test_bfloat16_runs_elsewhere_as_here_and_is_built_with_every_attention_fused
     assert export.parity is not None
     assert export.parity.rel_l2 <= 2e-2
     graph = ir.load(tmp_path / "x" / "transformer" / "model.onnx")
-    weights = [v for v in graph.graph.initializers.values() if v.shape is not None and len(v.shape) > 1]
+    weights = [v for v in graph.graph.initializers.values() if str(v.name).endswith(".weight")]
+    assert weights
     assert {v.dtype for v in weights} == {ir.DataType.BFLOAT16}
     attentions = _onnx_graphs.count(graph, "Attention")
     assert attentions >= lowered_blocks(model, family)
@@ -118,6 +119,27 @@ def test_float16_runs_elsewhere_as_here(family: str, tmp_path: Path) -> None:
     assert export.parity is not None
     assert export.parity.rel_l2 <= REL_L2["float16"] == 2e-2
     assert "arithmetic" not in export.options["session"]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "role"), MODELS)
+def test_compiled_blocks_give_what_eager_gives(family: str, role: str, dtype: str) -> None:
+    lowered = plugins.load("families", family).lowered(in_dtype(family, role, dtype))
+    inputs = lowered.inputs(**lowered.sizes[0])
+    with torch.no_grad():
+        wanted = lowered.reference(inputs)
+    distance = parity(wanted, plugins.load("backends", "compile").load(Path(), lowered).run(inputs))
+    assert passes(distance, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "role"), [pytest.param(*m, marks=[] if m == MODELS[0] else pytest.mark.long) for m in MODELS])
+def test_packages_run_elsewhere_as_here(family: str, role: str, tmp_path: Path) -> None:
+    export = lower(family, role, "float32", "aotinductor", tmp_path / "x")
+    assert export.parity is not None
+    assert export.parity.max_abs <= 1e-4
 
 
 @pytest.mark.slow

@@ -97,7 +97,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_the_artefact_equals_eager_at_three_shapes(made: Exported) -> None:
     lowered = FAMILY.lowered(made.model)
-    session = plugins.load("backends", "onnxruntime").load(made.folder, lowered.reference)
+    session = plugins.load("backends", "onnxruntime").load(made.folder, lowered)
     distances = []
     for size in lowered.sizes:
         inputs = lowered.inputs(**size)
@@ -111,7 +111,7 @@ def test_the_artefact_equals_eager_at_three_shapes(made: Exported) -> None:
 
 def test_the_artefact_takes_sizes_that_no_one_tried(made: Exported) -> None:
     lowered = FAMILY.lowered(made.model)
-    session = plugins.load("backends", "onnxruntime").load(made.folder, lowered.reference)
+    session = plugins.load("backends", "onnxruntime").load(made.folder, lowered)
     for size in ({"batch": 1, "height": 1, "width": 1, "text": 1}, {"batch": 4, "height": 5, "width": 7, "text": 17}):
         inputs = lowered.inputs(**size)
         with torch.no_grad():
@@ -200,7 +200,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
 
 
 def an_echo(shift: float = 0.0, **more: Any) -> Backend:
-    return Backend(name="echo", load=lambda folder, reference: Echo(reference, shift), export=write_a_byte, **more)
+    return Backend(name="echo", load=lambda folder, subject: Echo(subject.reference, shift), export=write_a_byte, **more)
 
 
 def export_echo(folder: Path, family: Family = FAMILY, digest: str = "abc", **options: Any) -> Export:
@@ -220,9 +220,7 @@ def test_a_reference_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         true = FAMILY.lowered(model)
         return dataclasses.replace(true, reference=lambda inputs: true.reference(inputs) * 1.01)
 
-    use_backend(
-        monkeypatch, dataclasses.replace(an_echo(), load=lambda folder, reference: Echo(FAMILY.lowered(a_teacher(1)).reference, 0.0))
-    )
+    use_backend(monkeypatch, dataclasses.replace(an_echo(), load=lambda folder, subject: Echo(FAMILY.lowered(a_teacher(1)).reference, 0.0)))
     with pytest.raises(VerificationError, match="max_abs"):
         export_echo(tmp_path / "echo", dataclasses.replace(FAMILY, lowered=lowered))
     assert list(tmp_path.iterdir()) == []
@@ -233,7 +231,7 @@ def test_an_artefact_that_does_not_run_leaves_nothing(tmp_path: Path, monkeypatc
         def run(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             raise RuntimeError("no kernel")
 
-    use_backend(monkeypatch, dataclasses.replace(an_echo(), load=lambda folder, reference: Broken(reference, 0.0)))
+    use_backend(monkeypatch, dataclasses.replace(an_echo(), load=lambda folder, subject: Broken(subject.reference, 0.0)))
     with pytest.raises(VerificationError, match=r"echo: does not run at .*'hidden_states': \[2, 32, 12\].*no kernel"):
         export_echo(tmp_path / "echo")
     assert list(tmp_path.iterdir()) == []
@@ -353,7 +351,7 @@ def test_linear_networks_of_both_streams_run_elsewhere_as_here(tmp_path: Path) -
     assert export.parity is not None
     assert export.parity.max_abs <= 1e-4
     lowered = FAMILY.lowered(model)
-    session = plugins.load("backends", "onnxruntime").load(tmp_path / "onnx", lowered.reference)
+    session = plugins.load("backends", "onnxruntime").load(tmp_path / "onnx", lowered)
     inputs = lowered.inputs(batch=4, height=5, width=7, text=17)
     with torch.no_grad():
         assert lowering.parity(lowered.reference(inputs), session.run(inputs)).max_abs <= 1e-4

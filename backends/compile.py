@@ -1,0 +1,58 @@
+"""torch.compile: the baseline that a PyTorch user has for the asking. Nothing is written."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppclc.backends import DTYPES, Backend, Subject, Tensors
+
+
+@dataclass(frozen=True)
+class CompiledSession:
+    """A module with compiled blocks."""
+
+    module: nn.Module
+    options: dict[str, Any]
+
+    def run(self, inputs: Tensors) -> torch.Tensor:
+        """The output; a device has finished when it is returned."""
+        with torch.no_grad():
+            output: torch.Tensor = self.module(**inputs)
+        if output.is_cuda:
+            torch.cuda.synchronize(output.device)
+        return output
+
+    def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
+        """The model's output alone."""
+        return [self.run(inputs)]
+
+
+def load(folder: Path, subject: Subject) -> CompiledSession:
+    """The module that back ends export, its repeated blocks compiled one by one as like ones share their code; tensors are the model's own.
+
+    The folder is not read. Shapes are taken as they come: others are compiled anew.
+    """
+    # A copy of the modules, not of their tensors: what is compiled must not run where eager is wanted.
+    tensors = {id(t): t for t in [*subject.module.parameters(), *subject.module.buffers()]}
+    module = copy.deepcopy(subject.module, memo=dict(tensors))
+    count = 0
+    for part in module.modules():
+        if isinstance(part, nn.ModuleList) and len(part) > 0 and _heavy(part):
+            for block in part:
+                block.compile(dynamic=False)
+                count += 1
+    return CompiledSession(module, {"compiled": f"{count} blocks", "mode": "default", "threads": torch.get_num_threads()})
+
+
+def _heavy(blocks: nn.ModuleList) -> bool:
+    """Whether a list holds transformer blocks, which have attention; a network's layers are lists too."""
+    return all(hasattr(block, "attn") for block in blocks)
+
+
+PLUGIN = Backend(name="compile", load=load, dtypes=DTYPES)
