@@ -1,7 +1,9 @@
 PYTHON ?= python3
+COMMA := ,
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := onnx,onnxruntime,report,train,test
+# TensorRT-RTX has wheels for Linux and Windows; engines are built in the tests where it is there.
+EXTRAS := onnx,onnxruntime,report,train,test$(if $(filter Linux,$(shell uname -s)),$(COMMA)tensorrt-rtx)
 # On Linux the default index may give torch's CUDA build, several GB. To take the CPU build instead:
 #   make install TORCH_INDEX=<address of PyTorch's index of CPU wheels>
 TORCH_INDEX ?=
@@ -9,10 +11,10 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install lint test test-fast teacher clean
+.PHONY: help demo install lint test test-fast test-backends teacher clean
 
 help: ## what there is to make
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
 
 demo: install ## compress the embedded teacher, recipe to report
 	$(BIN)/ppclc compress recipes/two_digits.yaml
@@ -37,6 +39,9 @@ test: lint ## the whole proof: lint, types, every test
 
 test-fast: install ## only the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+test-backends: install ## every back end over every family and edit (half an hour)
+	PPCLC_LONG=1 $(BIN)/python -m pytest tests/contracts/test_backends.py -n 2 --dist worksteal
 
 teacher: install ## train the embedded teacher and its judge again (hours)
 	$(BIN)/python -m ppclc.scenes.train --steps 11000 --stop-after 6000 --out build/teacher

@@ -149,21 +149,24 @@ def export(
 @app.command()
 def bench(
     targets: Annotated[
-        list[str] | None, typer.Argument(metavar="[TARGET]...", help="Model folders; the newest student without them.")
+        list[str] | None, typer.Argument(metavar="[TARGET]...", help="Folders of models or exports; the newest student without them.")
     ] = None,
     against: Annotated[str | None, typer.Option("--against", help="The teacher that speed-ups are told against.")] = None,
     random_weights: Annotated[
         str | None, typer.Option("--random-weights", metavar="CONFIG", help="A config.json or its folder: bench it with random weights.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", hidden=True)] = "float32",
-    runs: Annotated[int, typer.Option("--runs", min=2, hidden=True)] = 50,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 unless all targets are exports in another.")] = None,
+    runs: Annotated[int | None, typer.Option("--runs", min=2, hidden=True)] = None,
+    changes: Changes = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the result as JSON, Markdown and a picture.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure latency, throughput and memory on this machine."""
+    """Measure latency, throughput and memory on this machine. Section bench of a recipe by --set bench.steps=4."""
     from ppclc import commands
 
-    rows = commands.bench(targets or [], against, random_weights, dtype, runs, -quiet)
+    given = [*([f"bench.runs={runs}"] if runs is not None else []), *(changes or [])]
+    rows = commands.bench(targets or [], against, random_weights, dtype, given, out, -quiet)
     if as_json:
         typer.echo(json.dumps(rows))
     else:

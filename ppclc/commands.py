@@ -15,21 +15,24 @@ from rich.console import Console
 from rich.table import Table
 
 from ppclc import block_costs, compiler, sizes
+from ppclc.bench_files import write_bench
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
 from ppclc.classes import DTYPES, count_parameters, model_outline, random_model
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
-from ppclc.environment import versions
+from ppclc.environment import accelerator, machine, versions
 from ppclc.errors import OutputError, RecipeError, UnavailableError
+from ppclc.families import Lowered
 from ppclc.lora import remap
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
-from ppclc.passes.bench import bench_models
+from ppclc.passes.bench import Benched, bench_models
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
-from ppclc.recipe import Recipe, export_options, find_recipe, read_recipe
+from ppclc.receipts import RECORD, read_export
+from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
 from ppclc.records import digest_of, write_text
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
@@ -284,45 +287,71 @@ def export(
 
 
 def bench(
-    targets: list[str], against: str | None, random_weights: str | None, dtype: str, runs: int, verbosity: int
+    targets: list[str],
+    against: str | None,
+    random_weights: str | None,
+    dtype: str | None,
+    changes: list[str],
+    out: Path | None,
+    verbosity: int,
 ) -> list[dict[str, Any]]:
     """Measure; the list `bench`. Without targets, the newest student against its own teacher, with its exports.
 
-    What a block of each teacher costs is measured beside it, and kept for `ppclc plan` and `target.latency_ms`.
+    A target is a model folder or that of an export. What a block of each teacher costs is measured beside it, and kept for
+    `ppclc plan` and `target.latency_ms`. out: a folder for the result as JSON, Markdown and a picture.
     """
     quiet_libraries()
+    settings = bench_settings(changes)
+    artefacts = {t: read_export(Path(t)) for t in targets if (Path(t) / RECORD).is_file()}
+    dtype = dtype or next((e.dtype for e in artefacts.values() if len(artefacts) == len(targets) and not against), "float32")
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
-    exports: dict[str, list[Path]] = {}
-    labels: dict[str, str] = {}
+    exports: dict[str, list[Path]] = {t: [Path(t)] for t in artefacts}
     if not targets and not random_weights:
-        out = newest_out()
-        recipe = read_recipe(out / "recipe.yaml")
-        labels = {"teacher": against or recipe.model.path, "student": str(out / "model")}
+        newest = newest_out()
+        recipe = read_recipe(newest / "recipe.yaml")
+        labels = {"teacher": against or recipe.model.path, "student": str(newest / "model")}
         exports = {
-            "teacher": [p.parent for p in out.glob("records/teacher-*/export.json")],
-            "student": [p.parent for p in out.glob("export/*/export.json")],
+            "teacher": [] if against else [p.parent for p in newest.glob("records/teacher-*/export.json")],
+            "student": [p.parent for p in newest.glob("export/*/export.json")],
         }
-        if against:
-            exports["teacher"] = []
     else:
         labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
-    sources = {label: open_source(path) for label, path in labels.items()}
+    whole = {label: open_source(path) for label, path in labels.items() if label not in artefacts}
+    sources = {label: whole.get(label) or open_configuration(str(Path(labels[label]) / "transformer")) for label in labels}
     set_threads(next(iter(sources.values()), None) or open_configuration(str(random_weights)))
-    models = {label: load_source(source, dtype) for label, source in sources.items()}
+    models = {label: load_source(source, dtype) for label, source in whole.items()}
     if random_weights:
-        sources[random_weights] = open_configuration(random_weights)
+        sources[random_weights] = whole[random_weights] = open_configuration(random_weights)
     display = Display(2, verbosity)
     for note in [note for source in sources.values() for note in source.notes]:
         display.say(note)
     with display.stage("block costs") as progress:
-        for source in _teachers(sources.values()):
-            _keep_block_costs(source, dtype, runs, progress, display)
+        for source in _teachers(whole.values()):
+            _keep_block_costs(source, dtype, settings.runs, progress, display)
     if random_weights:
         models[random_weights] = _random_weights(sources[random_weights], dtype)
+    family = next(iter(sources.values())).family
+    if others := [label for label, source in sources.items() if source.family is not family]:
+        raise RecipeError(f"bench: {others[0]} is of {sources[others[0]].family.name}, wanted {family.name} as the others are")
+    subjects = [
+        Benched(label, source.config, models.get(label), _lowered(source, models.get(label), dtype), exports.get(label, []))
+        for label, source in sources.items()
+    ]
     with display.stage("bench") as progress:
-        result = bench_models(next(iter(sources.values())), models, exports, 1, runs, progress)
+        result, notes = bench_models(family, subjects, settings, dtype, progress)
+    for note in [*notes, *(f"noisy run: {row.target} in {row.backend}: {row.noise}" for row in result.rows if row.noise)]:
+        display.say(note)
+    if out is not None:
+        about = {**machine(next(iter(sources.values()))), **accelerator(), **versions()}
+        for path in write_bench(result, about, out):
+            display.say(f"wrote {path}")
     return [row.model_dump(mode="json") for row in result.rows]
+
+
+def _lowered(source: Source, model: Any, dtype: str) -> Lowered:
+    """A model as it is run; of an artefact alone, its inputs."""
+    return source.family.lowered(model_outline(source.family, source.config).to(DTYPES[dtype]) if model is None else model)
 
 
 def _teachers(sources: Iterable[Source]) -> list[Source]:
@@ -357,14 +386,17 @@ def _random_weights(source: Source, dtype: str) -> Any:
 
 def print_bench(rows: list[dict[str, Any]]) -> None:
     """A table on standard output."""
-    table = Table("target", "backend", "batch", "p50 ms", "p90 ms", "p99 ms", "peak MB", "speed-up", box=None)
+    heads = ("target", "backend", "p50 ms", "p90 ms", "p99 ms", "loop ms", "peak MB", "roofline", "speed-up")
+    table = Table(*heads, box=None, title="one call: " + ", ".join(f"{k} {v}" for k, v in rows[0]["shape"].items()) if rows else None)
     for row in rows:
-        speedup = f"{row['speedup']:.2f}" if row["speedup"] else "-"
+        interval = row["speedup_ci95"]
+        speedup = f"{row['speedup']:.2f} ({interval[0]:.2f} to {interval[1]:.2f})" if row["speedup"] else "-"
         figures = (f"{row[k]:.2f}" for k in ("p50_ms", "p90_ms", "p99_ms"))
-        table.add_row(
-            row["target"], row["backend"], str(row["shape"].get("batch", "")), *figures, f"{row['peak_bytes'] / 1e6:.0f}", speedup
-        )
-    Console().print(table)
+        loop = f"{row['end_to_end_ms']:.0f}" if row["end_to_end_ms"] else "-"
+        share = f"{100 * row['floor_share']:.0f} %" if row["floor_share"] else "-"
+        table.add_row(row["target"], row["backend"], *figures, loop, f"{row['peak_bytes'] / 1e6:.0f}", share, speedup)
+    console = Console()
+    Console(width=max(console.width, 100)).print(table)  # narrower, figures would be broken
 
 
 def report(out: Path) -> str:

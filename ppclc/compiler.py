@@ -309,21 +309,27 @@ def _export(run: Run, source: Source, target: ExportTarget, folder: Path, role: 
 
 def bench(run: Run, progress: Callable[[float, str], None]) -> None:
     """Teacher and student, eager and in every back end that runs here, interleaved in one run."""
-    settings = run.recipe.bench
+    settings, dtype = run.recipe.bench, run.recipe.model.dtype
+
+    def build(_: Path) -> Benchmark:
+        family, student = run.source.family, open_source(str(run.out / "model"))
+        models = {"teacher": (run.teacher, run.source), "student": (load_source(student, dtype), student)}
+        subjects = [
+            bench_pass.Benched(label, source.config, model, family.lowered(model), [f[label] for f in export_folders(run)])
+            for label, (model, source) in models.items()
+        ]
+        result, notes = bench_pass.bench_models(family, subjects, settings, dtype, progress)
+        for note in notes:
+            run.display.say(note)
+        return result
+
     run.benchmark = run.store.make(
         Benchmark,
         "bench",
         bench_pass.VERSION,
         [settings.model_dump(), machine(run.source)],
         (made(run.student), *run.exports, *run.teacher_exports),
-        lambda _: bench_pass.bench_models(
-            run.source,
-            {"teacher": run.teacher, "student": load_model(run.out / "model", run.recipe.model.dtype)},
-            {role: [folders[role] for folders in export_folders(run)] for role in ("teacher", "student")},
-            settings.batch,
-            settings.runs,
-            progress,
-        ),
+        build,
     )
 
 

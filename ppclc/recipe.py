@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.errors import RecipeError
+from ppclc.passes.bench import BenchSettings
 from ppclc.passes.calibrate import CalibrateSettings
 from ppclc.passes.distill import DistillSettings
 from ppclc.passes.verify import VerifySettings
@@ -51,13 +52,6 @@ class ExportTarget(Section):
     dtype: str = "float32"
     options: dict[str, Any] = {}
     force: bool = False
-
-
-class BenchSettings(Section):
-    """Section `bench`: timed runs a target, and the batch."""
-
-    runs: Annotated[int, Field(ge=2)] = 50
-    batch: Annotated[int, Field(ge=1)] = 1
 
 
 class Recipe(Section):
@@ -131,6 +125,16 @@ def parse_recipe(data: dict[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def bench_settings(changes: list[str]) -> BenchSettings:
+    """Section `bench` with `--set bench.key=value` changes. Raises RecipeError for another section, or a value that it cannot have."""
+    data: dict[str, Any] = {}
+    for change in changes:
+        _apply_change(data, change)
+    if others := sorted(data.keys() - {"bench"}):
+        raise RecipeError(f"--set {others[0]}: wanted a key of section bench, e.g. bench.runs=100")
+    return parse_recipe({"model": {"path": "-"}, **data}, "--set").bench
 
 
 def export_options(changes: list[str]) -> dict[str, Any]:

@@ -221,7 +221,13 @@ class Export(Record):
 
 
 class BenchRow(BaseModel):
-    """Latency of one target in one back end. `speedup`: the teacher's p50 over this one, same back end, dtype and run."""
+    """Latency of one target in one back end.
+
+    speedup: the teacher's p50 over this one, same back end, dtype and run; `speedup_ci95` its 95 % interval over rounds. spread: (p90 - p10) / p50.
+    noise: why the run is not to be trusted to the last digit, empty where nothing speaks against it. end_to_end_ms: a whole loop of steps.
+    flops: of matrix products and attention. floor_ms: the least that this device needs for that or for reading the weights; floor_share: of
+    p50. sdpa: how eager attention was computed.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     target: str
@@ -237,12 +243,25 @@ class BenchRow(BaseModel):
     p99_ms: float
     peak_bytes: int
     speedup: float | None
+    speedup_ci95: tuple[float, float] | None = None
+    spread: float = 0.0
+    noise: str = ""
+    samples_per_s: float | None = None
+    end_to_end_ms: float | None = None
+    parameters: int | None = None
+    flops: int | None = None
+    floor_ms: float | None = None
+    floor_share: float | None = None
+    sdpa: str = ""
 
 
 class Benchmark(Record):
-    """All rows of one interleaved run."""
+    """All rows of one interleaved run. A loop had `steps` steps of `calls_a_step` calls; roofline: what the device can do at best, as measured."""
 
     rows: list[BenchRow]
+    steps: int = 0
+    calls_a_step: int = 1
+    roofline: dict[str, float] = {}
 
 
 class Stage(BaseModel):

@@ -2,29 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppclc import plugins
-from ppclc.backends import Subject, Tensors
-from ppclc.errors import RecipeError
+from ppclc.backends import Backend, Subject, Tensors
+from ppclc.errors import PpclcError, RecipeError
+from ppclc.families import Family, Lowered
 from ppclc.receipts import read_export
 from ppclc.records import Benchmark, BenchRow, Export, measured
-from ppclc.sources import Source
+from ppclc.roofline import Roofline, Work, measured_roofline, work_of
 from ppclc.timing import Clock, interleaved
 
-VERSION = 1
+VERSION = 2
 TEACHER = "teacher"
-ONNX_MODEL = Path("transformer") / "model.onnx"
-"""Where an ONNX export holds its model."""
+RESAMPLES = 2000
+UNEVEN = 0.25
+"""A run is noisy when p90 lies further than this share above p50, or `DRIFT` between the medians of its halves."""
+DRIFT = 0.1
+STEADY = 0.05
+"""Warming up ends when the medians of the last two runs of three calls differ by no more than this share."""
+LONGEST_LOOP_S = 60.0
+LOOPS = 3
 Progress = Callable[[float, str], None]
+Sdpa = Literal["flash", "efficient", "cudnn", "math"]
+
+
+class BenchSettings(BaseModel):
+    """Section `bench`.
+
+    runs: timed calls a target. batch: samples a call. steps: of a whole image, timed as a loop of calls; guidance: two calls a step, as
+    classifier-free guidance takes. sdpa: PyTorch's attention, pinned for eager and compiled models; null leaves it to PyTorch.
+    compiled: torch.compile as a second baseline; null: on a GPU alone. device: cpu, cuda, or null for a GPU where there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    runs: Annotated[int, Field(ge=2)] = 50
+    batch: Annotated[int, Field(ge=1)] = 1
+    steps: Annotated[int, Field(ge=1)] = 20
+    guidance: bool = False
+    sdpa: Sdpa | None = None
+    compiled: bool | None = None
+    device: Literal["cpu", "cuda"] | None = None
 
 
 def peak_resident(run: Callable[[], None]) -> int:
@@ -36,8 +68,6 @@ def peak_resident(run: Callable[[], None]) -> int:
 
 def peak_on_device(run: Callable[[], None]) -> int:
     """Most bytes that PyTorch had allocated on the current GPU while `run` ran."""
-    import torch
-
     torch.cuda.reset_peak_memory_stats()
     run()
     return int(torch.cuda.max_memory_allocated())
@@ -47,25 +77,47 @@ def peak_on_device(run: Callable[[], None]) -> int:
 class BenchTarget:
     """What is timed: `teacher`, `student` or a path, in a back end.
 
-    run: from inputs to the output, back when it is there. peak: bytes at the peak of a call.
+    run: from inputs to the output, back when it is there. peak: bytes at the peak of a call. work: what a call is, where that is
+    known. sdpa: how eager attention was computed, empty where a back end has its own.
     """
 
     label: str
     backend: str
     run: Callable[[Tensors], Any]
     peak: Callable[[Callable[[], None]], int] = peak_resident
+    work: Work | None = None
+    sdpa: str = ""
 
 
-def eager_target(label: str, lowered: Subject, device: str = "cpu") -> BenchTarget:
-    """The eager model."""
-    session = plugins.load("backends", "eager").load(Path(), lowered)
-    return BenchTarget(label, "eager", session.run, peak_resident if device == "cpu" else peak_on_device)
+def session_target(
+    label: str, backend: str, folder: Path, subject: Subject, device: str, sdpa: Sdpa | None, work: Work | None = None
+) -> BenchTarget:
+    """A model in a back end: itself, or the artefact in a folder. Raises as the back end's `load` does."""
+    plugin: Backend = plugins.load("backends", backend)
+    session = plugin.load(folder, subject)
+    own = plugin.export is None and not plugin.artefact
+    peak = peak_resident if device == "cpu" else peak_on_device
+    if not own:
+        return BenchTarget(label, backend, session.run, peak, work)
+
+    def run(inputs: Tensors) -> Any:
+        with pinned(sdpa):
+            return session.run(inputs)
+
+    return BenchTarget(label, backend, run, peak, work, sdpa or f"PyTorch's choice on {device}")
 
 
-def onnxruntime_target(label: str, folder: Path, lowered: Subject) -> BenchTarget:
-    """The ONNX model in an export's folder, in ONNX Runtime on the CPU."""
-    session = plugins.load("backends", "onnxruntime").load(folder, lowered)
-    return BenchTarget(label, "onnxruntime", session.run)
+@contextmanager
+def pinned(sdpa: Sdpa | None) -> Iterator[None]:
+    """A block in which PyTorch's attention is that one."""
+    kinds = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "math": SDPBackend.MATH,
+    }
+    with contextlib.nullcontext() if sdpa is None else sdpa_kernel(kinds[sdpa]):
+        yield
 
 
 def run_bench(
@@ -77,37 +129,92 @@ def run_bench(
     dtype: str,
     progress: Progress | None = None,
     *,
-    warmup: int = 3,
+    warmup: int | None = None,
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
+    steps: int = 0,
+    calls_a_step: int = 1,
+    roofline: Roofline | None = None,
 ) -> Benchmark:
     """Latencies of the targets on the same inputs, in milliseconds, by `timing.interleaved`.
 
-    Memory is watched while warming up, where it costs no time that counts.
+    Memory is watched while warming up, where it costs no time that counts. warmup: calls a target, None until its calls are steady. steps: of
+    a loop of calls that is timed as a whole, of `calls_a_step` calls each; 0 for none.
 
     Raises:
         RecipeError: fewer than one run or one warm-up run.
     """
-    for name, value in (("runs", runs), ("warmup", warmup)):
+    for name, value in (("runs", runs), ("warmup", 1 if warmup is None else warmup)):
         if value < 1:
             raise RecipeError(f"bench.{name} = {value}: wanted a whole number above 0")
-    peaks = [target.peak(partial(_repeat, target.run, inputs, warmup)) for target in targets]
+    warmed = [0] * len(targets)
+
+    def warm(number: int) -> None:
+        call = partial(targets[number].run, inputs)
+        warmed[number] = _repeat(call, warmup) if warmup is not None else until_steady(call, clock)
+
+    peaks = [target.peak(partial(warm, number)) for number, target in enumerate(targets)]
     nanoseconds = interleaved([partial(target.run, inputs) for target in targets], runs, random.Random(seed), clock, progress)
+    whole = _loops(targets, inputs, nanoseconds, steps, calls_a_step, clock, random.Random(seed))
+    teachers = {t.backend: times for t, times in zip(targets, nanoseconds, strict=True) if t.label == TEACHER}
+    same = {"device": device, "dtype": dtype, "shape": dict(shape)}
     rows = [
-        _row(target, times, peak, device=device, dtype=dtype, shape=dict(shape), warmup=warmup)
-        for target, times, peak in zip(targets, nanoseconds, peaks, strict=True)
+        _row(target, times, teachers.get(target.backend), roofline, peak_bytes=peak, warmup=count, end_to_end_ms=loop, **same)
+        for target, times, peak, count, loop in zip(targets, nanoseconds, peaks, warmed, whole, strict=True)
     ]
-    return Benchmark(rows=[row.model_copy(update={"speedup": _speedup(row, rows)}) for row in rows])
+    return Benchmark(rows=rows, steps=steps, calls_a_step=calls_a_step)
 
 
-def _repeat(run: Callable[[Tensors], Any], inputs: Tensors, times: int) -> None:
+def _repeat(call: Callable[[], Any], times: int) -> int:
     for _ in range(times):
-        run(inputs)
+        call()
+    return times
 
 
-def _row(target: BenchTarget, nanoseconds: list[int], peak: int, **same: Any) -> BenchRow:
+def until_steady(call: Callable[[], Any], clock: Clock, most: int = 60, longest_s: float = 20.0) -> int:
+    """Call until two runs of three calls have medians within `STEADY`, and say how often; no more than `most` times or `longest_s` seconds."""
+    times: list[int] = []
+    start = clock()
+    while len(times) < most and (len(times) < 3 or clock() - start < longest_s * 1e9):
+        before = clock()
+        call()
+        times.append(clock() - before)
+        if len(times) >= 6:
+            earlier, later = float(np.median(times[-6:-3])), float(np.median(times[-3:]))
+            if abs(later - earlier) <= STEADY * max(earlier, 1.0):
+                break
+    return len(times)
+
+
+def _loops(
+    targets: Sequence[BenchTarget],
+    inputs: Tensors,
+    nanoseconds: Sequence[Sequence[int]],
+    steps: int,
+    calls_a_step: int,
+    clock: Clock,
+    order: random.Random,
+) -> list[float | None]:
+    """Milliseconds of whole loops, the median of some, by target; None where there are none or they would take too long."""
+    calls = steps * calls_a_step
+    long = [float(np.median(times)) * calls / 1e9 > LONGEST_LOOP_S for times in nanoseconds]
+    chosen = [i for i, _ in enumerate(targets) if steps and not long[i]]
+
+    def loop(target: BenchTarget) -> None:
+        for _ in range(calls):
+            target.run(inputs)
+
+    times = interleaved([partial(loop, targets[i]) for i in chosen], LOOPS, order, clock) if chosen else []
+    found = {i: float(np.median(t)) / 1e6 for i, t in zip(chosen, times, strict=True)}
+    return [found.get(i) for i in range(len(targets))]
+
+
+def _row(target: BenchTarget, nanoseconds: list[int], teacher: list[int] | None, roofline: Roofline | None, **same: Any) -> BenchRow:
     ms = np.array(nanoseconds) / 1e6
-    p50, p90, p99 = (float(p) for p in np.percentile(ms, [50, 90, 99]))
+    p10, p50, p90, p99 = (float(p) for p in np.percentile(ms, [10, 50, 90, 99]))
+    speedup, interval = (None, None) if teacher is None else ratio(np.array(teacher) / 1e6, ms)
+    floor = roofline.floor_s(target.work) * 1e3 if roofline and target.work else None
+    work = target.work
     return BenchRow(
         target=target.label,
         backend=target.backend,
@@ -116,16 +223,43 @@ def _row(target: BenchTarget, nanoseconds: list[int], peak: int, **same: Any) ->
         p50_ms=p50,
         p90_ms=p90,
         p99_ms=p99,
-        peak_bytes=peak,
-        speedup=None,
+        spread=(p90 - p10) / p50 if p50 > 0 else 0.0,
+        noise=noise(ms),
+        speedup=speedup,
+        speedup_ci95=interval,
+        samples_per_s=1e3 * same["shape"].get("batch", 1) / p50 if p50 > 0 else None,
+        parameters=work.parameters if work else None,
+        flops=work.flops if work else None,
+        floor_ms=floor,
+        floor_share=floor / p50 if floor and p50 > 0 else None,
+        sdpa=target.sdpa,
         **same,
     )
 
 
-def _speedup(row: BenchRow, rows: Sequence[BenchRow]) -> float | None:
-    """The teacher's p50 over this row's, in the same back end; None where the teacher was not run there."""
-    teacher = next((r for r in rows if r.target == TEACHER and r.backend == row.backend), None)
-    return teacher.p50_ms / row.p50_ms if teacher and row.p50_ms > 0 else None
+def ratio(teacher: np.ndarray[Any, Any], times: np.ndarray[Any, Any]) -> tuple[float | None, tuple[float, float] | None]:
+    """The teacher's median over another's, and its 95 % interval by resampling the rounds that both ran in."""
+    median = float(np.median(times))
+    if median <= 0 or len(teacher) != len(times):
+        return None, None
+    rounds = np.random.default_rng(0).integers(0, len(times), (RESAMPLES, len(times)))
+    ratios = np.median(teacher[rounds], axis=1) / np.maximum(np.median(times[rounds], axis=1), 1e-12)
+    low, high = (float(p) for p in np.percentile(ratios, [2.5, 97.5]))
+    return float(np.median(teacher)) / median, (low, high)
+
+
+def noise(ms: np.ndarray[Any, Any]) -> str:
+    """Why a run is not to be trusted to the last digit; empty where nothing speaks against it."""
+    p50, p90 = (float(p) for p in np.percentile(ms, [50, 90]))
+    found = []
+    if p50 > 0 and (p90 - p50) / p50 > UNEVEN:
+        found.append(f"one call in ten took {100 * (p90 - p50) / p50:.0f} % longer than the median")
+    half = len(ms) // 2
+    if half >= 5 and p50 > 0:
+        drift = float(np.median(ms[half:]) / np.median(ms[:half]) - 1)
+        if abs(drift) > DRIFT:
+            found.append(f"its second half took {abs(100 * drift):.0f} % {'longer' if drift > 0 else 'less'} than the first")
+    return "; ".join(found)
 
 
 def is_fair(export: Export, dtype: str) -> bool:
@@ -133,23 +267,93 @@ def is_fair(export: Export, dtype: str) -> bool:
     return export.dtype == dtype and "arithmetic" not in export.options.get("session", {})
 
 
+def runner_of(export: Export) -> str:
+    """The back end that runs an artefact: ONNX Runtime those of `onnx`, each other its own."""
+    writers = (n for n in plugins.names("backends") if plugins.load("backends", n).artefact == export.backend)
+    return next(writers, export.backend)
+
+
+@dataclass(frozen=True)
+class Benched:
+    """A model to be timed, eager and as artefacts. model: None for an artefact alone, of which `lowered` has inputs and no weights."""
+
+    label: str
+    config: Mapping[str, Any]
+    model: Any
+    lowered: Lowered
+    exports: Sequence[Path] = ()
+
+
 def bench_models(
-    source: Source, models: dict[str, Any], exports: dict[str, list[Path]], batch: int, runs: int, progress: Callable[[float, str], None]
-) -> Benchmark:
-    """Latency of models by label, eager and as the artefacts in `exports`, on one set of inputs.
+    family: Family, subjects: Sequence[Benched], settings: BenchSettings, dtype: str, progress: Progress
+) -> tuple[Benchmark, list[str]]:
+    """Latency of models by label, eager and as their artefacts, on one set of inputs; and what was left out, and why.
 
     Raises:
-        RecipeError: models that do not take the same inputs.
+        RecipeError: models that do not take the same inputs, or a GPU that is asked for and not there.
     """
-    lowered = {label: source.family.lowered(model) for label, model in models.items()}
-    widths = {label: (model.config["in_channels"], model.config["joint_attention_dim"]) for label, model in models.items()}
-    if len(set(widths.values())) > 1:
-        raise RecipeError(f"bench: {', '.join(models)} take inputs of different widths; wanted a teacher and its students")
-    first = next(iter(lowered.values()))
-    size = {**first.sizes[0], "batch": batch}
-    targets = [eager_target(label, low) for label, low in lowered.items()]
-    dtype = str(next(next(iter(models.values())).parameters()).dtype).removeprefix("torch.")
-    for label, low in lowered.items():
-        found = [f for f in exports.get(label, []) if (f / ONNX_MODEL).is_file() and is_fair(read_export(f), dtype)]
-        targets += [onnxruntime_target(label, folder, low) for folder in found]
-    return run_bench(targets, first.inputs(**size), size, runs, "cpu", dtype, progress)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("bench.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
+    size = {**subjects[0].lowered.sizes[0], "batch": settings.batch}
+    inputs = {name: tensor.to(device) for name, tensor in subjects[0].lowered.inputs(**size).items()}
+    shapes = [{n: tuple(t.shape) for n, t in s.lowered.inputs(**size).items()} for s in subjects]
+    if any(s != shapes[0] for s in shapes):
+        raise RecipeError(
+            f"bench: {', '.join(s.label for s in subjects)} take inputs of different shapes; wanted a teacher and its students"
+        )
+    targets, notes = _targets(family, subjects, inputs, settings, device, dtype)
+    roofline = measured_roofline(device, getattr(torch, dtype), torch.get_num_threads())
+    result = run_bench(
+        targets,
+        inputs,
+        size,
+        settings.runs,
+        device,
+        dtype,
+        progress,
+        steps=settings.steps,
+        calls_a_step=2 if settings.guidance else 1,
+        roofline=roofline,
+    )
+    told = {"copy_bytes_per_s": roofline.bytes_per_s, "matrix_flops_per_s": roofline.flops_per_s, "threads": roofline.threads}
+    return result.model_copy(update={"roofline": told}), notes
+
+
+def _targets(
+    family: Family, subjects: Sequence[Benched], inputs: Tensors, settings: BenchSettings, device: str, dtype: str
+) -> tuple[list[BenchTarget], list[str]]:
+    targets, notes = [], []
+    works = {s.label: work_of(family, s.config, inputs, getattr(torch, dtype)) for s in subjects}
+    compiled = settings.compiled if settings.compiled is not None else device != "cpu"
+    eager = [s for s in subjects if s.model is not None]
+    for subject in eager:
+        subject.model.to(device)
+        subject.lowered.module.to(device)
+        targets += [
+            session_target(subject.label, backend, Path(), subject.lowered, device, settings.sdpa, works[subject.label])
+            for backend in (("eager", "compile") if compiled else ("eager",))
+        ]
+    if eager and not compiled:
+        notes.append("torch.compile was not timed: on a CPU it compiles for minutes; bench.compiled: true times it")
+    for subject in subjects:
+        for folder in subject.exports:
+            export = read_export(folder)
+            if not is_fair(export, dtype):
+                notes.append(
+                    f"{folder} was not timed: it is in {export.dtype}"
+                    + ("" if export.dtype != dtype else ", for which there are no kernels here")
+                )
+                continue
+            try:
+                targets.append(
+                    session_target(subject.label, runner_of(export), folder, subject.lowered, device, None, works[subject.label])
+                )
+            except PpclcError as error:
+                notes.append(f"{folder} was not timed: {error}")
+    return targets, notes
+
+
+def bench_json(result: Benchmark) -> str:
+    """All of a result as one JSON document."""
+    return json.dumps(result.model_dump(mode="json", exclude={"digest"}), indent=1) + "\n"

@@ -193,7 +193,7 @@ def test_doctor_names_every_back_end(ppclc: Any) -> None:
     code, out, _ = ppclc("doctor", "--json")
     document = json.loads(out)
     assert code == 0
-    assert set(document["backends"]) == {"eager", "onnx", "onnxruntime"}
+    assert set(document["backends"]) == {"aotinductor", "compile", "eager", "onnx", "onnxruntime", "tensorrt"}
     assert document["versions"]["torch"]
 
 

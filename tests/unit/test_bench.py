@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +14,15 @@ import pytest
 import torch
 
 from ppclc import plugins
+from ppclc.bench_files import write_bench
 from ppclc.classes import model_class
 from ppclc.errors import RecipeError
 from ppclc.families import Family
-from ppclc.passes.bench import BenchTarget, eager_target, run_bench
+from ppclc.passes.bench import BenchSettings, BenchTarget, noise, ratio, run_bench, session_target
+from ppclc.recipe import bench_settings
 from ppclc.records import Benchmark
+from ppclc.roofline import Roofline, Work, measured_roofline, work_of
+from tests.contracts.test_families import subject_of
 
 FAMILY: Family = plugins.load("families", "qwen_image")
 SHAPE = {"batch": 1, "image_tokens": 4}
@@ -145,9 +152,161 @@ def test_eager_targets_on_the_real_clock() -> None:
         models.append(model_class(FAMILY, config).from_config(config).eval())
     lowered = [FAMILY.lowered(model) for model in models]
     inputs = lowered[0].inputs(**lowered[0].sizes[0])
-    targets = [eager_target(label, one.reference) for label, one in zip(("teacher", "student"), lowered, strict=True)]
+    targets = [session_target(label, "eager", Path(), one, "cpu", None) for label, one in zip(("teacher", "student"), lowered, strict=True)]
     assert not targets[0].run(inputs).requires_grad
     teacher, student = run_bench(targets, inputs, dict(lowered[0].sizes[0]), 15, "cpu", "float32").rows
     assert 0 < student.p50_ms < teacher.p50_ms <= teacher.p90_ms <= teacher.p99_ms
     assert student.speedup == teacher.p50_ms / student.p50_ms
     assert min(teacher.peak_bytes, student.peak_bytes) > 50_000_000
+
+
+# -- what a row says beside its percentiles ----------------------------------------------------------------------------
+
+
+def test_the_ratio_s_interval_is_over_rounds() -> None:
+    """Paired: rounds that are slow for both leave the ratio as it is."""
+    generator = np.random.default_rng(0)
+    weather = generator.uniform(1, 1.05, 200)
+    teacher, student = 10 * weather, 5 * weather * generator.normal(1, 0.001, 200)
+    value, interval = ratio(teacher, student)
+    assert value is not None
+    assert interval is not None
+    assert value == np.median(teacher) / np.median(student)
+    assert 1.97 < interval[0] < value < interval[1] < 2.03
+    assert ratio(teacher, teacher) == (1.0, (1.0, 1.0))
+    assert ratio(teacher, np.zeros(200)) == (None, None)
+
+
+def test_a_noisy_run_says_so() -> None:
+    calm = np.full(40, 5.0)
+    assert noise(calm) == ""
+    uneven = calm.copy()
+    uneven[::8] = 9
+    assert noise(uneven) == "one call in ten took 80 % longer than the median"
+    assert noise(np.concatenate([calm[:20], 1.2 * calm[20:]])) == "its second half took 20 % longer than the first"
+    assert noise(np.concatenate([calm[:20], 0.8 * calm[20:]])) == "its second half took 20 % less than the first"
+
+
+def test_warming_up_ends_when_calls_are_steady() -> None:
+    world = World()
+    slow_start = [90, 60, 40, 30, 20, 12, 10]
+    (row,) = world.bench([world.target("teacher", "eager", lambda n: 1_000_000 * (slow_start[n] if n < 7 else 10))], runs=5).rows
+    assert row.warmup == 11  # medians of calls 6 to 8 and 9 to 11 are equal
+    assert row.p50_ms == row.p99_ms == 10
+    world = World()
+    (row,) = world.bench([world.target("teacher", "eager", lambda n: 2**n * 1_000_000)], runs=2, warmup=None).rows
+    assert row.warmup < 20  # one that never is ends after its time
+
+
+def test_a_loop_is_timed_as_a_whole() -> None:
+    world = World()
+    targets = [world.target("teacher", "eager", lambda n: 4_000_000), world.target("student", "eager", lambda n: 10_000_000_000)]
+    result = world.bench(targets, runs=2, warmup=1, steps=5, calls_a_step=2)
+    assert [row.end_to_end_ms for row in result.rows] == [40.0, None]  # 100 s would be too long
+    assert (result.steps, result.calls_a_step) == (5, 2)
+    assert world.calls.count("teacher/eager") == 1 + 2 + 3 * 10
+
+
+def test_the_floor_is_arithmetic_or_weights() -> None:
+    best = Roofline("cpu", "float32", 1, bytes_per_s=1e9, flops_per_s=1e12)
+    assert best.floor_s(Work(flops=10**10, bytes=10**6, parameters=1)) == pytest.approx(0.01)
+    assert best.floor_s(Work(flops=10**6, bytes=10**9, parameters=1)) == pytest.approx(1)
+    world = World()
+    target = dataclasses.replace(world.target("teacher", "eager", lambda n: 40_000_000), work=Work(10**10, 10**6, 7))
+    (row,) = world.bench([target], runs=2, warmup=1, roofline=best).rows
+    assert (row.floor_ms, row.floor_share, row.parameters, row.flops) == (10.0, 0.25, 7, 10**10)
+    assert row.samples_per_s == 25
+
+
+@pytest.mark.parametrize("name", plugins.names("families"))
+def test_operations_are_counted_without_computing(name: str) -> None:
+    """Twice the batch twice the work but for no token; a longer text more; all of it at a size that no memory here would hold."""
+    subject = subject_of(name)
+    lowered = subject.family.lowered(subject.model)
+
+    def flops(**size: int) -> int:
+        inputs = lowered.inputs(**{"batch": 1, "height": 4, "width": 4, "text": 6, **size})
+        return work_of(subject.family, subject.config, inputs, torch.float32).flops
+
+    once = flops()
+    assert flops(batch=2) == 2 * once
+    assert flops(text=12) > once
+    work = work_of(subject.family, subject.config, lowered.inputs(batch=1, height=4, width=4, text=6), torch.float32)
+    assert work.parameters == sum(p.numel() for p in subject.model.parameters())
+    assert work.bytes == 4 * work.parameters
+
+
+def test_operations_of_a_published_model_are_those_of_the_literature() -> None:
+    """141 TFLOP for a call of Qwen-Image at 1328 x 1328 with 512 text tokens: counted by hand from widths and lengths."""
+    config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24}
+    config |= {"joint_attention_dim": 3584, "in_channels": 64, "out_channels": 16, "axes_dims_rope": (16, 56, 56), "patch_size": 2}
+    tokens, width = 83 * 83 + 512, 3072
+    meta = {"dtype": torch.bfloat16, "device": "meta"}
+    inputs = {
+        "hidden_states": torch.empty(1, 83 * 83, 64, **meta),  # type: ignore[call-overload]
+        "encoder_hidden_states": torch.empty(1, 512, 3584, **meta),  # type: ignore[call-overload]
+        "timestep": torch.empty(1, device="meta"),
+        "img_ids": torch.empty(83 * 83, 3, device="meta"),
+        "txt_ids": torch.empty(512, 3, device="meta"),
+    }
+    work = work_of(FAMILY, config, inputs, torch.bfloat16)
+    by_hand = 60 * (24 * tokens * width**2 + 4 * tokens**2 * width)  # projections and networks, then attention
+    assert work.parameters == 20_430_401_088
+    assert work.flops == pytest.approx(by_hand, rel=5e-3)
+    assert work.flops == pytest.approx(141.0e12, rel=1e-2)
+
+
+def test_the_roofline_of_this_machine_is_plausible() -> None:
+    best = measured_roofline("cpu", torch.float32, torch.get_num_threads())
+    assert 1e8 < best.bytes_per_s < 1e12
+    assert 1e9 < best.flops_per_s < 1e14
+
+
+def test_a_result_is_written_as_json_markdown_and_a_picture(tmp_path: Path) -> None:
+    world = World()
+    targets = [
+        dataclasses.replace(world.target(label, "eager", lambda n, ms=ms: ms * 1_000_000), work=Work(10**9, 10**6, size))
+        for label, ms, size in (("teacher", 8, 4_000_000), ("student", 4, 2_000_000))
+    ]
+    result = world.bench(targets, runs=4, steps=3, roofline=Roofline("cpu", "float32", 1, 1e9, 1e12))
+    result = result.model_copy(update={"roofline": {"copy_bytes_per_s": 1e9, "matrix_flops_per_s": 1e12}})
+    files = write_bench(result, {"cores": 2, "torch": "2.13"}, tmp_path)
+    assert [f.name for f in files] == ["bench.json", "bench.md", "bench.png"]
+    document = json.loads(files[0].read_text("utf-8"))
+    assert [r["p50_ms"] for r in document["rows"]] == [8, 4]
+    assert document["machine"] == {"cores": 2, "torch": "2.13"}
+    text = files[1].read_text("utf-8")
+    assert "| student | eager | cpu | float32 | 4.00 | 4.00 | 4.00 | 2.00 (2.00 to 2.00) | 250 | 25 % | " in text
+    assert "3 steps of 1 call each: teacher in eager 24 ms, student in eager 12 ms." in text
+    assert "cores 2; torch 2.13." in text
+    assert files[2].stat().st_size > 5_000
+
+
+def test_attention_is_pinned_while_a_model_runs() -> None:
+    seen: list[bool] = []
+
+    def reference(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled())
+        return torch.zeros(1)
+
+    lowered = dataclasses.replace(FAMILY.lowered(subject_of("qwen_image", num_layers=1).model), reference=reference)
+    target = session_target("teacher", "eager", Path(), lowered, "cpu", "math")
+    target.run({})
+    assert seen == [False]
+    assert target.sdpa == "math"
+    assert session_target("teacher", "eager", Path(), lowered, "cpu", None).sdpa == "PyTorch's choice on cpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("bench.runs=1", r"bench\.runs = 1"),
+        ("bench.sdpa=fast", r"bench\.sdpa = 'fast': wanted 'flash', 'efficient', 'cudnn' or 'math'"),
+        ("bench.speed=1", r"bench\.speed = 1: unknown key"),
+        ("verify.scenes=3", "--set verify: wanted a key of section bench"),
+    ],
+)
+def test_settings_that_are_none_are_refused(change: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        bench_settings([change])
+    assert bench_settings(["bench.runs=7", "bench.sdpa=math"]) == BenchSettings(runs=7, sdpa="math")

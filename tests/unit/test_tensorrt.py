@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from ppclc.records import Export
 from tests.contracts.test_families import subject_of
 
 SIZES = [{"batch": 1, "height": 4, "width": 8, "text": 16}, {"batch": 2, "height": 8, "width": 8, "text": 9}]
+
+
+BUILDS = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed: pip install 'ppclc[tensorrt-rtx]'")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,7 @@ def build(teacher: Any, graph: Path, out: Path, **options: Any) -> Export:
     return export_model(teacher.model, teacher.family, "tensorrt", "bfloat16", out, "abc", options=given)
 
 
+@BUILDS
 @pytest.mark.slow
 def test_an_engine_has_a_profile_a_size_with_any_text_up_to_its_length(teacher: Any, graph: Path, tmp_path: Path) -> None:
     export = build(teacher, graph, tmp_path / "x", sizes=SIZES)
@@ -59,6 +64,7 @@ def test_an_engine_has_a_profile_a_size_with_any_text_up_to_its_length(teacher: 
         assert "no CUDA device" in export.options["session"]["not_run"]
 
 
+@BUILDS
 @pytest.mark.slow
 def test_one_profile_spans_all_sizes_where_that_is_asked_for_and_weights_stream_and_are_refitted(
     teacher: Any, graph: Path, tmp_path: Path
