@@ -41,6 +41,8 @@ class ExportRequest:
     input and axis. ranges: least and greatest size by axis name. dtype: name of the parameters' dtype.
     profiles: least, usual and greatest shape of every input, for back ends that build for a range of them.
     taps: names of the outputs that the module gives beside its own. model_digest: of the model's configuration and weights.
+    store: where the parameters are mapped from files and must not be read: writes them all to a file, and says by the module's names at which
+    byte each starts and how many it has.
     """
 
     module: torch.nn.Module
@@ -53,6 +55,7 @@ class ExportRequest:
     profiles: Sequence[Profile] = ()
     taps: Sequence[str] = ()
     model_digest: str = ""
+    store: Callable[[Path], Mapping[str, tuple[int, int]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Backend:
     export: writes the artefact; None where there is none to write. artefact: name of the back end that
     writes what this one runs, where that is another. requires: modules, each with the extra of ppclc
     that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults.
-    cannot_run: why this machine cannot run what it writes; empty where it can.
+    from_files: whether `export` heeds `ExportRequest.store`. cannot_run: why this machine cannot run what it writes; empty where it can.
     """
 
     name: str
@@ -96,4 +99,5 @@ class Backend:
     requires: tuple[tuple[str, str], ...] = ()
     dtypes: tuple[str, ...] = ("float32",)
     options: Mapping[str, Any] = field(default_factory=dict)
+    from_files: bool = False
     cannot_run: Callable[[], str] = lambda: ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,10 @@ MOVES = {
     *("Unsqueeze", "Cast", "ConstantOfShape", "Constant"),
 }
 """Operators whose results are their inputs' own numbers, so that they round nothing."""
+SMALL = 1024
+"""Values of a tensor that may be read and kept within the graph."""
+LARGEST_INSIDE = 2**24
+"""Bytes of a constant that may stay in a graph whose weights lie elsewhere."""
 ARITHMETIC = {"Add", "Div", "Mul", "Sub"}
 
 
@@ -113,6 +118,42 @@ def count(model: ir.Model, *types: str) -> int:
 def has_dtype(model: ir.Model, dtype: ir.DataType) -> bool:
     """Whether an input or a weight is of a dtype."""
     return any(value.dtype == dtype for value in [*model.graph.inputs, *model.graph.initializers.values()])
+
+
+def optimize_unread(model: ir.Model) -> None:
+    """What the exporter does to a graph at its end, but for transposing large weights, for which it would read and copy them."""
+    import onnxscript.optimizer
+    import onnxscript.rewriter.onnx_fusions
+
+    def fold(node: ir.Node) -> bool | None:
+        large = any(v is not None and v.const_value is not None and v.const_value.size > SMALL for v in node.inputs)
+        return False if node.op_type == "Transpose" and large else None
+
+    onnxscript.optimizer.optimize_ir(model, should_fold=fold)
+    onnxscript.rewriter.onnx_fusions.fuse(model)
+
+
+def point_to(model: ir.Model, location: str, stored: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    """Take weights from a file beside the model, by their names; what is small, or was made of small ones, stays in it.
+
+    Raises:
+        ValueError: a large tensor that is not in the file, which would have had to be read.
+    """
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.size <= SMALL:
+            continue
+        offset, length = stored.get(name, (0, 0))
+        if length == tensor.nbytes:
+            shape = ir.Shape([int(n) for n in tensor.shape])  # type: ignore[arg-type]
+            value.const_value = ir.ExternalTensor(location, offset, length, tensor.dtype, shape=shape, name=name, base_dir=folder)
+        elif tensor.nbytes > LARGEST_INSIDE:
+            raise ValueError(f"{name} of {tensor.nbytes} bytes is not among the stored weights")
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a model whose large weights lie elsewhere."""
+    ir.save(model, path)
 
 
 def in_float32(model: ir.Model) -> None:

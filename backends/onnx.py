@@ -23,13 +23,16 @@ OPSETS = (20, 21, 22, 23)
 def export(request: ExportRequest) -> Written:
     """Write and check the ONNX model.
 
-    Weights go to one file beside it, `model.onnx.data`, beyond 1.5 GB or where `external_data` is true.
+    Weights go to one file beside it, `model.onnx.data`, beyond 1.5 GB or where `external_data` is true. Where they are to stay out of memory that is
+    a safetensors file, with the model's own names, that the graph points into.
 
     Raises:
         RecipeError: a model of another dtype, or an option that cannot be used.
         VerificationError: the model is not valid, or its inputs are not those of forward.
     """
     _check_request(request)
+    from ppclc.backends import _onnx_graphs
+
     path = request.out / onnxruntime.MODEL
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -37,7 +40,11 @@ def export(request: ExportRequest) -> Written:
         captured = exported_program(request.module, request.inputs, request.dynamic, request.ranges)
         lowered = time.perf_counter()
         program = _program(captured, request)
-        program.save(path, external_data=request.options["external_data"])
+        if request.store is None:
+            program.save(path, external_data=request.options["external_data"])
+        else:
+            _onnx_graphs.point_to(program.model, f"{path.name}.data", request.store(path.with_name(f"{path.name}.data")), path.parent)
+            _onnx_graphs.save(program.model, path)
         written = time.perf_counter()
         _check_file(path, list(request.inputs), output_names(request))
     options = dict(request.options) | {"external_data": path.with_name(f"{path.name}.data").exists()}
@@ -72,10 +79,12 @@ def _program(captured: ExportedProgram, request: ExportRequest) -> ONNXProgram:
         output_names=output_names(request),
         # The axes are dynamic already; given as words, they name the symbols.
         dynamic_shapes={name: dict(request.dynamic.get(name, {})) for name in request.inputs},
-        optimize=True,
+        optimize=request.store is None,
         verbose=False,
     )
     assert program is not None
+    if request.store is not None:
+        _onnx_graphs.optimize_unread(program.model)
     ClearMetadataAndDocStringPass()(program.model)
     if request.dtype != "float32":
         _onnx_graphs.plain_permutations(program.model)
@@ -104,5 +113,6 @@ PLUGIN = Backend(
     export=export,
     requires=(("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnxruntime")),
     dtypes=DTYPES,
+    from_files=True,
     options={"opset": 23, "external_data": None},
 )

@@ -345,5 +345,6 @@ PLUGIN = Backend(
     requires=(("onnx", "onnx"), ("onnxscript", "onnx"), ("tensorrt|tensorrt_rtx", "tensorrt-rtx")),
     dtypes=DTYPES,
     options=OPTIONS,
+    from_files=True,
     cannot_run=cannot_run,
 )

@@ -264,7 +264,8 @@ def export(
     """Lower a model; the entry of `exports`. changes: options of the back end, as `export.opset=20`."""
     quiet_libraries()
     options = export_options(changes)
-    export_pass.check_backend(backend, dtype, options)
+    own = {name: value for name, value in options.items() if name != "compare"}
+    export_pass.check_backend(backend, dtype, own)
     newest = newest_out() if model is None else None
     source = open_source(str(newest / "model") if newest else str(model), revision, variant)
     export_pass.check_float16(source.family, dtype, force)
@@ -273,13 +274,11 @@ def export(
     display = Display(1, verbosity)
     for note in source.notes:
         display.say(note)
-    if record := export_pass.kept_export(folder, source.digest(), backend, dtype, options):
+    if record := export_pass.kept_export(folder, source.digest(), backend, dtype, own):
         display.say(f"{folder} holds this export already; nothing to do")
         return report_pass.export_json(record)
     with display.stage(f"export {source.path} to {backend}") as progress:
-        record = export_pass.export_model(
-            load_source(source, dtype), source.family, backend, dtype, folder, source.digest(), progress, options, force
-        )
+        record = export_pass.export_source(source, backend, dtype, folder, progress, options, force)
     for line in export_pass.told(record):
         display.say(line)
     display.say(f"wrote {folder}")

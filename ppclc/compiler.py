@@ -301,10 +301,8 @@ def export_folders(run: Run) -> list[dict[str, Path]]:
 
 def _export(run: Run, source: Source, target: ExportTarget, folder: Path, role: str, _: Path) -> Export:
     same = target.dtype == run.recipe.model.dtype and role == "teacher"
-    model = run.teacher if same else load_source(source, target.dtype)
-    return export_pass.export_model(
-        model, run.source.family, target.backend, target.dtype, folder, source.digest(), options=target.options, force=target.force
-    )
+    model = run.teacher if same else None
+    return export_pass.export_source(source, target.backend, target.dtype, folder, options=target.options, force=target.force, model=model)
 
 
 def bench(run: Run, progress: Callable[[float, str], None]) -> None:

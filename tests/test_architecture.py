@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("classes",),
     ("sources",),
     ("flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "triage", "weight_files"),
-    ("block_costs", "comfyui", "lora_keys", "lora_parts", "pipelines", "predictions", "roofline", "slicing"),
+    ("block_costs", "comfyui", "lora_keys", "lora_parts", "mapped", "pipelines", "predictions", "roofline", "slicing"),
     ("cache", "datasets", "encoding", "lora", "samples", "teachers", "ffn_maps"),
     ("closed_forms", "local_edits", "trials"),
     ("local_phase", "refits"),

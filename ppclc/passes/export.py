@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,21 @@ import torch
 import ppclc
 from ppclc import plugins
 from ppclc.backends import Backend, ExportRequest, Profile
+from ppclc.classes import DTYPES
 from ppclc.errors import OutputError, PpclcError, RecipeError, VerificationError, first_line
 from ppclc.families import Family, Lowered
 from ppclc.lowering import MAX_ABS, REL_L2, parity, passes, worst
-from ppclc.models import require_library
+from ppclc.mapped import can_be_mapped, mapped_model, store
+from ppclc.models import load_source, require_library
 from ppclc.receipts import RECORD, export_json, is_intact, read_export
-from ppclc.records import Export, Parity, digest_of, file_digest, whole_folder, write_text
+from ppclc.records import Export, Parity, digest_of, disk_errors, file_digest, whole_folder, write_text
+from ppclc.sources import Source
 from ppclc.triage import block_paths, first_divergence, overflow
 
 VERSION = 2
+LARGE = 10**9
+"""Bytes of weights beyond which they are not read into memory."""
+TOO_LARGE = "weights beyond 1 GB: options.compare = true runs it beside eager, which takes the memory of both"
 LOUD = 30
 """How many times louder some channels of text are made than the others."""
 Progress = Callable[[float, str], None]
@@ -79,12 +86,15 @@ def export_model(
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
     force: bool = False,
+    store: Callable[[Path], Mapping[str, tuple[int, int]]] | None = None,
+    compared: bool = True,
 ) -> Export:
     """Write the model, whose dtype is `dtype`, to a folder for a back end and compare it with eager at the family's sizes.
 
     The model is left as it is. The folder appears whole or not at all; an earlier export there is replaced, but one of the
     same model, options and library versions is kept as it is where `kept_export` finds it whole. Where this machine cannot run what was
     written, nothing is compared and the record says why. force: write float16 of a family that overflows in it, and what overflows here.
+    store: as in `ExportRequest`. compared: whether to run what was written beside eager, which takes the memory of both.
 
     Raises:
         RecipeError, UnavailableError: as `check_backend` and `check_float16` do.
@@ -101,7 +111,7 @@ def export_model(
     given, seconds = {**writer.options, **(options or {})}, Seconds()
     lowered = family.lowered(model)
     check_sizes(lowered, given)
-    if dtype == "float16" and not force:
+    if dtype == "float16" and not force and compared:
         check_range(lowered, f"{folder}: {backend_name}")
     with whole_folder(folder) as draft:
         tell(0.0, "lower")
@@ -119,16 +129,18 @@ def export_model(
             given,
             profiles(lowered, given),
             model_digest=model_digest,
+            store=store,
         )
         written = writer.export(request)
         tell(0.8, "compare")
-        compared = Compared(None, {"not_run": reason}) if (reason := runner.cannot_run()) else None
-        if compared is None:
+        reason = runner.cannot_run() or ("" if compared else TOO_LARGE)
+        outcome = Compared(None, {"not_run": reason})
+        if not reason:
             with seconds.of("compare"):
-                compared = compare(runner, draft, lowered, dtype, tell)
-            if compared.parity and not passes(compared.parity, dtype):
-                where = _triage(writer, runner, lowered, (family, model.config), compared.worst, dtype, given)
-                raise VerificationError(f"{folder}: {backend_name}: {_differs(compared.parity, dtype)}{where}; nothing was written")
+                outcome = compare(runner, draft, lowered, dtype, tell)
+            if outcome.parity and not passes(outcome.parity, dtype):
+                where = _triage(writer, runner, lowered, (family, model.config), outcome.worst, dtype, given)
+                raise VerificationError(f"{folder}: {backend_name}: {_differs(outcome.parity, dtype)}{where}; nothing was written")
         files = {p.relative_to(draft).as_posix(): p for p in sorted(draft.rglob("*")) if p.is_file()}
         export = Export(
             digest=export_digest(model_digest, backend_name, dtype, options),
@@ -138,9 +150,9 @@ def export_model(
             bytes=sum(path.stat().st_size for path in files.values()),
             dtype=dtype,
             shapes=[dict(size) for size in (given.get("sizes") or [lowered.usual] if "sizes" in given else lowered.sizes)],
-            parity=compared.parity,
+            parity=outcome.parity,
             inputs=list(example),
-            options=written.options | {"session": compared.session},
+            options=written.options | {"session": outcome.session},
             versions=versions(writer),
             seconds={**written.seconds, **seconds.by_phase},
         )
@@ -176,6 +188,61 @@ def profiles(lowered: Lowered, options: Mapping[str, Any]) -> list[Profile]:
 def _profile(lowered: Lowered, least: Mapping[str, int], usual: Mapping[str, int], greatest: Mapping[str, int]) -> Profile:
     a, b, c = (lowered.inputs(**size) for size in (least, usual, greatest))
     return {name: (tuple(a[name].shape), tuple(b[name].shape), tuple(c[name].shape)) for name in a}
+
+
+def export_source(
+    source: Source,
+    backend_name: str,
+    dtype: str,
+    folder: Path,
+    progress: Progress | None = None,
+    options: Mapping[str, Any] | None = None,
+    force: bool = False,
+    model: Any = None,
+) -> Export:
+    """As `export_model`, of a model where it lies, or of `model` where it is in memory already.
+
+    Beyond `LARGE` bytes a back end that can takes weights from their files: a tensor at most is in memory, and what was written is
+    not compared with eager unless `compare` is among the options.
+    """
+    given = dict(options or {})
+    compared = given.pop("compare", None)
+    if compared not in (None, True, False):
+        raise RecipeError(f"export.options.compare = {compared!r}: wanted true, false or null")
+    writer = check_backend(backend_name, dtype, given)
+    check_float16(source.family, dtype, force)
+    rest = (source.family, backend_name, dtype, folder)
+    size = (
+        sum(place.bytes // place.dtype.itemsize for place in source.places().values()) * DTYPES[dtype].itemsize
+        if can_be_mapped(source)
+        else 0
+    )
+    if size <= LARGE or not writer.from_files:
+        loaded = load_source(source, dtype) if model is None else model
+        return export_model(loaded, *rest, source.digest(), progress, given, force, compared=compared is not False)
+    if kept := kept_export(folder, source.digest(), backend_name, dtype, given):
+        return kept
+    _check_folder(folder)
+    with _scratch(folder) as scratch:
+        mapped, places = mapped_model(source, dtype, scratch / "cast.safetensors")
+
+        def stored(path: Path) -> dict[str, tuple[int, int]]:
+            return {f"model.{name}": where for name, where in store(places, path).items()}
+
+        return export_model(mapped, *rest, source.digest(), progress, given, force, stored, compared is True)
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A folder beside another, gone at the end; what a run that was killed left there goes first."""
+    scratch = folder.with_name(f".{folder.name}.weights")
+    shutil.rmtree(scratch, ignore_errors=True)
+    with disk_errors(scratch):
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def told(export: Export) -> list[str]:
