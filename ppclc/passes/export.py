@@ -198,9 +198,9 @@ def export_source(
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
     force: bool = False,
-    model: Any = None,
+    model: Callable[[], Any] | None = None,
 ) -> Export:
-    """As `export_model`, of a model where it lies, or of `model` where it is in memory already.
+    """As `export_model`, of a model where it lies; `model` gives it where it is in memory already.
 
     Beyond `LARGE` bytes a back end that can takes weights from their files: a tensor at most is in memory, and what was written is
     not compared with eager unless `compare` is among the options.
@@ -218,7 +218,7 @@ def export_source(
         else 0
     )
     if size <= LARGE or not writer.from_files:
-        loaded = load_source(source, dtype) if model is None else model
+        loaded = load_source(source, dtype) if model is None else model()
         return export_model(loaded, *rest, source.digest(), progress, given, force, compared=compared is not False)
     if kept := kept_export(folder, source.digest(), backend_name, dtype, given):
         return kept
