@@ -59,7 +59,8 @@ class Place(NamedTuple):
 def stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name of a safetensors file, from its header. Raises ModelError when the file is not whole."""
     try:
-        with safe_open(file, "pt") as handle:
+        # Not "pt": that maps a file as memory of its own, which the system refuses of one larger than it has.
+        with safe_open(file, "np") as handle:
             return {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ppclc.checkpoints import Made, Piece, Place, places_in, write_file
@@ -42,10 +45,10 @@ def mapped_model(source: Source, dtype: str, scratch: Path) -> tuple[Any, dict[s
     if made := {name: piece for name, piece in pieces.items() if not isinstance(piece, Place)}:
         write_file(scratch, made)
         places |= places_in(scratch)
-    storages: dict[Path, Any] = {
-        f: torch.UntypedStorage.from_file(str(f), False, f.stat().st_size) for f in {p.file for p in places.values()}
-    }
-    model.load_state_dict({name: _view(storages[place.file], place) for name, place in places.items()}, strict=True, assign=True)
+    files_mapped = {file: np.memmap(file, np.uint8, "r") for file in {place.file for place in places.values()}}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nor is it to be
+        model.load_state_dict({name: _view(files_mapped[place.file], place) for name, place in places.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False), places
 
 
@@ -57,9 +60,9 @@ def _as_wanted(files: WeightFiles, name: str) -> Piece:
     return Made(files.dtype, place.shape, lambda: files[name])
 
 
-def _view(storage: Any, place: Place) -> torch.Tensor:
-    strides = torch.empty(place.shape, device="meta").stride()
-    return torch.empty(0, dtype=place.dtype).set_(storage, place.start // place.dtype.itemsize, place.shape, strides)
+def _view(mapped: Any, place: Place) -> torch.Tensor:
+    """A tensor on mapped bytes, which are read-only: to write to it ends the process."""
+    return torch.frombuffer(mapped, dtype=place.dtype, count=math.prod(place.shape), offset=place.start).view(place.shape)
 
 
 def store(places: Mapping[str, Place], path: Path) -> dict[str, tuple[int, int]]:

@@ -40,10 +40,6 @@ def test_a_mapped_model_is_the_model(student: Path, tmp_path: Path, dtype: str) 
     assert places.keys() == wanted.keys()
     assert (tmp_path / "cast.safetensors").exists() == (dtype == "bfloat16")  # stored in float32
     assert {p.file for p in places.values()} == {source.weight_files()[0] if dtype == "float32" else tmp_path / "cast.safetensors"}
-    # Its memory is its own: what is written there reaches no file.
-    before = source.weight_files()[0].read_bytes()
-    model.proj_out.weight.fill_(3)
-    assert source.weight_files()[0].read_bytes() == before
 
 
 def test_weights_that_are_not_finite_are_told(tmp_path: Path) -> None:
