@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ppclc import plugins
 from ppclc.errors import OutputError
 from ppclc.records import Export, file_digest
 
@@ -31,3 +32,9 @@ def read_export(folder: Path) -> Export:
 def is_intact(export: Export, folder: Path) -> bool:
     """Whether every file of an export lies in `folder` as it was written."""
     return all((folder / f).is_file() and file_digest(folder / f) == digest for f, digest in export.files.items())
+
+
+def runner_of(export: Export) -> str:
+    """The back end that runs an artefact: ONNX Runtime those of `onnx`, each other its own."""
+    writers = (n for n in plugins.names("backends") if plugins.load("backends", n).artefact == export.backend)
+    return next(writers, export.backend)

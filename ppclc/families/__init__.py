@@ -279,6 +279,11 @@ def no_grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: in
     return {}
 
 
+def unbatched_ids(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Positions without the batch that some pipelines give them, as diffusers' classes take them: those of the first sample."""
+    return {name: given[name][0] for name in ("img_ids", "txt_ids") if name in given and given[name].ndim == 3}
+
+
 def packed_latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ...]:
     """A row of channels a token."""
     return (height * width, int(config["in_channels"]))
@@ -382,6 +387,8 @@ class Family:
     tokens. grid_inputs: what forward takes besides, by configuration, batch, image grid in tokens and text length. encoders: the
     way from prompts and images to tensors, None where there is none yet. layouts: others that students are published in.
     float16_overflow: where it is told that trained models overflow in float16; empty where none is known to.
+    exported_inputs: by configuration, what the exported module takes in the place of forward's arguments. Raises VerificationError for arguments
+    that it cannot stand for.
     single_file: the one that ComfyUI loads, None where ppclc knows none.
     """
 
@@ -411,6 +418,7 @@ class Family:
     grid_inputs: Callable[[Mapping[str, Any], int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None
     float16_overflow: str = ""
+    exported_inputs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = unbatched_ids
     layouts: tuple[Layout, ...] = ()
     single_file: SingleFile | None = None
 

@@ -6,12 +6,14 @@ Shape suffixes: B batch, S image token, T text token, D width, C channel, P rota
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ppclc.errors import VerificationError
 from ppclc.families import Encoders, Family, Group, Lowered, Modulation, Shapes, SingleFile, _oppo, counted, rotary_axes, typed
 from ppclc.students.qwen_image import JointAttention
 
@@ -234,6 +236,29 @@ def lowered(model: Any) -> Lowered:
     )
 
 
+def exported_inputs(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Positions as tensors for the shapes that a pipeline gives, and by which timestep each image token is modulated.
+
+    Raises:
+        VerificationError: samples of different shapes, or text that is masked: the exported module has one set of positions and no mask.
+    """
+    shapes = given["img_shapes"]
+    shapes = [s if isinstance(s, list) else [s] for s in shapes]
+    if any(list(map(tuple, s)) != list(map(tuple, shapes[0])) for s in shapes):
+        raise VerificationError(f"img_shapes = {shapes}: an exported Qwen-Image takes samples of one shape; run them one by one")
+    mask = given.get("encoder_hidden_states_mask")
+    if mask is not None and not bool(mask.bool().all()):
+        raise VerificationError("encoder_hidden_states_mask leaves out text: an exported Qwen-Image takes no mask; run prompts one by one")
+    hidden, text = given["hidden_states"], given["encoder_hidden_states"]
+    img_ids, txt_ids = position_ids(shapes[0], text.shape[1], bool(config.get("use_layer3d_rope")))
+    found: dict[str, Any] = {"img_ids": img_ids.to(hidden.device), "txt_ids": txt_ids.to(hidden.device)}
+    if config.get("zero_cond_t"):
+        first = math.prod(shapes[0][0])
+        index = (torch.arange(hidden.shape[1], device=hidden.device) >= first).int()
+        found["modulate_index"] = index.expand(hidden.shape[0], -1).contiguous()
+    return found
+
+
 EDITS_AT_ZERO = "__index_timestep_zero__"
 """What ComfyUI knows Qwen-Image-Edit-2511 by, whose references are modulated at timestep 0: an empty tensor of this name."""
 
@@ -290,6 +315,7 @@ PLUGIN = Family(
         pixels_per_token=pixels_per_token,
     ),
     layouts=(_oppo.LAYOUT,),
+    exported_inputs=exported_inputs,
     float16_overflow="NaN on real weights: github.com/Comfy-Org/ComfyUI/issues/10751",
     single_file=SingleFile(
         applies=lambda shapes: {"txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"} <= shapes.keys(),

@@ -22,7 +22,7 @@ from ppclc import plugins
 from ppclc.backends import Backend, Subject, Tensors
 from ppclc.errors import PpclcError, RecipeError
 from ppclc.families import Family, Lowered
-from ppclc.receipts import read_export
+from ppclc.receipts import read_export, runner_of
 from ppclc.records import Benchmark, BenchRow, Export, measured
 from ppclc.roofline import Roofline, Work, measured_roofline, work_of
 from ppclc.timing import Clock, interleaved
@@ -265,12 +265,6 @@ def noise(ms: np.ndarray[Any, Any]) -> str:
 def is_fair(export: Export, dtype: str) -> bool:
     """Whether an artefact is timed beside eager in a dtype: it is in that dtype, and this machine has kernels for it."""
     return export.dtype == dtype and "arithmetic" not in export.options.get("session", {})
-
-
-def runner_of(export: Export) -> str:
-    """The back end that runs an artefact: ONNX Runtime those of `onnx`, each other its own."""
-    writers = (n for n in plugins.names("backends") if plugins.load("backends", n).artefact == export.backend)
-    return next(writers, export.backend)
 
 
 @dataclass(frozen=True)
