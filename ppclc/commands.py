@@ -8,6 +8,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from ppclc import block_costs, compiler, sizes
 from ppclc.bench_files import write_bench
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
-from ppclc.classes import DTYPES, count_parameters, model_outline, random_model
+from ppclc.classes import DTYPES, count_parameters, model_outline, random_model, student_config
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
@@ -31,6 +32,7 @@ from ppclc.passes import report as report_pass
 from ppclc.passes.bench import Benched, bench_models
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
+from ppclc.published import open_outline, published
 from ppclc.receipts import RECORD, read_export
 from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
 from ppclc.records import digest_of, write_text
@@ -129,7 +131,7 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     quiet_libraries()
     path = find_recipe(recipe_name)
     recipe = read_recipe(path, changes)
-    source = open_source(*recipe.model.place)
+    source = open_outline(*recipe.model.place)
     check_teacher(source)
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
@@ -296,7 +298,8 @@ def bench(
 ) -> list[dict[str, Any]]:
     """Measure; the list `bench`. Without targets, the newest student against its own teacher, with its exports.
 
-    A target is a model folder or that of an export. What a block of each teacher costs is measured beside it, and kept for
+    A target is a model folder or that of an export. random_weights: a configuration, a published model's name, or a recipe, whose teacher and student by
+    hand-made edits, or evenly spaced ones, are timed beside each other. What a block of each teacher costs is measured beside it, and kept for
     `ppclc plan` and `target.latency_ms`. out: a folder for the result as JSON, Markdown and a picture.
     """
     quiet_libraries()
@@ -318,18 +321,18 @@ def bench(
         labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
     whole = {label: open_source(path) for label, path in labels.items() if label not in artefacts}
     sources = {label: whole.get(label) or open_configuration(str(Path(labels[label]) / "transformer")) for label in labels}
-    set_threads(next(iter(sources.values()), None) or open_configuration(str(random_weights)))
+    bare = _bare(random_weights, dtype) if random_weights else {}
+    set_threads(next(iter({**sources, **bare}.values())))
     models = {label: load_source(source, dtype) for label, source in whole.items()}
-    if random_weights:
-        sources[random_weights] = whole[random_weights] = open_configuration(random_weights)
+    sources |= bare
     display = Display(2, verbosity)
     for note in [note for source in sources.values() for note in source.notes]:
         display.say(note)
     with display.stage("block costs") as progress:
-        for source in _teachers(whole.values()):
+        for source in _teachers([*whole.values(), *list(bare.values())[:1]]):  # of a recipe's pair the teacher
             _keep_block_costs(source, dtype, settings.runs, progress, display)
-    if random_weights:
-        models[random_weights] = _random_weights(sources[random_weights], dtype)
+    pool: dict[tuple[str, tuple[int, ...]], Any] = {}  # models that are timed beside each other take the memory of one
+    models |= {label: _random_weights(source, dtype, pool) for label, source in bare.items()}
     family = next(iter(sources.values())).family
     if others := [label for label, source in sources.items() if source.family is not family]:
         raise RecipeError(f"bench: {others[0]} is of {sources[others[0]].family.name}, wanted {family.name} as the others are")
@@ -368,19 +371,36 @@ def _keep_block_costs(source: Source, dtype: str, runs: int, progress: Callable[
     display.say(f"kept what a block of {source.path} costs here: {path}")
 
 
-def _random_weights(source: Source, dtype: str) -> Any:
-    """The model of a configuration with random weights. Raises UnavailableError when it does not fit into memory."""
+def _bare(name: str, dtype: str) -> dict[str, Source]:
+    """What is to be timed with random weights: a configuration by its own name, or a recipe's teacher and student.
+
+    Raises:
+        ModelError, RecipeError: there is no such configuration, published model or recipe.
+    """
+    if Path(name).expanduser().exists() and not name.endswith((".yaml", ".yml")):
+        return {name: open_configuration(name)}
+    if name in published():
+        return {name: open_outline(name)}
+    recipe = read_recipe(find_recipe(name))
+    teacher = open_outline(*recipe.model.place)
+    cut = even_plan(teacher, recipe.target, recipe.plan, dtype)
+    student = replace(teacher, path=name, config=student_config(teacher.family, teacher.config, cut), notes=())
+    return {"teacher": teacher, "student": student}
+
+
+def _random_weights(source: Source, dtype: str, pool: dict[tuple[str, tuple[int, ...]], Any]) -> Any:
+    """The model of a configuration with random weights, shared by `pool`. Raises UnavailableError when it does not fit into memory."""
     import psutil
 
-    whole = CompressionPlan.of(source.family.name, source.family.num_blocks(source.config))
-    need = predict(source.family, source.config, whole, dtype).vram_bytes
+    outline = model_outline(source.family, source.config).state_dict()
+    need = sum(t.numel() for n, t in outline.items() if (n, tuple(t.shape)) not in pool) * DTYPES[dtype].itemsize
     free = psutil.virtual_memory().available
     if need > free:
         raise UnavailableError(
-            f"{source.path}: {free / 1e9:.1f} GB of memory are free, wanted {need / 1e9:.1f} GB to run it whole; "
+            f"{source.path}: {free / 1e9:.1f} GB of memory are free, wanted {need / 1e9:.1f} GB more for its weights; "
             "what its blocks cost was measured and kept all the same"
         )
-    return random_model(source.family, source.config, dtype)
+    return random_model(source.family, source.config, dtype, pool)
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

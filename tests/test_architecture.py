@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("batches", "checkpoints", "curves", "detection", "shards", "single_files", "student_tensors"),
     ("classes",),
     ("sources",),
+    ("published",),
     ("flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "triage", "weight_files"),
     ("block_costs", "comfyui", "lora_keys", "lora_parts", "mapped", "pipelines", "predictions", "roofline", "slicing"),
     ("cache", "datasets", "encoding", "lora", "samples", "teachers", "ffn_maps"),

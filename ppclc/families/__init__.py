@@ -387,6 +387,7 @@ class Family:
     tokens. grid_inputs: what forward takes besides, by configuration, batch, image grid in tokens and text length. encoders: the
     way from prompts and images to tensors, None where there is none yet. layouts: others that students are published in.
     float16_overflow: where it is told that trained models overflow in float16; empty where none is known to.
+    published: by hub id what a published model's configuration differs in from the class's defaults. Source: `config.json` of its transformer.
     exported_inputs: by configuration, what the exported module takes in the place of forward's arguments. Raises VerificationError for arguments
     that it cannot stand for.
     single_file: the one that ComfyUI loads, None where ppclc knows none.
@@ -418,6 +419,7 @@ class Family:
     grid_inputs: Callable[[Mapping[str, Any], int, int, int, int], dict[str, Any]] = no_grid_inputs
     encoders: Encoders | None = None
     float16_overflow: str = ""
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     exported_inputs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = unbatched_ids
     layouts: tuple[Layout, ...] = ()
     single_file: SingleFile | None = None

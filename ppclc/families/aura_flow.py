@@ -59,6 +59,7 @@ PLUGIN = Family(
     latents=latents,
     text_tokens=lambda inputs: int(inputs["encoder_hidden_states"].shape[1]) + REGISTERS,
     lowered=lowered,
+    published={"fal/AuraFlow": {}},
     tiny_config={
         "sample_size": 32,
         "in_channels": 4,

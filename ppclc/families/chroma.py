@@ -92,6 +92,7 @@ PLUGIN = Family(
     example_inputs=example_inputs,
     grid_inputs=grid_inputs,
     lowered=lowered,
+    published={"lodestones/Chroma1-HD": {}},
     tiny_config={
         "in_channels": 8,
         "num_layers": 4,

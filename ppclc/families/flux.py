@@ -136,6 +136,7 @@ PLUGIN = Family(
     example_inputs=example_inputs,
     grid_inputs=grid_inputs,
     lowered=lowered,
+    published={"black-forest-labs/FLUX.1-dev": {"guidance_embeds": True}, "black-forest-labs/FLUX.1-schnell": {}},
     tiny_config={
         "in_channels": 8,
         "num_layers": 4,

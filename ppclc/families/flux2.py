@@ -134,6 +134,7 @@ PLUGIN = Family(
     example_inputs=example_inputs,
     grid_inputs=grid_inputs,
     lowered=lowered,
+    published={"black-forest-labs/FLUX.2-dev": {}},
     tiny_config={
         "in_channels": 8,
         "num_layers": 4,

@@ -87,6 +87,7 @@ PLUGIN = Family(
     timestep_scale=1000.0,
     text_mask="encoder_attention_mask",
     lowered=lowered,
+    published={"hunyuanvideo-community/HunyuanImage-2.1-Diffusers": {"text_embed_2_dim": 1472}},
     tiny_config={
         "in_channels": 4,
         "out_channels": 4,

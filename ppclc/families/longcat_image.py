@@ -54,6 +54,7 @@ PLUGIN = Family(
     example_inputs=example_inputs,
     grid_inputs=grid_inputs,
     lowered=lowered,
+    published={"meituan-longcat/LongCat-Image": {"num_layers": 10, "num_single_layers": 20}},
     tiny_config={
         "in_channels": 8,
         "num_layers": 4,

@@ -294,6 +294,7 @@ PLUGIN = Family(
     modulations={"img_mod.1": Modulation("image"), "txt_mod.1": Modulation("text")},
     example_inputs=example_inputs,
     lowered=lowered,
+    published={"Qwen/Qwen-Image": {}, "Qwen/Qwen-Image-Edit-2511": {"zero_cond_t": True}},
     tiny_config={
         "patch_size": 2,
         "in_channels": 12,

@@ -83,6 +83,8 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs, axes, sides=True, largest=int(model.config.pos_embed_max_size))
 
 
+MEDIUM: Mapping[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
+
 PLUGIN = Family(
     name="sd3",
     class_name="SD3Transformer2DModel",
@@ -110,6 +112,22 @@ PLUGIN = Family(
     latents=latents,
     timestep_scale=1000.0,
     lowered=lowered,
+    published={
+        "stabilityai/stable-diffusion-3-medium-diffusers": MEDIUM,
+        "stabilityai/stable-diffusion-3.5-medium": {
+            **MEDIUM,
+            "pos_embed_max_size": 384,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": list(range(13)),
+        },
+        "stabilityai/stable-diffusion-3.5-large": {
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    },
     tiny_config={
         "sample_size": 32,
         "in_channels": 4,

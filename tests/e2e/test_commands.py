@@ -177,10 +177,27 @@ def test_bench_of_random_weights_needs_a_configuration_alone(as_file: bool, ppcl
 
 
 def test_random_weights_beyond_memory_are_refused(ppclc: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppclc.commands.predict", lambda *_: SimpleNamespace(vram_bytes=10**15))
+    monkeypatch.setattr("ppclc.commands._keep_block_costs", lambda *_: None)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10, total=10**10))
     code, _, err = ppclc("bench", "--random-weights", str(teacher_folder), "--runs", "2")
     assert code == 3
-    assert "wanted 1000000.0 GB" in err
+    assert "0.0 GB of memory are free, wanted 0.0 GB more for its weights; what its blocks cost was measured" in err
+
+
+def test_a_recipe_s_cut_is_priced_without_weights(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text((teacher_folder / "transformer" / "config.json").read_text())
+    (tmp_path / "cut.yaml").write_text(
+        "model: {path: bare}\nplan: {intervals: [[0, 2]], text_stream: none, ffn: none, modulation_rank: 4}\n"
+    )
+    code, out, _ = ppclc("bench", "--random-weights", "cut.yaml", "--runs", "3", "--set", "bench.steps=1", "--json", "-o", "res")
+    rows = json.loads(out)
+    assert code == 0
+    assert [row["target"] for row in rows] == ["teacher", "student"]
+    assert rows[1]["parameters"] < 0.7 * rows[0]["parameters"]
+    assert rows[1]["flops"] < rows[0]["flops"]
+    assert rows[1]["speedup"] > 1
+    assert (tmp_path / "res" / "bench.png").is_file()
 
 
 def test_a_dtype_that_is_none_is_refused(ppclc: Any, teacher_folder: Path) -> None:
