@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install lint test test-fast test-backends teacher clean
+.PHONY: help demo install lint test test-fast test-long teacher clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -40,8 +40,8 @@ test: lint ## the whole proof: lint, types, every test
 test-fast: install ## only the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-test-backends: install ## every back end over every family and edit (half an hour)
-	PPCLC_LONG=1 $(BIN)/python -m pytest tests/contracts/test_backends.py -n 2 --dist worksteal
+test-long: install ## what the tests leave out: every back end over every family and edit, more kills (half an hour)
+	PPCLC_LONG=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
 
 teacher: install ## train the embedded teacher and its judge again (hours)
 	$(BIN)/python -m ppclc.scenes.train --steps 11000 --stop-after 6000 --out build/teacher

@@ -42,7 +42,7 @@ class ExportRequest:
     profiles: least, usual and greatest shape of every input, for back ends that build for a range of them.
     taps: names of the outputs that the module gives beside its own. model_digest: of the model's configuration and weights.
     store: where the parameters are mapped from files and must not be read: writes them all to a file, and says by the module's names at which
-    byte each starts and how many it has.
+    byte each starts and how many it has. label: the export's own dtype, where that is not the parameters': `float8`.
     """
 
     module: torch.nn.Module
@@ -56,6 +56,7 @@ class ExportRequest:
     taps: Sequence[str] = ()
     model_digest: str = ""
     store: Callable[[Path], Mapping[str, tuple[int, int]]] | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ class Backend:
     export: writes the artefact; None where there is none to write. artefact: name of the back end that
     writes what this one runs, where that is another. requires: modules, each with the extra of ppclc
     that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults.
-    from_files: whether `export` heeds `ExportRequest.store`. cannot_run: why this machine cannot run what it writes; empty where it can.
+    lacks: what this machine lacks to export beside libraries, with how to get it; empty where nothing. from_files: whether
+    `export` heeds `ExportRequest.store`. cannot_run: why this machine cannot run what it writes; empty where it can.
     """
 
     name: str
@@ -99,5 +101,6 @@ class Backend:
     requires: tuple[tuple[str, str], ...] = ()
     dtypes: tuple[str, ...] = ("float32",)
     options: Mapping[str, Any] = field(default_factory=dict)
+    lacks: Callable[[], str] = lambda: ""
     from_files: bool = False
     cannot_run: Callable[[], str] = lambda: ""

@@ -47,15 +47,12 @@ def export(request: ExportRequest) -> Written:
 
     Raises:
         RecipeError: a model of another dtype, or an option that cannot be used.
-        UnavailableError: there is no C++ compiler.
         VerificationError: it does not compile.
     """
     if request.dtype != dtype_name(request.module):
         raise RecipeError(f"export.dtype = {request.dtype!r}, of a model in {dtype_name(request.module)}: wanted the same for both")
     if request.options["max_autotune"] not in (True, False):
         raise RecipeError(f"export.options.max_autotune = {request.options['max_autotune']!r}: wanted true or false")
-    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
-        raise UnavailableError("aotinductor needs a C++ compiler: install g++, or name one in CXX")
     path = request.out / PACKAGE
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
@@ -71,6 +68,14 @@ def export(request: ExportRequest) -> Written:
     receipt = {"torch": str(torch.__version__), "machine": platform.machine(), "gpu": gpu()}
     (request.out / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", "utf-8")
     return Written(dict(request.options), {"lower": lowered - start, "compile": time.perf_counter() - lowered})
+
+
+def lacks() -> str:
+    """The C++ compiler that is not there; empty where one is."""
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    return (
+        "" if any(map(shutil.which, compilers)) else "it compiles with a C++ compiler, and there is none: install g++, or name one in CXX"
+    )
 
 
 def load(folder: Path, subject: Subject) -> PackageSession:
@@ -93,4 +98,4 @@ def _told(machine: dict[str, Any]) -> str:
     return f"PyTorch {machine['torch']} on {machine['gpu'] or machine['machine']}"
 
 
-PLUGIN = Backend(name="aotinductor", load=load, export=export, dtypes=DTYPES, options={"max_autotune": False})
+PLUGIN = Backend(name="aotinductor", load=load, export=export, dtypes=DTYPES, options={"max_autotune": False}, lacks=lacks)

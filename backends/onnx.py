@@ -112,7 +112,7 @@ PLUGIN = Backend(
     load=onnxruntime.load,
     export=export,
     requires=(("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnxruntime")),
-    dtypes=DTYPES,
+    dtypes=(*DTYPES, "float8"),
     from_files=True,
     options={"opset": 23, "external_data": None},
 )

@@ -80,4 +80,4 @@ def _in_float32(path: Path) -> bytes | None:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-PLUGIN = Backend(name="onnxruntime", load=load, artefact="onnx", dtypes=DTYPES, requires=(("onnxruntime", "onnxruntime"),))
+PLUGIN = Backend(name="onnxruntime", load=load, artefact="onnx", dtypes=(*DTYPES, "float8"), requires=(("onnxruntime", "onnxruntime"),))

@@ -169,8 +169,9 @@ def check_graph(folder: Path, request: ExportRequest) -> None:
         found = (receipt["model_digest"], receipt["dtype"], (folder / onnxruntime.MODEL).is_file())
     except (OSError, ValueError, KeyError, TypeError):
         raise RecipeError(f"export.options.graph = {str(folder)!r}: holds no ONNX export") from None
-    if found != (request.model_digest, request.dtype, True):
-        raise RecipeError(f"export.options.graph = {str(folder)!r}: is of another model or dtype, wanted {request.dtype} of this one")
+    dtype = request.label or request.dtype
+    if found != (request.model_digest, dtype, True):
+        raise RecipeError(f"export.options.graph = {str(folder)!r}: is of another model or dtype, wanted {dtype} of this one")
 
 
 def _attentions(path: Path) -> int:
@@ -343,7 +344,7 @@ PLUGIN = Backend(
     load=load,
     export=export,
     requires=(("onnx", "onnx"), ("onnxscript", "onnx"), ("tensorrt|tensorrt_rtx", "tensorrt-rtx")),
-    dtypes=DTYPES,
+    dtypes=(*DTYPES, "float8"),
     options=OPTIONS,
     from_files=True,
     cannot_run=cannot_run,

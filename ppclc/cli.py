@@ -132,7 +132,7 @@ def export(
     model: Annotated[str | None, typer.Argument(help="A model folder; the newest student without it.")] = None,
     backend: Annotated[str, typer.Option("--backend", help="Back end to lower to.")] = "onnx",
     out: Out = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or float8 for large products in it.")] = "float32",
     force: Annotated[bool, typer.Option("--force", help="float16 even where a family is known to overflow in it.")] = False,
     changes: Changes = None,
     revision: Revision = None,

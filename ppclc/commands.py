@@ -26,6 +26,7 @@ from ppclc.environment import accelerator, machine, versions
 from ppclc.errors import OutputError, RecipeError, UnavailableError
 from ppclc.families import Lowered
 from ppclc.lora import remap
+from ppclc.lowering import gpu
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
@@ -455,27 +456,52 @@ def print_remapped(document: dict[str, Any]) -> None:
     print(f"wrote {document['out']}")
 
 
+EXTRAS = {
+    "report": ("jinja2", "matplotlib"),
+    "train": ("tensorboard",),
+    "adamw8bit": ("bitsandbytes",),
+    "onnx": ("onnx", "onnxscript"),
+    "onnxruntime": ("onnxruntime",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt_rtx",),
+}
+"""Extras of ppclc with the modules that they bring."""
+
+
 def doctor() -> dict[str, Any]:
-    """Versions, cores, devices, and for every back end whether it can run here or how to make it."""
+    """Versions, cores, memory, devices, and for every back end and extra whether it is ready here, or the command that makes it so."""
+    import psutil
     import torch
 
     from ppclc import plugins
 
-    backends = {}
-    for name in plugins.names("backends"):
-        backend = plugins.load("backends", name)
-        missing = [extra for modules, extra in backend.requires if not any(importlib.util.find_spec(m) for m in modules.split("|"))]
-        ready = f"exports; {reason}" if (reason := backend.cannot_run()) else "ready"
-        backends[name] = ready if not missing else f"pip install 'ppclc[{missing[0]}]'"
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: everything runs on the CPU"
-    return {
+    found = {extra: [m for m in modules if importlib.util.find_spec(m) is None] for extra, modules in EXTRAS.items()}
+    document = {
         "versions": versions(),
         "python": sys.executable,
         "machine": f"{platform.machine()}, {set_threads()} threads",
-        "gpu": gpu,
+        "gpu": gpu() or "none: everything runs on the CPU",
+        "memory_bytes": psutil.virtual_memory().total,
+        "memory_free_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": shutil.disk_usage(".").free,
-        "backends": backends,
+        "backends": {name: _state(plugins.load("backends", name)) for name in plugins.names("backends")},
+        "extras": {extra: f"pip install 'ppclc[{extra}]'" if missing else "ready" for extra, missing in found.items()},
     }
+    if accelerated := accelerator():
+        document |= {"clocks": accelerated.get("clocks_and_temperature", "not told"), "cuda": torch.version.cuda}
+    return document
+
+
+def _state(backend: Any) -> str:
+    """Whether a back end is ready, with its libraries' versions, or what would make it so."""
+    missing = [extra for modules, extra in backend.requires if not any(importlib.util.find_spec(m) for m in modules.split("|"))]
+    if missing:
+        return f"pip install 'ppclc[{missing[0]}]'"
+    told = ", ".join(
+        f"{name} {version}" for name, version in export_pass.versions(backend).items() if name not in ("ppclc", "torch", "diffusers")
+    )
+    state = backend.lacks() or (f"exports, and does not run: {reason}" if (reason := backend.cannot_run()) else "ready")
+    return f"{state} ({told})" if told else state
 
 
 def print_document(document: dict[str, Any], indent: int = 0) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ppclc.bank import joined, needed
 from ppclc.cards import Card, write_card
@@ -19,6 +21,7 @@ from ppclc.distilling import bank_of, distill
 from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError
+from ppclc.families import Lowered
 from ppclc.interrupts import raise_if_stopped
 from ppclc.judges import open_judges
 from ppclc.models import load_model, load_source, quiet_libraries, set_threads
@@ -38,6 +41,8 @@ from ppclc.run import Run, check_mark, made, prepare
 from ppclc.search import Lessons
 from ppclc.sources import Source, check_teacher, open_source
 
+SCALE_BATCHES, SCALE_BATCH = 8, 8
+"""Of the run's samples, on which float8 finds its scales."""
 PASSES = ("calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report")
 
 
@@ -301,8 +306,31 @@ def export_folders(run: Run) -> list[dict[str, Path]]:
 
 def _export(run: Run, source: Source, target: ExportTarget, folder: Path, role: str, _: Path) -> Export:
     same = target.dtype == run.recipe.model.dtype and role == "teacher"
-    model = run.teacher if same else None
-    return export_pass.export_source(source, target.backend, target.dtype, folder, options=target.options, force=target.force, model=model)
+    model = (lambda: run.teacher) if same else None
+    return export_pass.export_source(
+        source,
+        target.backend,
+        target.dtype,
+        folder,
+        options=target.options,
+        force=target.force,
+        model=model,
+        calibration=partial(calibration_batches, run),
+    )
+
+
+def calibration_batches(run: Run, lowered: Lowered) -> Iterator[dict[str, Any]]:
+    """Batches of the run's own samples as inputs of a lowered module; masked text counts with the rest, since the module has no mask for it."""
+    family, samples = run.source.family, run.samples("train")
+    generator = torch.Generator().manual_seed(run.recipe.calibrate.seed)
+    wanted = lowered.inputs(**lowered.sizes[0])
+    for _ in range(SCALE_BATCHES):
+        x, timestep, known = samples.draw(SCALE_BATCH, generator)
+        given = {"hidden_states": x, "timestep": timestep * family.timestep_scale, **known}
+        if family.text_mask not in wanted:
+            given.pop(family.text_mask, None)
+        given |= family.exported_inputs(run.source.config, given)
+        yield {name: given[name].to(wanted[name].dtype) for name in wanted}
 
 
 def bench(run: Run, progress: Callable[[float, str], None]) -> None:

@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("classes",),
     ("sources",),
     ("published",),
-    ("flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "triage", "weight_files"),
+    ("float8", "flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "triage", "weight_files"),
     ("block_costs", "comfyui", "lora_keys", "lora_parts", "mapped", "pipelines", "predictions", "roofline", "slicing"),
     ("cache", "datasets", "encoding", "lora", "samples", "teachers", "ffn_maps"),
     ("closed_forms", "local_edits", "trials"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -20,8 +20,9 @@ import ppclc
 from ppclc import plugins
 from ppclc.backends import Backend, ExportRequest, Profile
 from ppclc.classes import DTYPES
-from ppclc.errors import OutputError, PpclcError, RecipeError, VerificationError, first_line
+from ppclc.errors import OutputError, PpclcError, RecipeError, UnavailableError, VerificationError, first_line
 from ppclc.families import Family, Lowered
+from ppclc.float8 import ARITHMETIC, in_float8
 from ppclc.lowering import MAX_ABS, REL_L2, parity, passes, worst
 from ppclc.mapped import can_be_mapped, mapped_model, store
 from ppclc.models import load_source, require_library
@@ -36,7 +37,10 @@ LARGE = 10**9
 TOO_LARGE = "weights beyond 1 GB: options.compare = true runs it beside eager, which takes the memory of both"
 LOUD = 30
 """How many times louder some channels of text are made than the others."""
+FLOAT8 = "float8"
 Progress = Callable[[float, str], None]
+Calibration = Callable[[Lowered], Iterable[Mapping[str, Any]]]
+"""Batches of a lowered module's inputs, in its dtype."""
 
 
 def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = None) -> Backend:
@@ -58,6 +62,8 @@ def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
             raise RecipeError(f"export.{option}: {name} has no such option; it has {', '.join(writer.options) or 'none'}")
     for modules, extra in {**dict(writer.requires), **dict(plugins.load("backends", name).requires)}.items():
         require_library(modules, extra)
+    if reason := writer.lacks():
+        raise UnavailableError(f"export.backend = {name!r}: {reason}")
     return writer
 
 
@@ -88,13 +94,15 @@ def export_model(
     force: bool = False,
     store: Callable[[Path], Mapping[str, tuple[int, int]]] | None = None,
     compared: bool = True,
+    calibration: Calibration | None = None,
 ) -> Export:
-    """Write the model, whose dtype is `dtype`, to a folder for a back end and compare it with eager at the family's sizes.
+    """Write the model, whose dtype is `dtype` (bfloat16 for float8), to a folder for a back end and compare it with eager at the family's sizes.
 
     The model is left as it is. The folder appears whole or not at all; an earlier export there is replaced, but one of the
     same model, options and library versions is kept as it is where `kept_export` finds it whole. Where this machine cannot run what was
     written, nothing is compared and the record says why. force: write float16 of a family that overflows in it, and what overflows here.
-    store: as in `ExportRequest`. compared: whether to run what was written beside eager, which takes the memory of both.
+    store: as in `ExportRequest`. compared: whether to run what was written beside eager, which takes the memory of both. calibration: what float8 finds
+    its scales on; without it the inputs that artefacts are compared on.
 
     Raises:
         RecipeError, UnavailableError: as `check_backend` and `check_float16` do.
@@ -111,6 +119,12 @@ def export_model(
     given, seconds = {**writer.options, **(options or {})}, Seconds()
     lowered = family.lowered(model)
     check_sizes(lowered, given)
+    arithmetic, more = dtype, {}
+    if dtype == FLOAT8:
+        arithmetic = ARITHMETIC
+        plain, batches = lowered.reference, calibration or (lambda lowered: _cases(lowered, ARITHMETIC))
+        lowered, told = in_float8(lowered, family, model.config, batches(lowered))
+        more = {"float8": told | {"rel_l2_to_bfloat16": _loss(plain, lowered)}}
     if dtype == "float16" and not force and compared:
         check_range(lowered, f"{folder}: {backend_name}")
     with whole_folder(folder) as draft:
@@ -124,12 +138,13 @@ def export_model(
             example,
             lowered.dynamic,
             lowered.ranges,
-            dtype,
+            arithmetic,
             draft,
             given,
             profiles(lowered, given),
             model_digest=model_digest,
             store=store,
+            label=dtype,
         )
         written = writer.export(request)
         tell(0.8, "compare")
@@ -137,10 +152,10 @@ def export_model(
         outcome = Compared(None, {"not_run": reason})
         if not reason:
             with seconds.of("compare"):
-                outcome = compare(runner, draft, lowered, dtype, tell)
-            if outcome.parity and not passes(outcome.parity, dtype):
-                where = _triage(writer, runner, lowered, (family, model.config), outcome.worst, dtype, given)
-                raise VerificationError(f"{folder}: {backend_name}: {_differs(outcome.parity, dtype)}{where}; nothing was written")
+                outcome = compare(runner, draft, lowered, arithmetic, tell)
+            if outcome.parity and not passes(outcome.parity, arithmetic):
+                where = _triage(writer, runner, lowered, (family, model.config), outcome.worst, arithmetic, given)
+                raise VerificationError(f"{folder}: {backend_name}: {_differs(outcome.parity, arithmetic)}{where}; nothing was written")
         files = {p.relative_to(draft).as_posix(): p for p in sorted(draft.rglob("*")) if p.is_file()}
         export = Export(
             digest=export_digest(model_digest, backend_name, dtype, options),
@@ -152,7 +167,7 @@ def export_model(
             shapes=[dict(size) for size in (given.get("sizes") or [lowered.usual] if "sizes" in given else lowered.sizes)],
             parity=outcome.parity,
             inputs=list(example),
-            options=written.options | {"session": outcome.session},
+            options=written.options | more | {"session": outcome.session},
             versions=versions(writer),
             seconds={**written.seconds, **seconds.by_phase},
         )
@@ -199,6 +214,7 @@ def export_source(
     options: Mapping[str, Any] | None = None,
     force: bool = False,
     model: Callable[[], Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> Export:
     """As `export_model`, of a model where it lies; `model` gives it where it is in memory already.
 
@@ -212,14 +228,15 @@ def export_source(
     writer = check_backend(backend_name, dtype, given)
     check_float16(source.family, dtype, force)
     rest = (source.family, backend_name, dtype, folder)
+    kept_in = ARITHMETIC if dtype == FLOAT8 else dtype  # what the weights are loaded in
     size = (
-        sum(place.bytes // place.dtype.itemsize for place in source.places().values()) * DTYPES[dtype].itemsize
+        sum(place.bytes // place.dtype.itemsize for place in source.places().values()) * DTYPES[kept_in].itemsize
         if can_be_mapped(source)
         else 0
     )
-    if size <= LARGE or not writer.from_files:
-        loaded = load_source(source, dtype) if model is None else model()
-        return export_model(loaded, *rest, source.digest(), progress, given, force, compared=compared is not False)
+    if size <= LARGE or not writer.from_files or dtype == FLOAT8:
+        loaded = load_source(source, kept_in) if model is None else model()
+        return export_model(loaded, *rest, source.digest(), progress, given, force, None, compared is not False, calibration)
     if kept := kept_export(folder, source.digest(), backend_name, dtype, given):
         return kept
     _check_folder(folder)
@@ -252,6 +269,13 @@ def told(export: Export) -> list[str]:
     arithmetic = export.options["session"].get("arithmetic")
     shown = f"largest difference from eager {export.parity.max_abs:.1e}, relative L2 {export.parity.rel_l2:.1e}"
     return [f"{shown}, at {len(export.shapes)} sizes{f' (run in {arithmetic})' if arithmetic else ''}"]
+
+
+def _loss(plain: Callable[[dict[str, Any]], Any], quantized: Lowered) -> float:
+    """The largest relative distance of a quantized model from the one that it was, on usual inputs."""
+    with torch.no_grad():
+        given = [quantized.inputs(**size) for size in quantized.sizes]
+        return max(parity(plain(inputs), quantized.reference(inputs)).rel_l2 for inputs in given)
 
 
 def check_float16(family: Family, dtype: str, force: bool) -> None:

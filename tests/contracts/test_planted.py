@@ -190,6 +190,7 @@ def test_planted_redundancy_is_found(family: Family, case: tuple[int, str, int])
     check(family, *case)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f.name == "qwen_image"], ids=lambda f: f.name)
 @settings(max_examples=MANY)

@@ -28,7 +28,7 @@ plan: {text_stream: [10, 11], ffn: none, modulation_rank: 8}
 distill: {steps: 4, finetune_steps: 12, batch: 8, checkpoint_every: 2}
 verify: {scenes: 16, seeds: [0, 1], guidance: [1], steps: 4, gates: {velocity_error: {drop_percent: 100}}}
 export: [{backend: onnx}]
-bench: {runs: 5}
+bench: {runs: 5, steps: 2}
 """
 COMMAND = [sys.executable, "-m", "ppclc"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -212,6 +214,21 @@ def test_doctor_names_every_back_end(ppclc: Any) -> None:
     assert code == 0
     assert set(document["backends"]) == {"aotinductor", "compile", "eager", "onnx", "onnxruntime", "tensorrt"}
     assert document["versions"]["torch"]
+    assert document["backends"]["eager"] == "ready"
+    assert document["backends"]["onnx"].startswith(f"ready (onnx {version('onnx')}, onnxscript {version('onnxscript')}")
+    assert document["extras"]["report"] == "ready"
+
+
+def test_doctor_tells_what_mends_what_is_missing(ppclc: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    gone = ("onnxruntime", "matplotlib", "tensorrt", "tensorrt_rtx")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in gone else find(name, *more))
+    monkeypatch.setattr("shutil.which", lambda *_: None)
+    document = json.loads(ppclc("doctor", "--json")[1])
+    assert document["backends"]["onnxruntime"] == "pip install 'ppclc[onnxruntime]'"
+    assert document["backends"]["tensorrt"] == "pip install 'ppclc[tensorrt-rtx]'"
+    assert "install g++, or name one in CXX" in document["backends"]["aotinductor"]
+    assert document["extras"]["report"] == "pip install 'ppclc[report]'"
 
 
 BAD_RECIPES = {

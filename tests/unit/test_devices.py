@@ -323,6 +323,7 @@ def test_a_stop_on_one_rank_stops_all_and_resumes_to_the_same_bits(
     assert all(torch.equal(v, whole[k]) for k, v in tensors(tmp_path / "parts").items())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_error_on_one_rank_ends_all(recipe: str, tmp_path: Path) -> None:
     """Before the others have begun, and, in the middle of training, without a word."""

@@ -112,6 +112,7 @@ def test_the_outputs_are_those_of_their_forward(published: Any, family: Family) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_can_be_exported(published: Any, family: Family, tmp_path: Path) -> None:
     folder, _, _ = published
     export = export_model(load_model(folder), family, "onnx", "float32", tmp_path / "onnx", "digest")
