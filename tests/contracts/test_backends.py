@@ -139,6 +139,7 @@ def test_float16_runs_elsewhere_as_here(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize(("family", "role"), first())
 def test_compiled_blocks_give_what_eager_gives(family: str, role: str) -> None:
     lowered = plugins.load("families", family).lowered(in_dtype(family, role, "float32"))
