@@ -273,7 +273,8 @@ def export(
     source = open_source(str(newest / "model") if newest else str(model), revision, variant)
     export_pass.check_float16(source.family, dtype, force)
     set_threads(source)
-    folder = out or (newest / "export" / backend if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name / backend)
+    home = newest / "export" if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name
+    folder = out or _free_folder(home / backend, dtype)
     display = Display(1, verbosity)
     for note in source.notes:
         display.say(note)
@@ -286,6 +287,12 @@ def export(
         display.say(line)
     display.say(f"wrote {folder}")
     return report_pass.export_json(record)
+
+
+def _free_folder(folder: Path, dtype: str) -> Path:
+    """A back end's folder, or one with the dtype behind its name where an export in another dtype lies there."""
+    other = (folder / RECORD).is_file() and read_export(folder).dtype != dtype
+    return folder.with_name(f"{folder.name}-{dtype}") if other else folder
 
 
 def bench(

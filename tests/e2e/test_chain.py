@@ -97,6 +97,8 @@ def test_export_and_bench_work_bare(finished: Path) -> None:
     assert "holds this export already" in done.stderr
     assert exported == json.loads((finished / "out/small/report.json").read_text())["exports"][0]
     assert (finished / "out/small/export/onnx/transformer/model.onnx").is_file()
+    ppclc("export", "--dtype", "float16", cwd=finished, code=2)  # of Qwen-Image, known to overflow
+    assert not (finished / "out/small/export/onnx-float16").exists()
     rows = json.loads(ppclc("bench", "--json", "--runs", "5", cwd=finished).stdout)
     assert {r["target"] for r in rows} == {"teacher", "student"}
     assert all(r["p50_ms"] <= r["p90_ms"] <= r["p99_ms"] for r in rows)

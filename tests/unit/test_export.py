@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import lowering, plugins
+from ppclc import commands, lowering, plugins
 from ppclc.backends import Backend, ExportRequest, Written
 from ppclc.classes import model_class
 from ppclc.errors import OutputError, RecipeError, UnavailableError, VerificationError
@@ -274,6 +274,14 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path, monkeypatch: p
     with pytest.raises(OutputError, match=r"no export\.json"):
         export_echo(tmp_path)
     assert (tmp_path / "photo.png").read_bytes() == b"x"
+
+
+def test_another_dtype_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_backend(monkeypatch, an_echo())
+    export_echo(tmp_path / "echo")
+    assert commands._free_folder(tmp_path / "echo", "float32") == tmp_path / "echo"
+    assert commands._free_folder(tmp_path / "echo", "bfloat16") == tmp_path / "echo-bfloat16"
+    assert commands._free_folder(tmp_path / "none", "bfloat16") == tmp_path / "none"
 
 
 def test_progress_ends_at_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
