@@ -72,12 +72,13 @@ class Compiling:
 
     def _read(self) -> None:
         assert self.process.stderr
-        for line in self.process.stderr:
-            self.words.append(line)
-            if found := re.match(r"\[\d/\d\] (\w+): ([\d.]+) s$", line):
-                if not self.ended:
-                    self.ended[START] = time.monotonic() - self.began - float(found[2])
-                self.ended[found[1]] = time.monotonic() - self.began
+        with self.process.stderr as lines:
+            for line in lines:
+                self.words.append(line)
+                if found := re.match(r"\[\d/\d\] (\w+): ([\d.]+) s$", line):
+                    if not self.ended:
+                        self.ended[START] = time.monotonic() - self.began - float(found[2])
+                    self.ended[found[1]] = time.monotonic() - self.began
 
     def wait(self) -> int:
         """Exit code, once all that was said is read."""
