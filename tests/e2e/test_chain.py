@@ -97,9 +97,7 @@ def test_export_and_bench_work_bare(finished: Path) -> None:
     assert "holds this export already" in done.stderr
     assert exported == json.loads((finished / "out/small/report.json").read_text())["exports"][0]
     assert (finished / "out/small/export/onnx/transformer/model.onnx").is_file()
-    ppclc("export", "--dtype", "float16", cwd=finished, code=2)  # of Qwen-Image, known to overflow
-    assert not (finished / "out/small/export/onnx-float16").exists()
-    rows = json.loads(ppclc("bench", "--json", "--runs", "5", cwd=finished).stdout)
+    rows = json.loads(ppclc("bench", "--json", "--runs", "5", "--set", "bench.steps=1", cwd=finished).stdout)
     assert {r["target"] for r in rows} == {"teacher", "student"}
     assert all(r["p50_ms"] <= r["p90_ms"] <= r["p99_ms"] for r in rows)
 
@@ -111,7 +109,18 @@ def test_another_size_is_cut_and_measured(finished: Path) -> None:
     student = load_model(out / "sizes" / "p0.80")
     assert sum(p.numel() for p in student.parameters()) == document["student"]["parameters"] <= 0.8 * document["teacher"]["parameters"]
     rows = json.loads(
-        ppclc("bench", "out/small/sizes/p0.80", "--against", "builtin:two-digits", "--json", "--runs", "3", cwd=finished).stdout
+        ppclc(
+            "bench",
+            "out/small/sizes/p0.80",
+            "--against",
+            "builtin:two-digits",
+            "--json",
+            "--runs",
+            "3",
+            "--set",
+            "bench.steps=1",
+            cwd=finished,
+        ).stdout
     )
     assert [r["target"] for r in rows] == ["teacher", "out/small/sizes/p0.80"]
     before = json.loads((out / "report.json").read_text()).keys()

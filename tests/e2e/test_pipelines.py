@@ -82,7 +82,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         "distill": {"steps": 3, "width_steps": 3, "finetune_steps": 6, "batch": 8, "data_weight": 0.5},
         "verify": {"samples": 24, "images": 3, "steps": 2, "gates": {"ssim": {"drop_percent": 100}}},
         "export": [{"backend": "onnx", "dtype": "float32"}],
-        "bench": {"runs": 3},
+        "bench": {"runs": 3, "steps": 1},
     }
 
 

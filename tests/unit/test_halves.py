@@ -166,7 +166,7 @@ def damaged(part: str) -> Backend:
 @pytest.mark.slow
 def test_triage_names_the_block_and_its_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a student, whose numbers are its own."""
-    subject = subject_of("qwen_image", num_layers=3, num_attention_heads=1)
+    subject = subject_of("qwen_image", num_layers=3)
     student = apply_plan(subject.model, CompressionPlan.of("qwen_image", 3, [(0, 1)]))
     use_backend(monkeypatch, damaged("transformer_blocks.1.img_mlp.net.2"))
     with pytest.raises(VerificationError) as raised:

@@ -292,6 +292,7 @@ def test_a_students_tensors_are_read_one_by_one(make: Callable[..., Any], family
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_blocks(family: Family, tmp_path: Path) -> None:
     """In processes of their own: the local phase at two depths and of more intervals, and the bits of a resident teacher."""
