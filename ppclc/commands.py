@@ -235,7 +235,8 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
         interval = f", 95 % interval {row['ci95'][0]:.2f} to {row['ci95'][1]:.2f}" if row["ci95"] else ""
         lines.append(f"{name}  {row['teacher']:.4g} -> {row['student']:.4g} (drop {row['drop_percent']:.2f} %{interval}; n = {row['n']})")
     for row in report["exports"]:
-        parity = f", largest difference from eager {row['parity']['max_abs']:.1e}" if row["parity"] else ""
+        measure = ("largest difference", "max_abs") if row["dtype"] == "float32" else ("relative L2 difference", "rel_l2")
+        parity = f", {measure[0]} from eager {row['parity'][measure[1]]:.1e}" if row["parity"] else ", not run here"
         lines.append(f"{row['backend']} {row['dtype']}  {row['bytes'] / 1e6:.1f} MB{parity}")
     lines += [
         f"{row['backend']}  p50 {row['p50_ms']:.2f} ms, {row['speedup']:.2f} times the teacher's speed"
