@@ -41,7 +41,7 @@ test-fast: install ## only the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 test-long: install ## what the tests leave out: every back end over every family and edit, more kills (half an hour)
-	PPCLC_LONG=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal
+	PPCLC_LONG=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal $(LONG_ARGS)
 
 teacher: install ## train the embedded teacher and its judge again (hours)
 	$(BIN)/python -m ppclc.scenes.train --steps 11000 --stop-after 6000 --out build/teacher

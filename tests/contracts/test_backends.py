@@ -1,7 +1,7 @@
 """What every back end must keep over the families with all edits: teacher, and students with depth, width and modulation edits, in every dtype.
 
-Lowering is what takes time, so that models are as small as their edits allow, and most of them run with `make test-long` alone, which CI
-does too. What a machine cannot do is a strict expected failure.
+Lowering is what takes time, so that models are as small as their edits allow, and most of them run with `make test-long` alone; CI runs
+those of ONNX and TensorRT-RTX. What a machine cannot do is a strict expected failure.
 """
 
 from __future__ import annotations
