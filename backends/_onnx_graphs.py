@@ -64,13 +64,11 @@ def explicit_roundings(model: ir.Model) -> None:
         _replace(model, node, cast_to(exact.outputs[0], ir.DataType(rounded), f"{output.name}_rounded"))
 
 
-def islands(model: ir.Model) -> int:
-    """Each operator that the opset has not in bfloat16 is done in float32, between Casts; how many there were."""
-    found = 0
+def islands(model: ir.Model) -> None:
+    """Each operator that the opset has not in bfloat16 is done in float32, between Casts."""
     for node in list(model.graph):
         if node.domain or all(_has(node, value, position, model.opset_imports[""]) for value, position in _narrow(node)):
             continue
-        found += 1
         for i, value in enumerate(node.inputs):
             if value is not None and value.dtype == ir.DataType.BFLOAT16:
                 wide = cast_to(value, ir.DataType.FLOAT, f"{value.name}_for_{node.outputs[0].name}")
@@ -84,7 +82,6 @@ def islands(model: ir.Model) -> int:
                 ir.convenience.replace_all_uses_with(output, back.outputs[0], replace_graph_outputs=True)
                 back.replace_input_with(0, output)
                 model.graph.insert_after(node, [back])
-    return found
 
 
 def _narrow(node: ir.Node) -> Iterator[tuple[str, int]]:
@@ -149,11 +146,6 @@ def point_to(model: ir.Model, location: str, stored: Mapping[str, tuple[int, int
             value.const_value = ir.ExternalTensor(location, offset, length, tensor.dtype, shape=shape, name=name, base_dir=folder)
         elif tensor.nbytes > LARGEST_INSIDE:
             raise ValueError(f"{name} of {tensor.nbytes} bytes is not among the stored weights")
-
-
-def save(model: ir.Model, path: Path) -> None:
-    """Write a model whose large weights lie elsewhere."""
-    ir.save(model, path)
 
 
 def in_float32(model: ir.Model) -> None:

@@ -31,6 +31,8 @@ def export(request: ExportRequest) -> Written:
         VerificationError: the model is not valid, or its inputs are not those of forward.
     """
     _check_request(request)
+    import onnx_ir
+
     from ppclc.backends import _onnx_graphs
 
     path = request.out / onnxruntime.MODEL
@@ -44,7 +46,7 @@ def export(request: ExportRequest) -> Written:
             program.save(path, external_data=request.options["external_data"])
         else:
             _onnx_graphs.point_to(program.model, f"{path.name}.data", request.store(path.with_name(f"{path.name}.data")), path.parent)
-            _onnx_graphs.save(program.model, path)
+            onnx_ir.save(program.model, path)
         written = time.perf_counter()
         _check_file(path, list(request.inputs), output_names(request))
     options = dict(request.options) | {"external_data": path.with_name(f"{path.name}.data").exists()}

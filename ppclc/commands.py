@@ -268,8 +268,8 @@ def export(
     """Lower a model; the entry of `exports`. changes: options of the back end, as `export.opset=20`."""
     quiet_libraries()
     options = export_options(changes)
-    own = {name: value for name, value in options.items() if name != "compare"}
-    export_pass.check_backend(backend, dtype, own)
+    export_pass.check_backend(backend, dtype, options)
+    own = {name: value for name, value in options.items() if name not in export_pass.OWN_OPTIONS}
     newest = newest_out() if model is None else None
     source = open_source(str(newest / "model") if newest else str(model), revision, variant)
     export_pass.check_float16(source.family, dtype, force)

@@ -16,9 +16,6 @@ from ppclc.classes import DTYPES, empty_model
 from ppclc.sources import Source
 from ppclc.weight_files import WeightFiles
 
-Stored = Mapping[str, tuple[int, int]]
-"""By tensor the byte at which it starts in a file, and how many it has."""
-
 
 def can_be_mapped(source: Source) -> bool:
     """Whether every tensor of a model lies in its files as it is, whatever its dtype: not those of a layout that is computed."""
@@ -66,6 +63,9 @@ def _view(mapped: Any, place: Place) -> torch.Tensor:
 
 
 def store(places: Mapping[str, Place], path: Path) -> dict[str, tuple[int, int]]:
-    """Write tensors to one safetensors file, as bytes that never pass through this process where the system can move them; where each lies."""
+    """Write tensors to one safetensors file; by name the byte at which each starts and how many it has.
+
+    Bytes never pass through this process where the system can move them.
+    """
     write_file(path, places)
     return {name: (place.start, place.bytes) for name, place in places_in(path).items()}

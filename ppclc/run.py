@@ -119,7 +119,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     """Check all that can be checked before work begins, load the teacher, claim the output folder. planned: whether a plan is to be made."""
     source = open_source(*recipe.model.place)
     for target in recipe.export:
-        export_pass.check_backend(target.backend, target.dtype, {k: v for k, v in target.options.items() if k != "compare"})
+        export_pass.check_backend(target.backend, target.dtype, target.options)
         export_pass.check_float16(source.family, target.dtype, target.force)
     check_teacher(source)
     if (root := pipeline_of(source)) is not None:

@@ -23,7 +23,7 @@ Runs = Callable[[nn.Module, Tensors, Sequence[str]], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Place:
+class Differing:
     """A module whose output differs: its path in the model, its class, and by how much."""
 
     path: str
@@ -41,8 +41,8 @@ class Divergence:
     """The first block that differs by more than its dtype may, by its number among all blocks, and the worst operator in it."""
 
     block: int
-    place: Place
-    operator: Place | None
+    place: Differing
+    operator: Differing | None
 
     def __str__(self) -> str:
         within = f", there {self.operator}" if self.operator else ""
@@ -111,7 +111,7 @@ def first_divergence(lowered: Lowered, blocks: Sequence[str], inputs: Tensors, d
     return None
 
 
-def _differing(module: nn.Module, paths: Sequence[str], inputs: Tensors, dtype: str, run: Runs) -> Iterator[tuple[str, Place]]:
+def _differing(module: nn.Module, paths: Sequence[str], inputs: Tensors, dtype: str, run: Runs) -> Iterator[tuple[str, Differing]]:
     """Parts whose outputs differ by more than the dtype may, in their order."""
     tapped = Tapped(module, paths)
     with torch.no_grad():
@@ -123,7 +123,7 @@ def _differing(module: nn.Module, paths: Sequence[str], inputs: Tensors, dtype: 
             path = name if name in paths else name.rpartition(".")[0]
             kind = type(module.get_submodule(path)).__name__
             finite = bool(torch.isfinite(output).all() and torch.isfinite(reference).all())
-            yield path, Place(path.removeprefix("model."), kind, distance, finite)
+            yield path, Differing(path.removeprefix("model."), kind, distance, finite)
 
 
 def overflow(lowered: Lowered, inputs: Tensors) -> str | None:

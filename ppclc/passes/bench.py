@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -346,8 +345,3 @@ def _targets(
             except PpclcError as error:
                 notes.append(f"{folder} was not timed: {error}")
     return targets, notes
-
-
-def bench_json(result: Benchmark) -> str:
-    """All of a result as one JSON document."""
-    return json.dumps(result.model_dump(mode="json", exclude={"digest"}), indent=1) + "\n"

@@ -38,6 +38,10 @@ TOO_LARGE = "weights beyond 1 GB: options.compare = true runs it beside eager, w
 LOUD = 30
 """How many times louder some channels of text are made than the others."""
 FLOAT8 = "float8"
+OWN_OPTIONS = ("compare",)
+"""Options of this pass, which every back end may be given."""
+SAMPLES, RANDOM = "samples of the run", "random inputs"
+"""What float8 found its scales on."""
 Progress = Callable[[float, str], None]
 Calibration = Callable[[Lowered], Iterable[Mapping[str, Any]]]
 """Batches of a lowered module's inputs, in its dtype."""
@@ -58,7 +62,7 @@ def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
     if dtype not in writer.dtypes:
         raise RecipeError(f"export.dtype = {dtype!r}: wanted {' or '.join(writer.dtypes)}; {name} writes no other in this version")
     for option in options or {}:
-        if option not in writer.options:
+        if option not in (*writer.options, *OWN_OPTIONS):
             raise RecipeError(f"export.{option}: {name} has no such option; it has {', '.join(writer.options) or 'none'}")
     for modules, extra in {**dict(writer.requires), **dict(plugins.load("backends", name).requires)}.items():
         require_library(modules, extra)
@@ -112,7 +116,8 @@ def export_model(
     writer, runner = check_backend(backend_name, dtype, options), plugins.load("backends", backend_name)
     _check_folder(folder)
     tell = progress or (lambda done, what: None)
-    if kept := kept_export(folder, model_digest, backend_name, dtype, options):
+    kept = kept_export(folder, model_digest, backend_name, dtype, options)
+    if kept and not (calibration and dtype == FLOAT8 and kept.options["float8"]["scales"] != SAMPLES):
         tell(1.0, "")
         return kept
     check_float16(family, dtype, force)
@@ -124,8 +129,9 @@ def export_model(
         arithmetic = ARITHMETIC
         plain, batches = lowered.reference, calibration or (lambda lowered: _cases(lowered, ARITHMETIC))
         lowered, told = in_float8(lowered, family, model.config, batches(lowered))
-        more = {"float8": told | {"rel_l2_to_bfloat16": _loss(plain, lowered)}}
-    if dtype == "float16" and not force and compared:
+        scales = SAMPLES if calibration else RANDOM
+        more = {"float8": told | {"scales": scales, "rel_l2_to_bfloat16": _loss(plain, lowered)}}
+    if dtype == "float16" and not force:  # of a large model too, which reads its files once for every case
         check_range(lowered, f"{folder}: {backend_name}")
     with whole_folder(folder) as draft:
         tell(0.0, "lower")
@@ -264,11 +270,14 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 def told(export: Export) -> list[str]:
     """What a person wants to know of an export, a line each."""
+    lines = []
+    if quantized := export.options.get("float8"):
+        lines.append(f"float8: scales from {quantized['scales']}, relative L2 {quantized['rel_l2_to_bfloat16']:.1e} from bfloat16")
     if export.parity is None:
-        return [f"not compared with eager: {export.options['session']['not_run']}"]
+        return [*lines, f"not compared with eager: {export.options['session']['not_run']}"]
     arithmetic = export.options["session"].get("arithmetic")
     shown = f"largest difference from eager {export.parity.max_abs:.1e}, relative L2 {export.parity.rel_l2:.1e}"
-    return [f"{shown}, at {len(export.shapes)} sizes{f' (run in {arithmetic})' if arithmetic else ''}"]
+    return [*lines, f"{shown}, at {len(export.shapes)} sizes{f' (run in {arithmetic})' if arithmetic else ''}"]
 
 
 def _loss(plain: Callable[[dict[str, Any]], Any], quantized: Lowered) -> float:
@@ -356,7 +365,7 @@ def _triage(
     dtype: str,
     options: Mapping[str, Any],
 ) -> str:
-    """Where an artefact leaves eager, for a message; empty where lowering with taps fails or shows nothing."""
+    """Where an artefact leaves eager, for a message, or that it could not be told."""
 
     def run(module: torch.nn.Module, given: dict[str, Any], taps: Sequence[str]) -> list[torch.Tensor]:
         with TemporaryDirectory(prefix="ppclc-triage-") as home:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -14,9 +16,10 @@ from ppclc import compiler
 from ppclc.backends import _onnx_graphs
 from ppclc.display import Display
 from ppclc.float8 import LARGEST, Float8Linear, in_float8, large_linears
-from ppclc.passes.export import export_model
+from ppclc.passes.export import export_model, told
 from ppclc.recipe import parse_recipe
 from tests.contracts.test_families import EDITED, subject_of
+from tests.unit.test_export import an_echo, use_backend
 
 
 def test_a_map_s_numbers_are_those_of_its_scales() -> None:
@@ -59,6 +62,8 @@ def test_a_float8_model_runs_elsewhere_as_here_and_is_built(tmp_path: Path) -> N
     model = subject.model.to(torch.bfloat16)
     export = export_model(model, subject.family, "onnx", "float8", tmp_path / "onnx", "abc")
     assert (export.dtype, export.options["float8"]["linear_maps"]) == ("float8", 24)
+    assert export.options["float8"]["scales"] == "random inputs"
+    assert "scales from random inputs" in told(export)[0]
     assert export.parity is not None
     assert export.parity.rel_l2 <= 2e-2  # from eager with the same rounded numbers
     assert 1e-3 < export.options["float8"]["rel_l2_to_bfloat16"] < 0.2
@@ -94,3 +99,20 @@ def test_a_run_s_own_samples_give_the_scales(tmp_path: Path, monkeypatch: pytest
         lowered.module(**batches[0])
     again = list(compiler.calibration_batches(run, lowered))
     assert all(torch.equal(a["hidden_states"], b["hidden_states"]) for a, b in zip(batches, again, strict=True))
+
+
+def test_scales_of_random_inputs_give_way_to_those_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of("qwen_image", num_layers=1)
+    model = subject.model.to(torch.bfloat16)
+    use_backend(monkeypatch, dataclasses.replace(an_echo(), dtypes=("float8",)))
+
+    def scales(calibration: Any) -> Any:
+        done = export_model(model, subject.family, "echo", "float8", tmp_path / "x", "abc", calibration=calibration)
+        return done.options["float8"]["scales"]
+
+    def samples(lowered: Any) -> list[Any]:
+        return [lowered.inputs(**lowered.sizes[0])]
+
+    assert scales(None) == "random inputs"
+    assert scales(samples) == "samples of the run"
+    assert scales(None) == "samples of the run"  # kept

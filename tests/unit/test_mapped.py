@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppclc.checkpoints import places_in
-from ppclc.errors import ModelError, RecipeError
+from ppclc.errors import ModelError, RecipeError, VerificationError
 from ppclc.mapped import mapped_model
 from ppclc.models import apply_plan, load_model, load_source, save_model
 from ppclc.passes import export
@@ -93,3 +93,13 @@ def test_what_is_large_is_not_compared_unless_asked(student: Path, tmp_path: Pat
     assert all(s["store"] is not None for s in seen)
     with pytest.raises(RecipeError, match=r"export\.options\.compare = 'yes': wanted true, false or null"):
         export_source(source, "onnx", "float32", tmp_path / "x", options={"compare": "yes"})
+
+
+def test_a_large_model_that_overflows_is_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = subject_of("flux", num_layers=2, num_single_layers=1)
+    subject.model.transformer_blocks[1].ff.net[2].weight.data *= 5e4
+    save_model(subject.model, CompressionPlan.of("flux", 3), tmp_path / "model")
+    monkeypatch.setattr(export, "LARGE", 0)
+    with pytest.raises(VerificationError, match=r"overflows in float16: transformer_blocks\.1\.ff\.net\.2 \(Linear\)"):
+        export_source(open_source(str(tmp_path / "model")), "onnx", "float16", tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
