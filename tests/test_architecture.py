@@ -22,6 +22,7 @@ PACKAGE = ROOT / "ppclc"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # ppclc/__init__.py: the version, and public names on first use
     ("errors",),
+    ("kernels",),
     ("devices", "interrupts", "plan"),
     ("records",),
     ("plugins",),
@@ -33,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("classes",),
     ("sources",),
     ("published",),
-    ("float8", "flow", "kernels", "lowering", "models", "moments", "quality", "selection", "timing", "training", "triage", "weight_files"),
+    ("float8", "flow", "lowering", "models", "moments", "quality", "selection", "timing", "training", "triage", "weight_files"),
     ("block_costs", "comfyui", "lora_keys", "lora_parts", "mapped", "pipelines", "predictions", "roofline", "slicing"),
     ("cache", "datasets", "encoding", "lora", "samples", "teachers", "ffn_maps"),
     ("closed_forms", "local_edits", "trials"),

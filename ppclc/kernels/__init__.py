@@ -1,1 +1,73 @@
-"""Triton kernels, each beside its plain PyTorch reference."""
+"""Triton kernels, each beside its plain PyTorch reference, and the one switch between them.
+
+A kernel is two files: `<name>.py` has what is called, the reference and the operator that PyTorch knows it by; `<name>_triton.py` has the
+Triton code, and is imported only where it is run. `docs/decisions/015-triton-kernels.md` tells why Triton.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from ppclc.errors import UnavailableError
+
+Kernels = Literal["auto", "triton", "torch"]
+"""What is taken: kernels where they were measured to be faster, kernels wherever they can run, or plain PyTorch."""
+NAMES = ("moments", "distillation_loss", "layer_norm_modulate", "gated_residual", "qk_norm_rope")
+AUTO = frozenset({"moments", "distillation_loss"})
+"""What `auto` takes: those that were measured faster than `torch.compile` of the same formula. Source: ours, `benchmarks/results`."""
+OLDEST = (8, 0)
+"""Compute capability from which the kernels are compiled and tested."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_chosen: Kernels = "auto"
+
+
+def chosen() -> Kernels:
+    """The switch as it stands."""
+    return _chosen
+
+
+@contextmanager
+def switched(kernels: Kernels) -> Iterator[None]:
+    """A block in which the switch is set, for all threads.
+
+    Raises:
+        UnavailableError: `triton` where kernels cannot run at all.
+    """
+    global _chosen
+    if kernels == "triton" and (reason := lacks()):
+        raise UnavailableError(f"kernels = 'triton': {reason}; wanted auto or torch here")
+    before, _chosen = _chosen, kernels
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, on the CPU, because `TRITON_INTERPRET=1` is set."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+
+
+def lacks() -> str:
+    """Why no kernel can run here; empty where they can."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if interpreted():
+        return ""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability >= OLDEST else f"{torch.cuda.get_device_name()} has compute capability {capability}, wanted {OLDEST} or newer"
+
+
+def takes(name: str, *tensors: torch.Tensor) -> bool:
+    """Whether a kernel is taken for these tensors. Never while a model is exported: what leaves PyTorch is the plain formulation."""
+    if _chosen == "torch" or (_chosen == "auto" and name not in AUTO) or torch.compiler.is_exporting():
+        return False
+    return all(t.dtype in DTYPES and (t.is_cuda or interpreted()) for t in tensors) and not lacks()
