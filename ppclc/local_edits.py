@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ppclc.families import Bank, Family, Group
+from ppclc.kernels.distillation_loss import state_loss
 from ppclc.models import Shared, student_block
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit
 from ppclc.training import Terms
@@ -95,19 +96,6 @@ class Teaching:
         """The plan of some intervals of another, with their adapters, and of these edits alone."""
         spans, adapted = ([(i.first, i.last) for i in some] for some in (intervals, [i for i in intervals if i in whole.adapters]))
         return CompressionPlan.of(self.family.name, whole.num_blocks, spans, adapters=adapted, **edits)
-
-
-def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens of `2 - 2 cos` plus `magnitude` times the squared relative error of the norm, in float32 or better.
-
-    Source: arXiv 2511.16156, equation 6 (direction); the magnitude term is ours.
-    """
-    student_BTD, teacher_BTD = _at_least_single(student_BTD), _at_least_single(teacher_BTD)
-    norm_s, norm_t = student_BTD.norm(dim=-1).clamp(min=1e-8), teacher_BTD.norm(dim=-1).clamp(min=1e-8)
-    cosine = (student_BTD * teacher_BTD).sum(-1) / (norm_s * norm_t)
-    loss = 2 - 2 * cosine + magnitude * (norm_s / norm_t - 1).square()
-    mean: torch.Tensor = loss.mean() if mask_BT is None else (loss * mask_BT).sum() / mask_BT.sum()
-    return mean
 
 
 def relative_error(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None) -> torch.Tensor:

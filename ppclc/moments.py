@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ppclc.device_sums import DeviceSums, Place
+from ppclc.kernels import takes
+from ppclc.kernels.moments import difference
+
 Tensors = Mapping[str, torch.Tensor]
 TOGETHER = 2**24
 """States of up to so many numbers are stacked, which saves operators; larger ones are taken a block at a time."""
@@ -75,15 +79,16 @@ class Moments:
     """Running sums by name, float64 on the CPU, and the rows that went into each stream.
 
     With a `folder`, large sums lie in files there that the system maps: it writes them back as it needs the memory. Near moments
-    that are added one state at a time wait in `pending`, on the device where they were computed, until `settle`.
-    `firsts`: of each stream the state that its rows are counted at.
+    that are added one state at a time wait in `pending`, on the device where they were computed, until `settle`; what kernels add up lies in
+    `on_device` until `drain`. `firsts`: of each stream the state that its rows are counted at.
     """
 
     folder: Path | None = None
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     firsts: dict[str, int] = field(default_factory=dict)
-    pending: dict[tuple[str, int, int], torch.Tensor] = field(default_factory=dict)
+    pending: dict[Place, torch.Tensor] = field(default_factory=dict)
+    on_device: DeviceSums = field(default_factory=DeviceSums)
 
     def add_near(self, stream: str, states: Sequence[torch.Tensor], prefixes: Iterable[str] = ("",)) -> None:
         """Add rows (N, D) of one stream, every state of it, to the near moments under every prefix.
@@ -108,13 +113,45 @@ class Moments:
         self, stream: str, i: int, states: int, x_ND: torch.Tensor, before_ND: torch.Tensor | None, prefixes: Iterable[str] = ("",)
     ) -> None:
         """Of `states` states, add rows of number i, and of the step to it from the one before: in the end the same as `add_near`."""
-        made = _near_of_one(x_ND, before_ND)
+        prefixes = list(prefixes)
+        made = (
+            self._add_on_device(stream, i, states, x_ND, before_ND, prefixes) if takes("moments", x_ND) else _near_of_one(x_ND, before_ND)
+        )
         for key in prefixes:
             self.count(key + stream, i, len(x_ND))
             for name, value in made.items():
                 step = name in ("residual", "step")
                 place = (f"{key}{stream}.{name}", i - 1 if step else i, states - 1 if step else states)
                 self.pending[place] = self.pending[place] + value if place in self.pending else value
+
+    def _add_on_device(
+        self, stream: str, i: int, states: int, x_ND: torch.Tensor, before_ND: torch.Tensor | None, prefixes: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Leave products to a kernel, those of the step together with those of the state that it starts from; what else is to be added."""
+        made = {}
+        if before_ND is None:
+            made = {"sum": x_ND.sum(0, dtype=torch.float64)}
+        else:
+            d_ND, made["sum"], made["step"] = difference(x_ND, before_ND)
+            self._add_products(stream, i - 1, states, before_ND, d_ND, prefixes)
+        if i == states - 1:
+            self._add_products(stream, i, states, x_ND, None, prefixes)
+        return made
+
+    def _add_products(
+        self, stream: str, i: int, states: int, x_ND: torch.Tensor, step_ND: torch.Tensor | None, prefixes: Sequence[str]
+    ) -> None:
+        for key in prefixes:
+            second: Place = (f"{key}{stream}.second", i, states)
+            cross: Place | None = None if step_ND is None else (f"{key}{stream}.residual", i, states - 1)
+            if self.on_device.is_full(second, cross, x_ND):
+                self.drain()
+            self.on_device.add(second, cross, x_ND, step_ND)
+
+    def drain(self) -> None:
+        """Add up what kernels have, and let it go."""
+        for (key, row, rows), value in self.on_device.taken():
+            self.accumulate(key, value, row if rows else None, rows)
 
     def add_far(self, stream: str, j: int, window: Mapping[int, torch.Tensor]) -> None:
         """Add rows (N, D) of state j to the far moments, with those of the states before it that are in the window, which has j too.
@@ -125,7 +162,14 @@ class Moments:
         self.count(name, j, len(x))
         self.accumulate(f"{name}.sum.{j}", x.sum(0, dtype=torch.float64))
         for i in sorted(window):
-            self.accumulate(f"{name}.cross.{i}.{j}", product(window[i], x))
+            key = f"{name}.cross.{i}.{j}"
+            if not takes("moments", x):
+                self.accumulate(key, product(window[i], x))
+                continue
+            second, cross = ((key, 0, 0), None) if i == j else (None, (key, 0, 0))
+            if self.on_device.is_full(second, cross, x):
+                self.drain()
+            self.on_device.add(second, cross, window[i], x)
 
     def add_up(self, prefixes: Sequence[str], streams: Sequence[str]) -> None:
         """Make the whole of each stream from groups that every row entered once."""
@@ -152,6 +196,8 @@ class Moments:
         for (key, row, rows), value in self.pending.items():
             self.accumulate(key, value, row, rows)
         self.pending.clear()
+        if self.folder is not None:  # a teacher whose blocks come one by one is done with this one for a while
+            self.drain()
 
     def _zeros(self, key: str, shape: Sequence[int]) -> torch.Tensor:
         count = math.prod(shape)

@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # ppclc/__init__.py: the version, and public names on first use
     ("errors",),
     ("kernels",),
+    ("device_sums",),
     ("devices", "interrupts", "plan"),
     ("records",),
     ("plugins",),

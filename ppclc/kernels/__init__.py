@@ -24,6 +24,8 @@ AUTO = frozenset({"moments", "distillation_loss"})
 OLDEST = (8, 0)
 """Compute capability from which the kernels are compiled and tested."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_NORM = 1e-8
+"""Norms of states below it count as it."""
 _chosen: Kernels = "auto"
 
 

@@ -178,6 +178,9 @@ class Calibration:
 
     def stats(self) -> CalibrationStats:
         """The record of what was summed up."""
+        start = time.perf_counter()
+        self.moments.drain()
+        self.seconds += time.perf_counter() - start
         if self.grouped:
             self.moments.add_up([f"band.{b}." for b in range(BANDS)], list(STREAMS))
         return CalibrationStats(

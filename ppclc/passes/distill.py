@@ -21,7 +21,8 @@ from ppclc.batches import Feed, Share
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, has_spare_core
 from ppclc.families import Group
-from ppclc.local_edits import LocalEdit, Weights, state_loss
+from ppclc.kernels.distillation_loss import state_loss
+from ppclc.local_edits import LocalEdit, Weights
 from ppclc.local_phase import LocalPhase, LocalSettings
 from ppclc.models import blocks_of, groups_of
 from ppclc.records import Distilled

@@ -14,7 +14,8 @@ from ppclc import flow
 from ppclc.batches import WHOLE
 from ppclc.closed_forms import closed_form_bank
 from ppclc.families import Family
-from ppclc.local_edits import LocalEdit, Teaching, interval_edit, state_loss
+from ppclc.kernels.distillation_loss import state_loss
+from ppclc.local_edits import LocalEdit, Teaching, interval_edit
 from ppclc.models import apply_plan, block_state, groups_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate

@@ -1,0 +1,246 @@
+"""Triton code of the moments: `S += X'X` and `C += X'Y` as one launch over tiles, of S those of the upper triangle alone.
+
+The tiles that would not fill the device once more are dealt out over all of its processors along the rows ("stream-K", arXiv 2301.03598). Every piece is
+added to what is there by reductions in the L2 cache, so that several programs may add to one tile: in the order in which they end, so that
+the last bit of such a tile may differ between runs.
+
+Shape suffixes: N rows, D and E widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ppclc.kernels import interpreted
+
+GROUP = 8
+"""Rows of tiles that run beside each other, so that they share columns in the L2 cache."""
+WHOLE = 1024
+"""Parts of the rows in which the table tells where a piece of a tile begins and ends: so it holds for any number of rows."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of `m` by `n` results, `k` rows at a time.
+
+    copies: rows come by tensor descriptors, the bulk copy engine where there is one, or by pointers. reduces: sums leave by descriptors
+    too, or by vector reductions. shares: whether the last tiles are dealt out over all processors.
+    """
+
+    m: int = 128
+    n: int = 256
+    k: int = 64
+    warps: int = 8
+    stages: int = 4
+    copies: bool = True
+    reduces: bool = False
+    shares: bool = True
+
+
+HOPPER = Config()
+"""16-bit rows on compute capability 9.0 and newer. Source: ours, a sweep on an H100."""
+POINTERS = Config(128, 128, 32, 8, 3, copies=False)
+"""16-bit rows elsewhere, or of widths that descriptors do not take."""
+SINGLE = Config(64, 64, 32, 4, 3, copies=False)
+"""float32, as three products of TF32 each."""
+CONFIGS = (HOPPER, POINTERS, SINGLE)
+
+
+@triton.jit
+def _tile(x, y, row, column, first, last, rows, width_x, width_y, stride_x, stride_y,
+          COPIES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Sum over rows of `x_m y_n`, (M, N) in float32."""
+    sums = tl.zeros((M, N), dtype=tl.float32)
+    if COPIES:
+        for k in tl.range(first, last):
+            a = x.load([k * K, row * M])
+            b = y.load([k * K, column * N])
+            sums = tl.dot(a.T, b, sums)
+    else:
+        m, n = row * M + tl.arange(0, M), column * N + tl.arange(0, N)
+        for k in tl.range(first, last):
+            r = (k * K + tl.arange(0, K)).to(tl.int64)
+            a = tl.load(x + r[:, None] * stride_x + m[None, :], mask=(r < rows)[:, None] & (m < width_x)[None, :], other=0.0)
+            b = tl.load(y + r[:, None] * stride_y + n[None, :], mask=(r < rows)[:, None] & (n < width_y)[None, :], other=0.0)
+            sums = tl.dot(tl.trans(a), b, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _add(target, sums, row, column, width_m, width_n, REDUCES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Add a tile to a matrix of contiguous rows."""
+    if REDUCES:
+        target.atomic_add([row * M, column * N], sums)
+    else:
+        m, n = (row * M + tl.arange(0, M)).to(tl.int64), column * N + tl.arange(0, N)
+        tl.atomic_add(target + m[:, None] * width_n + n[None, :], sums, mask=(m < width_m)[:, None] & (n < width_n)[None, :], sem="relaxed")
+
+
+@triton.jit
+def moments_kernel(
+    x, x_right, y, second, cross, pieces, starts, rows, width_x, width_y, stride_x, stride_y,
+    COPIES: tl.constexpr, REDUCES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """The pieces of one program. A piece: row and column of its tile, 0 for S and 1 for C, and from where to where in the rows."""
+    program, steps = tl.program_id(0), tl.cdiv(rows, K)
+    for piece in tl.range(tl.load(starts + program), tl.load(starts + program + 1)):
+        place = pieces + piece * 5
+        row, column, which = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+        first, last = tl.load(place + 3) * steps // PARTS, tl.load(place + 4) * steps // PARTS
+        if last > first:
+            if which == 0:
+                sums = _tile(x, x_right, row, column, first, last, rows, width_x, width_x, stride_x, stride_x, COPIES, M, N, K, PRECISION)
+                _add(second, sums, row, column, width_x, width_x, REDUCES, M, N)
+            else:
+                sums = _tile(x, y, row, column, first, last, rows, width_x, width_y, stride_x, stride_y, COPIES, M, N, K, PRECISION)
+                _add(cross, sums, row, column, width_x, width_y, REDUCES, M, N)
+
+
+@triton.jit
+def prepare_kernel(x, mask, centre, out, stride, width, HAS_MASK: tl.constexpr, HAS_CENTRE: tl.constexpr, BLOCK: tl.constexpr):
+    """A piece of one row less its centre; zeros where the mask is zero."""
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    counts = inside
+    if HAS_MASK:
+        counts = inside & (tl.load(mask + row) != 0)
+    value = tl.load(x + row * stride + columns, mask=counts, other=0.0)
+    if HAS_CENTRE:
+        value = value.to(tl.float32) - tl.load(centre + columns, mask=counts, other=0.0)
+    tl.store(out + row * width + columns, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def difference_kernel(x, before, out, sums, energies, rows, width, stride_x, stride_before, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """Some columns of a chunk of rows: their difference, the sum of each column, the energy of the difference."""
+    part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total, energy = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, chunk, ROWS):
+        within = start + tl.arange(0, ROWS)
+        row = part * chunk + within
+        inside = ((within < chunk) & (row < rows))[:, None] & (columns < width)[None, :]
+        a = tl.load(x + row[:, None] * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(before + row[:, None] * stride_before + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        d = (a - b).to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * width + columns[None, :], d, mask=inside)
+        total += tl.sum(a, 0)
+        energy += tl.sum(d.to(tl.float32) * d.to(tl.float32), 0)
+    tl.store(sums + part * width + columns, total, mask=columns < width)
+    tl.store(energies + part * width + columns, energy, mask=columns < width)
+
+
+CHUNK, DIFFERENCE_BLOCK, DIFFERENCE_ROWS = 64, 512, 4
+
+
+def difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`x - before` (N, D) in their dtype, the sum of `x` over rows and the energy of the difference in float64."""
+    x_ND, before_ND = _prepared(x_ND, None, None), _prepared(before_ND, None, None)
+    rows, width = x_ND.shape
+    out = torch.empty((rows, width), dtype=x_ND.dtype, device=x_ND.device)
+    parts, block = triton.cdiv(rows, CHUNK), min(DIFFERENCE_BLOCK, triton.next_power_of_2(width))
+    sums, energies = (torch.empty((parts, width), dtype=torch.float32, device=x_ND.device) for _ in range(2))
+    difference_kernel[(parts, triton.cdiv(width, block))](
+        x_ND, before_ND, out, sums, energies, rows, width, x_ND.stride(0), before_ND.stride(0), CHUNK,
+        BLOCK=block, ROWS=DIFFERENCE_ROWS, num_warps=4,
+    )  # fmt: skip
+    return out, sums.sum(0, dtype=torch.float64), energies.sum(dtype=torch.float64)
+
+
+def run(
+    second_DD: torch.Tensor | None,
+    cross_DE: torch.Tensor | None,
+    x_ND: torch.Tensor,
+    y_NE: torch.Tensor | None,
+    mask_N: torch.Tensor | None = None,
+    centres: Sequence[torch.Tensor] = (),
+    config: Config | None = None,
+) -> None:
+    """Add the moments of rows in place; either sum may be missing. Masked rows are left out of x, which leaves them out of both sums."""
+    x_ND = _prepared(x_ND, mask_N, centres[0] if centres else None)
+    y_NE = x_ND if y_NE is None or cross_DE is None else _prepared(y_NE, mask_N, centres[1] if len(centres) > 1 else None)
+    if interpreted() and x_ND.dtype == torch.bfloat16:  # whose products the interpreter gets wrong
+        x_ND, y_NE = x_ND.float(), y_NE.float()
+    (rows, width), other, device = x_ND.shape, y_NE.shape[1], x_ND.device
+    if not rows:
+        return
+    config = config or config_for(x_ND, y_NE)
+    pieces, starts = pieces_of(width, other, config, second_DD is not None, cross_DE is not None, processors(device), device)
+    x, x_right, y = x_ND, x_ND, y_NE
+    if config.copies:
+        x, x_right, y = (_descriptor(t, config.k, side) for t, side in ((x_ND, config.m), (x_ND, config.n), (y_NE, config.n)))
+    sums = [t if t is None or not config.reduces else _descriptor(t, config.m, config.n) for t in (second_DD, cross_DE)]
+    first = next(t for t in sums if t is not None)
+    moments_kernel[(len(starts) - 1,)](
+        x, x_right, y, *(first if t is None else t for t in sums), pieces, starts, rows, width, other, x_ND.stride(0), y_NE.stride(0),
+        COPIES=config.copies, REDUCES=config.reduces, M=config.m, N=config.n, K=config.k,
+        PRECISION="tf32x3" if x_ND.dtype == torch.float32 else "ieee", PARTS=WHOLE, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def config_for(x_ND: torch.Tensor, y_NE: torch.Tensor) -> Config:
+    """How rows of these tensors are multiplied."""
+    if x_ND.dtype == torch.float32:
+        return SINGLE
+    described = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (x_ND, y_NE))
+    hopper = x_ND.is_cuda and torch.cuda.get_device_capability(x_ND.device) >= (9, 0)
+    return HOPPER if hopper and described and min(x_ND.shape[1], y_NE.shape[1]) >= HOPPER.n else POINTERS
+
+
+@cache
+def pieces_of(
+    width: int, other: int, config: Config, has_second: bool, has_cross: bool, at_once: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pieces of work, int32 (pieces, 5), and where each program's begin among them, (programs + 1,).
+
+    As many tiles as fill all processors some times over are taken whole. What is left is dealt out evenly over the processors, along the rows.
+    """
+    m, n, down = config.m, config.n, -(-width // config.m)
+    tiles = [(i, j, 0) for i in range(down) for j in range(-(-width // n)) if (j + 1) * n > i * m] if has_second else []
+    tiles += [(i, j, 1) for i in range(down) for j in range(-(-other // n))] if has_cross else []
+    tiles.sort(key=lambda t: (t[2], t[0] // GROUP, t[1], t[0]))
+    whole = len(tiles) // at_once * at_once if config.shares else len(tiles)
+    programs = [[(*tile, 0, WHOLE)] for tile in tiles[:whole]]
+    left, dealt = tiles[whole:], 0
+    for number in range(at_once if left else 0):
+        end, mine = round((number + 1) * len(left) * WHOLE / at_once), []
+        while dealt < end:
+            tile, start = divmod(dealt, WHOLE)
+            stop = min(WHOLE, start + end - dealt)
+            mine.append((*left[tile], start, stop))
+            dealt += stop - start
+        programs.append(mine)
+    starts = list(accumulate(map(len, programs), initial=0))
+    pieces = [piece for program in programs for piece in program]
+    return torch.tensor(pieces, dtype=torch.int32, device=device), torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _prepared(x_ND: torch.Tensor, mask_N: torch.Tensor | None, centre_D: torch.Tensor | None) -> torch.Tensor:
+    if x_ND.stride(-1) != 1:
+        x_ND = x_ND.contiguous()
+    if mask_N is None and centre_D is None:
+        return x_ND
+    rows, width = x_ND.shape
+    out, block = torch.empty((rows, width), dtype=x_ND.dtype, device=x_ND.device), min(1024, triton.next_power_of_2(width))
+    prepare_kernel[(rows, triton.cdiv(width, block))](
+        x_ND, mask_N if mask_N is None else mask_N.bool().contiguous(), centre_D if centre_D is None else centre_D.float().contiguous(),
+        out, x_ND.stride(0), width, HAS_MASK=mask_N is not None, HAS_CENTRE=centre_D is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _descriptor(x: torch.Tensor, down: int, across: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [down, across])
