@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -53,14 +54,20 @@ def switched(kernels: Kernels) -> Iterator[None]:
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs kernels, on the CPU, because `TRITON_INTERPRET=1` is set."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def lacks() -> str:
     """Why no kernel can run here; empty where they can."""
+    return _lacks(interpreted())
+
+
+@cache
+def _lacks(here: bool) -> str:
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if interpreted():
+    if here:
         return ""
     if not torch.cuda.is_available():
         return "there is no CUDA device"

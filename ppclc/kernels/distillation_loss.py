@@ -14,7 +14,9 @@ import torch
 
 from ppclc.kernels import LEAST_NORM, interpreted, takes
 
-Parts = tuple[torch.Tensor, torch.Tensor]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+WIDEST = 8192
+"""Rows up to it fit into registers."""
 
 
 def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -24,14 +26,15 @@ def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: 
 
     Source: arXiv 2511.16156, equation 6 (direction); the magnitude term is ours.
     """
-    if takes("distillation_loss", student_BTD, teacher_BTD):
-        width = student_BTD.shape[-1]
-        mask_N = None if mask_BT is None else mask_BT.reshape(-1)
-        loss: torch.Tensor = torch.ops.ppclc.distillation_loss(
-            student_BTD.reshape(-1, width), teacher_BTD.detach().reshape(-1, width), magnitude, mask_N
-        )[0]
-        return loss
-    return reference(student_BTD, teacher_BTD, magnitude, mask_BT)
+    if not takes("distillation_loss", student_BTD, teacher_BTD) or student_BTD.shape[-1] > WIDEST:
+        return reference(student_BTD, teacher_BTD, magnitude, mask_BT)
+    student_ND, teacher_ND = student_BTD.flatten(0, -2), teacher_BTD.detach().flatten(0, -2)
+    mask_N = None if mask_BT is None else mask_BT.flatten()
+    if torch.compiler.is_compiling():
+        loss: torch.Tensor = torch.ops.ppclc.distillation_loss(student_ND, teacher_ND, magnitude, mask_N)[0]
+    else:  # a custom operator takes longer on the host than all of this on a GPU
+        loss = _Loss.apply(student_ND, teacher_ND, magnitude, mask_N)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def reference(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
@@ -62,46 +65,82 @@ def _loss_and_gradient(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magni
         from ppclc.kernels import distillation_loss_triton
 
         return distillation_loss_triton.run(student_ND, teacher_ND, magnitude, mask_N)
-    with torch.enable_grad():
-        student = student_ND.detach().requires_grad_(True)
-        loss = reference(student, teacher_ND, magnitude, mask_N)
-        (gradient,) = torch.autograd.grad(loss, student)
-    return loss.detach().float(), gradient
+    gradient_ND = _gradient(_at_least_single(student_ND), _at_least_single(teacher_ND), magnitude, mask_N)
+    loss = reference(student_ND, teacher_ND, magnitude, mask_N)
+    return loss.float(), gradient_ND.to(student_ND.dtype), loss.new_empty(0, dtype=torch.float32)
 
 
-@torch.library.custom_op("ppclc::distillation_loss", mutates_args=())
-def distillation_loss(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
-    """The loss, a scalar in float32, and its gradient (N, D) by the student's rows, in their dtype."""
-    return _loss_and_gradient(student_ND, teacher_ND, magnitude, mask_N)
+def _gradient(s_ND: torch.Tensor, t_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> torch.Tensor:
+    """The gradient as the kernel has it, in plain PyTorch: below the dispatcher there is no autograd."""
+    counts = s_ND.new_ones(len(s_ND), dtype=torch.bool) if mask_N is None else mask_N.bool()
+    s_ND, t_ND = s_ND.where(counts[:, None], 0), t_ND.where(counts[:, None], 0)
+    length_s, length_t = s_ND.norm(dim=-1, keepdim=True), t_ND.norm(dim=-1, keepdim=True)
+    norm_s, norm_t = length_s.clamp(min=LEAST_NORM), length_t.clamp(min=LEAST_NORM)
+    cosine = (s_ND * t_ND).sum(-1, keepdim=True) / (norm_s * norm_t)
+    along = (2 * cosine / norm_s + 2 * magnitude * (norm_s / norm_t - 1) / norm_t) / norm_s
+    gradient_ND = along.where(length_s >= LEAST_NORM, 0) * s_ND - 2 / (norm_s * norm_t) * t_ND
+    shared: torch.Tensor = gradient_ND.where(counts[:, None], 0) / counts.sum().clamp(min=1)
+    return shared
 
 
-@torch.library.custom_op("ppclc::scale_gradient", mutates_args=("gradient_ND",))
-def scale_gradient(gradient_ND: torch.Tensor, factor: torch.Tensor) -> None:
-    """Multiply in place by a number on the device. A factor of one is seen there, and then nothing is read or written."""
+def _scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
     if gradient_ND.is_cuda or interpreted():
         from ppclc.kernels import distillation_loss_triton
 
-        distillation_loss_triton.scale(gradient_ND, factor)
+        distillation_loss_triton.scale(gradient_ND, factor, share)
     else:
         gradient_ND.mul_(factor)
 
 
+@torch.library.custom_op("ppclc::distillation_loss", mutates_args=())
+def distillation_loss(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
+    """The loss, a scalar in float32, its gradient (N, D) in the dtype of the student's rows, and what is still to be multiplied with it, if anything."""
+    return _loss_and_gradient(student_ND, teacher_ND, magnitude, mask_N)
+
+
+@torch.library.custom_op("ppclc::scale_gradient", mutates_args=("gradient_ND",))
+def scale_gradient(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
+    """Multiply in place by a number on the device, and by a second one if there is one. Where the product is one, nothing is read or written."""
+    _scale(gradient_ND, factor, share)
+
+
 @distillation_loss.register_fake
 def _(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
-    return student_ND.new_empty((), dtype=torch.float32), torch.empty_like(student_ND, memory_format=torch.contiguous_format)
+    scalar = student_ND.new_empty((), dtype=torch.float32)
+    late = student_ND.dtype == torch.float16 and (student_ND.is_cuda or interpreted())
+    gradient_ND = torch.empty_like(student_ND, memory_format=torch.contiguous_format)
+    return scalar, gradient_ND, scalar.new_empty(() if late else 0)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
-    ctx.gradient = output[1]
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-    if ctx.gradient is None:
-        raise RuntimeError("ppclc::distillation_loss: its gradient is made once, in the forward; wanted one backward a forward")
-    gradient, ctx.gradient = ctx.gradient, None  # scaled in place: it is used up
-    scale_gradient(gradient, upstream)
-    return gradient, None, None, None
+def _backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    gradient_ND, share = ctx.saved_tensors
+    scaled = gradient_ND.clone()  # compiled code leaves the copy out
+    torch.ops.ppclc.scale_gradient(scaled, upstream, share)
+    return scaled, None, None, None
 
 
 distillation_loss.register_autograd(_backward, setup_context=_keep)
+
+
+class _Loss(torch.autograd.Function):
+    """The same without the dispatcher. The gradient is scaled where it lies: one backward a forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None
+    ) -> torch.Tensor:
+        loss, *ctx.made = _loss_and_gradient(student_ND, teacher_ND, magnitude, mask_N)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        if ctx.made is None:
+            raise RuntimeError("distillation loss: its gradient is made once, in the forward; wanted one backward a forward")
+        (gradient_ND, share), ctx.made = ctx.made, None
+        _scale(gradient_ND, upstream, share)
+        return gradient_ND, None, None, None

@@ -1,4 +1,4 @@
-"""Triton code of the distillation loss: a program has one row in registers, or walks over rows that are too long for that.
+"""Triton code of the distillation loss: a program has one row of both states in registers.
 
 Shape suffixes: N rows, D width.
 """
@@ -11,27 +11,29 @@ import triton.language as tl
 
 from ppclc.kernels import LEAST_NORM
 
-LONGEST = 8192
-"""Widths up to it are held in registers as a whole."""
 FEW_WARPS, MANY_WARPS = 4, 8
-SCALE_BLOCK = 4096
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 512
 
 
 @triton.jit
 def loss_kernel(
     student, teacher, mask, share, gradient, losses,
     stride_s, stride_t, width, each, magnitude, least,
-    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its share of the loss, and its gradient. share: of a row in the mean, on the device where a mask tells it, else `each`."""
+    """One row: its share of the loss, and its gradient, of the share or of the row as it is.
+
+    share: of a row in the mean, on the device where a mask tells it, else `each`.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    counts = 1
+    read = inside
     if HAS_MASK:
         counts = tl.load(mask + row) != 0
-    s = tl.load(student + row * stride_s + columns, mask=inside & counts, other=0.0).to(tl.float32)
-    t = tl.load(teacher + row * stride_t + columns, mask=inside & counts, other=0.0).to(tl.float32)
+        read = inside & counts
+    s = tl.load(student + row * stride_s + columns, mask=read, other=0.0).to(tl.float32)
+    t = tl.load(teacher + row * stride_t + columns, mask=read, other=0.0).to(tl.float32)
     length_s, length_t, dot = tl.sqrt(tl.sum(s * s, 0)), tl.sqrt(tl.sum(t * t, 0)), tl.sum(s * t, 0)
     # NaN compares false with everything: these two keep it.
     norm_s = tl.where(length_s < least, least, length_s)
@@ -42,6 +44,8 @@ def loss_kernel(
     if HAS_MASK:
         weight = tl.load(share)
     loss = (2 - 2 * cosine + magnitude * stretch * stretch) * weight
+    if not SHARED:
+        weight = 1.0
     by_teacher = -2 / (norm_s * norm_t) * weight
     # A clamped norm does not move with the student.
     by_student = tl.where(length_s < least, 0.0, (2 * cosine / norm_s + 2 * magnitude * stretch / norm_t) / norm_s * weight)
@@ -54,47 +58,49 @@ def loss_kernel(
 
 
 @triton.jit
-def scale_kernel(values, factor, count, BLOCK: tl.constexpr):
-    """Values times a number that lies on the device; nothing where it is one."""
+def scale_kernel(values, factor, share, count, HAS_SHARE: tl.constexpr, BLOCK: tl.constexpr):
+    """Values times a number that lies on the device, and a second one; nothing where the product is one. Few programs: most often they only look."""
     by = tl.load(factor).to(tl.float32)
+    if HAS_SHARE:
+        by *= tl.load(share)
     if by != 1.0:
-        places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < count
-        scaled = tl.load(values + places, mask=inside, other=0.0).to(tl.float32) * by
-        tl.store(values + places, scaled.to(values.dtype.element_ty), mask=inside)
+        for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+            places = tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
+            scaled = tl.load(values + places, mask=places < count, other=0.0).to(tl.float32) * by
+            tl.store(values + places, scaled.to(values.dtype.element_ty), mask=places < count)
 
 
 def run(
     student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss in float32 and its gradient (N, D) in the student's dtype.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mean loss in float32, its gradient (N, D) in the student's dtype, and by what the gradient is still to be multiplied, where by anything.
 
-    Raises:
-        ValueError: rows that are too long.
+    In float16 a row's share in the mean would push its gradient below the least number, so that it is left for later.
     """
     student_ND, teacher_ND = _rows(student_ND), _rows(teacher_ND)
-    rows, width = student_ND.shape
-    if width > LONGEST:
-        raise ValueError(f"ppclc::distillation_loss: rows of {width}; wanted {LONGEST} or fewer")
-    losses = torch.empty(rows, dtype=torch.float32, device=student_ND.device)
-    gradient = torch.empty((rows, width), dtype=student_ND.dtype, device=student_ND.device)
-    share = None
+    (rows, width), device = student_ND.shape, student_ND.device
+    losses = torch.empty(rows, dtype=torch.float32, device=device)
+    gradient = torch.empty((rows, width), dtype=student_ND.dtype, device=device)
+    each, share, shared = 1 / max(rows, 1), None, student_ND.dtype != torch.float16
     if mask_N is not None:
         mask_N = mask_N.bool().contiguous()
         share = mask_N.sum(dtype=torch.float32).clamp(min=1).reciprocal()
     block = max(16, triton.next_power_of_2(width))
     loss_kernel[(rows,)](
         student_ND, teacher_ND, mask_N, share, gradient, losses,
-        student_ND.stride(0), teacher_ND.stride(0), width, 1 / max(rows, 1), magnitude, LEAST_NORM,
-        HAS_MASK=mask_N is not None, BLOCK=block, num_warps=_warps(block),
+        student_ND.stride(0), teacher_ND.stride(0), width, each, magnitude, LEAST_NORM,
+        HAS_MASK=mask_N is not None, SHARED=shared, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return losses.sum(), gradient
+    if shared:
+        return losses.sum(), gradient, losses.new_empty(0)
+    return losses.sum(), gradient, losses.new_full((), each) if share is None else share
 
 
-def scale(gradient_ND: torch.Tensor, factor: torch.Tensor) -> None:
+def scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
     """Multiply in place."""
     count = gradient_ND.numel()
-    scale_kernel[(triton.cdiv(count, SCALE_BLOCK),)](gradient_ND, factor, count, BLOCK=SCALE_BLOCK, num_warps=FEW_WARPS)
+    programs = min(SCALE_PROGRAMS, triton.cdiv(count, SCALE_BLOCK))
+    scale_kernel[(programs,)](gradient_ND, factor, share, count, HAS_SHARE=share.numel() > 0, BLOCK=SCALE_BLOCK, num_warps=FEW_WARPS)
 
 
 def _rows(x_ND: torch.Tensor) -> torch.Tensor:

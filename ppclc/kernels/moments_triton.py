@@ -49,9 +49,11 @@ HOPPER = Config()
 """16-bit rows on compute capability 9.0 and newer. Source: ours, a sweep on an H100."""
 POINTERS = Config(128, 128, 32, 8, 3, copies=False)
 """16-bit rows elsewhere, or of widths that descriptors do not take."""
-SINGLE = Config(64, 64, 32, 4, 3, copies=False)
+SINGLE = Config(128, 64, 32, 4, 3, copies=False)
 """float32, as three products of TF32 each."""
 CONFIGS = (HOPPER, POINTERS, SINGLE)
+DIFFERENCE = (64, 1024, 4, 4)
+"""Rows of a chunk, columns, rows at once, warps."""
 
 
 @triton.jit
@@ -120,37 +122,38 @@ def prepare_kernel(x, mask, centre, out, stride, width, HAS_MASK: tl.constexpr, 
 
 
 @triton.jit
-def difference_kernel(x, before, out, sums, energies, rows, width, stride_x, stride_before, chunk, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """Some columns of a chunk of rows: their difference, the sum of each column, the energy of the difference."""
+def difference_kernel(
+    x, before, out, sums, energies, rows, width, stride_x, stride_before, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
+):  # fmt: skip
+    """Some columns of a chunk of rows: their difference, the sum of each column, the energy of the difference. TOGETHER: rows that are read at once."""
     part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    across = columns < width
     total, energy = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, chunk, ROWS):
-        within = start + tl.arange(0, ROWS)
-        row = part * chunk + within
-        inside = ((within < chunk) & (row < rows))[:, None] & (columns < width)[None, :]
-        a = tl.load(x + row[:, None] * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(before + row[:, None] * stride_before + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        d = (a - b).to(out.dtype.element_ty)
-        tl.store(out + row[:, None] * width + columns[None, :], d, mask=inside)
-        total += tl.sum(a, 0)
-        energy += tl.sum(d.to(tl.float32) * d.to(tl.float32), 0)
-    tl.store(sums + part * width + columns, total, mask=columns < width)
-    tl.store(energies + part * width + columns, energy, mask=columns < width)
-
-
-CHUNK, DIFFERENCE_BLOCK, DIFFERENCE_ROWS = 64, 512, 4
+    for start in range(0, CHUNK, TOGETHER):
+        for one in tl.static_range(TOGETHER):
+            row = part * CHUNK + start + one
+            inside = across & (row < rows)
+            a = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(before + row * stride_before + columns, mask=inside, other=0.0).to(tl.float32)
+            d = (a - b).to(out.dtype.element_ty)
+            tl.store(out + row * width + columns, d, mask=inside)
+            total += a
+            energy += d.to(tl.float32) * d.to(tl.float32)
+    tl.store(sums + part * width + columns, total, mask=across)
+    tl.store(energies + part * width + columns, energy, mask=across)
 
 
 def difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`x - before` (N, D) in their dtype, the sum of `x` over rows and the energy of the difference in float64."""
     x_ND, before_ND = _prepared(x_ND, None, None), _prepared(before_ND, None, None)
     rows, width = x_ND.shape
+    chunk, block, together, warps = DIFFERENCE
     out = torch.empty((rows, width), dtype=x_ND.dtype, device=x_ND.device)
-    parts, block = triton.cdiv(rows, CHUNK), min(DIFFERENCE_BLOCK, triton.next_power_of_2(width))
-    sums, energies = (torch.empty((parts, width), dtype=torch.float32, device=x_ND.device) for _ in range(2))
+    parts, block = triton.cdiv(rows, chunk), min(block, triton.next_power_of_2(width))
+    sums, energies = torch.empty((2, parts, width), dtype=torch.float32, device=x_ND.device)
     difference_kernel[(parts, triton.cdiv(width, block))](
-        x_ND, before_ND, out, sums, energies, rows, width, x_ND.stride(0), before_ND.stride(0), CHUNK,
-        BLOCK=block, ROWS=DIFFERENCE_ROWS, num_warps=4,
+        x_ND, before_ND, out, sums, energies, rows, width, x_ND.stride(0), before_ND.stride(0),
+        CHUNK=chunk, BLOCK=block, TOGETHER=together, num_warps=warps,
     )  # fmt: skip
     return out, sums.sum(0, dtype=torch.float64), energies.sum(dtype=torch.float64)
 
