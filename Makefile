@@ -35,6 +35,7 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint ## the whole proof: lint, types, every test
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: install ## only the tests that take seconds

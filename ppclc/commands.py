@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ppclc import block_costs, compiler, sizes
+from ppclc import block_costs, compiler, kernels, sizes
 from ppclc.bench_files import write_bench
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
 from ppclc.classes import DTYPES, count_parameters, model_outline, random_model, student_config
@@ -493,6 +493,7 @@ def doctor() -> dict[str, Any]:
         "memory_free_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": shutil.disk_usage(".").free,
         "backends": {name: _state(plugins.load("backends", name)) for name in plugins.names("backends")},
+        "kernels": (f"not taken: {reason}" if (reason := kernels.lacks()) else "ready"),
         "extras": {extra: f"pip install 'ppclc[{extra}]'" if missing else "ready" for extra, missing in found.items()},
     }
     if accelerated := accelerator():

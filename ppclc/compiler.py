@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ppclc import kernels
 from ppclc.bank import joined, needed
 from ppclc.cards import Card, write_card
 from ppclc.classes import count_parameters, model_outline, student_config
@@ -59,6 +60,7 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     if until not in PASSES:
         raise RecipeError(f"--until {until}: wanted one of {', '.join(PASSES)}")
     quiet_libraries()
+    kernels.check(recipe.kernels)
     ranks = ranks or Ranks()
     with ranks.main_first():
         run = prepare(recipe, name, out, display, ranks, planned=until != PASSES[0])
@@ -73,14 +75,15 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
         "report": report,
     }
     display.stages = PASSES.index(until) + 1
-    for step in PASSES[: display.stages]:
-        raise_if_stopped()
-        if step == "slice":
-            run.part()
-            if not ranks.is_main:
-                break
-        with display.stage(step) as progress:
-            steps[step](run, progress)
+    with kernels.switched(recipe.kernels):
+        for step in PASSES[: display.stages]:
+            raise_if_stopped()
+            if step == "slice":
+                run.part()
+                if not ranks.is_main:
+                    break
+            with display.stage(step) as progress:
+                steps[step](run, progress)
     if run.student is not None:
         describe(run)
     return run

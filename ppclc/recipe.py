@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from ppclc.budget import PlanSettings, TargetSettings
 from ppclc.errors import RecipeError
+from ppclc.kernels import Kernels
 from ppclc.passes.bench import BenchSettings
 from ppclc.passes.calibrate import CalibrateSettings
 from ppclc.passes.distill import DistillSettings
@@ -55,7 +56,11 @@ class ExportTarget(Section):
 
 
 class Recipe(Section):
-    """Everything that a run is told. Every key has a default but `model.path`."""
+    """Everything that a run is told. Every key has a default but `model.path`.
+
+    kernels: on a GPU, `auto` takes Triton kernels where they were measured to be faster, `triton` wherever they can run, `torch` never. They
+    change results by rounding alone, and what was made with others is kept.
+    """
 
     model: ModelSettings
     calibrate: CalibrateSettings = CalibrateSettings()
@@ -66,6 +71,7 @@ class Recipe(Section):
     verify: VerifySettings = VerifySettings()
     export: list[ExportTarget] = []
     bench: BenchSettings = BenchSettings()
+    kernels: Kernels = "auto"
 
     @field_validator("export")
     @classmethod

@@ -35,16 +35,17 @@ def chosen() -> Kernels:
     return _chosen
 
 
-@contextmanager
-def switched(kernels: Kernels) -> Iterator[None]:
-    """A block in which the switch is set, for all threads.
-
-    Raises:
-        UnavailableError: `triton` where kernels cannot run at all.
-    """
-    global _chosen
+def check(kernels: Kernels) -> None:
+    """Raise UnavailableError for `triton` where kernels cannot run at all."""
     if kernels == "triton" and (reason := lacks()):
         raise UnavailableError(f"kernels = 'triton': {reason}; wanted auto or torch here")
+
+
+@contextmanager
+def switched(kernels: Kernels) -> Iterator[None]:
+    """A block in which the switch is set, for all threads. Raises as `check`."""
+    global _chosen
+    check(kernels)
     before, _chosen = _chosen, kernels
     try:
         yield

@@ -5,6 +5,8 @@ Shape suffixes: N rows, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -109,3 +111,18 @@ def _rows(x_ND: torch.Tensor) -> torch.Tensor:
 
 def _warps(block: int) -> int:
     return FEW_WARPS if block <= 2048 else MANY_WARPS
+
+
+def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Name, kernel, signature, constants and options of every configuration: what compiling one without a GPU takes."""
+    found = []
+    for dtype in ("bf16", "fp16", "fp32"):
+        rows = {"student": f"*{dtype}", "teacher": f"*{dtype}", "mask": "*i1", "share": "*fp32", "gradient": f"*{dtype}", "losses": "*fp32"}
+        signature = rows | dict.fromkeys(("stride_s", "stride_t", "width"), "i32") | dict.fromkeys(("each", "magnitude", "least"), "fp32")
+        for block in (64, 2048, 4096, 8192):
+            for masked in (False, True):
+                constants = {"HAS_MASK": masked, "SHARED": dtype != "fp16", "BLOCK": block}
+                found.append((f"loss-{dtype}-{block}-{masked}", loss_kernel, signature, constants, {"num_warps": _warps(block)}))
+        signature = {"values": f"*{dtype}", "factor": "*fp32", "share": "*fp32", "count": "i32"}
+        found.append((f"scale-{dtype}", scale_kernel, signature, {"HAS_SHARE": True, "BLOCK": SCALE_BLOCK}, {"num_warps": FEW_WARPS}))
+    return found

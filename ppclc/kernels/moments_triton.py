@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 import triton
@@ -31,8 +32,8 @@ WHOLE = 1024
 class Config:
     """Tiles of `m` by `n` results, `k` rows at a time.
 
-    copies: rows come by tensor descriptors, the bulk copy engine where there is one, or by pointers. reduces: sums leave by descriptors
-    too, or by vector reductions. shares: whether the last tiles are dealt out over all processors.
+    copies: rows come by tensor descriptors, the bulk copy engine where there is one, or by pointers. shares: whether the last tiles are
+    dealt out over all processors.
     """
 
     m: int = 128
@@ -41,17 +42,17 @@ class Config:
     warps: int = 8
     stages: int = 4
     copies: bool = True
-    reduces: bool = False
     shares: bool = True
 
 
 HOPPER = Config()
-"""16-bit rows on compute capability 9.0 and newer. Source: ours, a sweep on an H100."""
+"""16-bit rows on compute capability 9.0. Source: ours, a sweep on an H100."""
+BLACKWELL = Config(128, 128, 64, 8, 4)
+"""16-bit rows on newer ones: larger tiles spill registers there. Never run."""
 POINTERS = Config(128, 128, 32, 8, 3, copies=False)
 """16-bit rows elsewhere, or of widths that descriptors do not take."""
-SINGLE = Config(128, 64, 32, 4, 3, copies=False)
-"""float32, as three products of TF32 each."""
-CONFIGS = (HOPPER, POINTERS, SINGLE)
+SINGLE, SMALL_SINGLE = Config(128, 64, 32, 4, 3, copies=False), Config(64, 64, 32, 4, 3, copies=False)
+"""float32, as three products of TF32 each: on compute capability 9.0, and elsewhere, where the larger tile spills registers."""
 DIFFERENCE = (64, 1024, 4, 4)
 """Rows of a chunk, columns, rows at once, warps."""
 
@@ -77,19 +78,16 @@ def _tile(x, y, row, column, first, last, rows, width_x, width_y, stride_x, stri
 
 
 @triton.jit
-def _add(target, sums, row, column, width_m, width_n, REDUCES: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _add(target, sums, row, column, width_m, width_n, M: tl.constexpr, N: tl.constexpr):
     """Add a tile to a matrix of contiguous rows."""
-    if REDUCES:
-        target.atomic_add([row * M, column * N], sums)
-    else:
-        m, n = (row * M + tl.arange(0, M)).to(tl.int64), column * N + tl.arange(0, N)
-        tl.atomic_add(target + m[:, None] * width_n + n[None, :], sums, mask=(m < width_m)[:, None] & (n < width_n)[None, :], sem="relaxed")
+    m, n = (row * M + tl.arange(0, M)).to(tl.int64), column * N + tl.arange(0, N)
+    tl.atomic_add(target + m[:, None] * width_n + n[None, :], sums, mask=(m < width_m)[:, None] & (n < width_n)[None, :], sem="relaxed")
 
 
 @triton.jit
 def moments_kernel(
     x, x_right, y, second, cross, pieces, starts, rows, width_x, width_y, stride_x, stride_y,
-    COPIES: tl.constexpr, REDUCES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+    COPIES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one program. A piece: row and column of its tile, 0 for S and 1 for C, and from where to where in the rows."""
@@ -101,10 +99,10 @@ def moments_kernel(
         if last > first:
             if which == 0:
                 sums = _tile(x, x_right, row, column, first, last, rows, width_x, width_x, stride_x, stride_x, COPIES, M, N, K, PRECISION)
-                _add(second, sums, row, column, width_x, width_x, REDUCES, M, N)
+                _add(second, sums, row, column, width_x, width_x, M, N)
             else:
                 sums = _tile(x, y, row, column, first, last, rows, width_x, width_y, stride_x, stride_y, COPIES, M, N, K, PRECISION)
-                _add(cross, sums, row, column, width_x, width_y, REDUCES, M, N)
+                _add(cross, sums, row, column, width_x, width_y, M, N)
 
 
 @triton.jit
@@ -180,22 +178,24 @@ def run(
     x, x_right, y = x_ND, x_ND, y_NE
     if config.copies:
         x, x_right, y = (_descriptor(t, config.k, side) for t, side in ((x_ND, config.m), (x_ND, config.n), (y_NE, config.n)))
-    sums = [t if t is None or not config.reduces else _descriptor(t, config.m, config.n) for t in (second_DD, cross_DE)]
-    first = next(t for t in sums if t is not None)
+    second, cross = (second_DD, cross_DE) if second_DD is not None else (cross_DE, cross_DE)
+    cross = second if cross is None else cross  # a sum that is not there is never added to
+    precision = "tf32x3" if x_ND.dtype == torch.float32 else "ieee"
     moments_kernel[(len(starts) - 1,)](
-        x, x_right, y, *(first if t is None else t for t in sums), pieces, starts, rows, width, other, x_ND.stride(0), y_NE.stride(0),
-        COPIES=config.copies, REDUCES=config.reduces, M=config.m, N=config.n, K=config.k,
-        PRECISION="tf32x3" if x_ND.dtype == torch.float32 else "ieee", PARTS=WHOLE, num_warps=config.warps, num_stages=config.stages,
+        x, x_right, y, second, cross, pieces, starts, rows, width, other, x_ND.stride(0), y_NE.stride(0),
+        COPIES=config.copies, M=config.m, N=config.n, K=config.k, PRECISION=precision, PARTS=WHOLE,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 
 def config_for(x_ND: torch.Tensor, y_NE: torch.Tensor) -> Config:
     """How rows of these tensors are multiplied."""
+    major = torch.cuda.get_device_capability(x_ND.device)[0] if x_ND.is_cuda else 0
     if x_ND.dtype == torch.float32:
-        return SINGLE
+        return SINGLE if major == 9 else SMALL_SINGLE
     described = all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in (x_ND, y_NE))
-    hopper = x_ND.is_cuda and torch.cuda.get_device_capability(x_ND.device) >= (9, 0)
-    return HOPPER if hopper and described and min(x_ND.shape[1], y_NE.shape[1]) >= HOPPER.n else POINTERS
+    best = {9: HOPPER}.get(major, BLACKWELL if major > 9 else POINTERS)
+    return best if described and min(x_ND.shape[1], y_NE.shape[1]) >= best.n else POINTERS
 
 
 @cache
@@ -247,3 +247,41 @@ def _prepared(x_ND: torch.Tensor, mask_N: torch.Tensor | None, centre_D: torch.T
 
 def _descriptor(x: torch.Tensor, down: int, across: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [down, across])
+
+
+Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
+"""Name, kernel, signature, constants and options: what compiling one without a GPU takes."""
+
+
+def variants() -> list[Variant]:
+    """Every configuration that may be run; those of one generation of GPUs have it in their name."""
+    halves = [
+        (name, config, dtype)
+        for name, config in (("hopper", HOPPER), ("blackwell", BLACKWELL), ("pointers", POINTERS))
+        for dtype in ("bf16", "fp16")
+    ]
+    found = [_moments_variant(*row) for row in (*halves, ("hopper", SINGLE, "fp32"), ("small", SMALL_SINGLE, "fp32"))]
+    chunk, block, together, warps = DIFFERENCE
+    for dtype in ("bf16", "fp16", "fp32"):
+        rows = dict.fromkeys(("x", "before", "out"), f"*{dtype}") | dict.fromkeys(("sums", "energies"), "*fp32")
+        signature = rows | dict.fromkeys(("rows", "width", "stride_x", "stride_before"), "i32")
+        constants: dict[str, Any] = {"CHUNK": chunk, "BLOCK": block, "TOGETHER": together}
+        found.append((f"difference-{dtype}", difference_kernel, signature, constants, {"num_warps": warps}))
+        signature = {"x": f"*{dtype}", "mask": "*i1", "centre": "*fp32", "out": f"*{dtype}", "stride": "i32", "width": "i32"}
+        constants = {"HAS_MASK": True, "HAS_CENTRE": True, "BLOCK": 1024}
+        found.append((f"prepare-{dtype}", prepare_kernel, signature, constants, {"num_warps": 4}))
+    return found
+
+
+def _moments_variant(name: str, config: Config, dtype: str) -> Variant:
+    rows = [f"tensordesc<{dtype}[{config.k},{side}]>" if config.copies else f"*{dtype}" for side in (config.m, config.n, config.n)]
+    signature = dict(zip(("x", "x_right", "y"), rows, strict=True)) | {
+        "second": "*fp32",
+        "cross": "*fp32",
+        "pieces": "*i32",
+        "starts": "*i32",
+    }
+    signature |= dict.fromkeys(("rows", "width_x", "width_y", "stride_x", "stride_y"), "i32")
+    constants: dict[str, Any] = {"COPIES": config.copies, "M": config.m, "N": config.n, "K": config.k, "PARTS": WHOLE}
+    constants["PRECISION"] = "tf32x3" if dtype == "fp32" else "ieee"
+    return f"moments-{name}-{dtype}", moments_kernel, signature, constants, {"num_warps": config.warps, "num_stages": config.stages}

@@ -1,0 +1,89 @@
+"""Every kernel in every configuration, compiled without a GPU for three generations of them, within bounds on what it takes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppclc import kernels
+
+if find_spec("triton") is None or kernels.interpreted():
+    pytest.skip("compiling takes Triton, and not its interpreter", allow_module_level=True)
+
+MODULES = sorted(p.stem for p in Path(kernels.__file__).parent.glob("*_triton.py"))
+CAPABILITIES = (80, 90, 100)
+REGISTERS = 255
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What a program may have. Source: CUDA C++ programming guide, technical specifications by compute capability."""
+ALIGNED = ("width", "stride", "width_x", "width_y", "stride_x", "stride_y", "stride_s", "stride_t", "stride_before")
+"""Numbers that are multiples of 16 where it counts, which Triton sees for itself when it runs."""
+ALONE = {"hopper": 90, "blackwell": 100}
+"""Configurations of one generation."""
+
+
+def _is_for(name: str, capability: int) -> bool:
+    return all(word not in name or only == capability for word, only in ALONE.items())
+
+
+@cache
+def variants() -> dict[str, tuple[Any, ...]]:
+    return {row[0]: row for module in MODULES for row in import_module(f"ppclc.kernels.{module}").variants()}
+
+
+def compiled(name: str, capability: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    _, kernel, signature, constants, options = variants()[name]
+    names = list(kernel.arg_names)
+    kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
+    aligned = [n for n, kind in kinds.items() if kind.startswith("*") or n in ALIGNED]
+    source = ASTSource(
+        kernel,
+        kinds,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled_bytes(made: Any, capability: int, folder: Path) -> int:
+    """Bytes of registers that go through memory, as the assembler that Triton brings tells."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    assembler = tools / ("ptxas-blackwell" if capability >= 100 and (tools / "ptxas-blackwell").exists() else "ptxas")
+    (folder / "kernel.ptx").write_text(made.asm["ptx"])
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    done = subprocess.run(
+        [assembler, "-v", f"-arch={arch}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True
+    )
+    assert int(re.findall(r"Used (\d+) registers", done.stderr)[0]) <= REGISTERS
+    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("module", MODULES)
+def test_every_variant_compiles_within_its_bounds(module: str, capability: int, tmp_path: Path) -> None:
+    names = [row[0] for row in import_module(f"ppclc.kernels.{module}").variants() if _is_for(row[0], capability)]
+    assert names
+    for name in names:
+        made = compiled(name, capability)
+        assert made.metadata.shared <= SHARED_BYTES[capability], name
+        assert len(made.asm["cubin"]) > 1000, name
+        assert spilled_bytes(made, capability, tmp_path) == 0, name
+
+
+def test_on_hopper_moments_are_made_by_its_own_instructions() -> None:
+    ptx = compiled("moments-hopper-bf16", 90).asm["ptx"]
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async.bulk.tensor" in ptx
+    assert re.search(r"(red|atom)\.(global|relaxed)[\w.:]*\.v4", ptx)  # sums leave four at a time
