@@ -129,7 +129,8 @@ def run_apart(options: argparse.Namespace, parts: list[str], left_s: float) -> d
     """What parts give in a process of their own, for when this one has lost its GPU."""
     with tempfile.TemporaryDirectory(prefix="ppclc-gpu-") as home:
         command = [sys.executable, "-m", "benchmarks.gpu", "--parts", *parts, "--budget-s", str(max(1.0, left_s)), "--out", home]
-        subprocess.run(command + (["--tiny"] if options.tiny else []), check=False)
+        command += (["--tiny"] if options.tiny else []) + (["--device", options.device] if options.device else [])
+        subprocess.run(command, check=False)
         files = list(Path(home).glob("*.json"))
         found: dict[str, Row] = json.loads(files[0].read_text("utf-8"))["parts"] if files else {}
     gone = {"not_run": "the process that ran it ended without a result", "seconds": 0.0, "broke": True}
@@ -145,6 +146,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--budget-s", type=float, default=BUDGET_S)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="where --tiny runs, else the CPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--failing", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -154,7 +156,8 @@ def main() -> int:
     """Run the parts and write the results; the exit code."""
     options = parsed()
     quiet_libraries()
-    device = "cuda" if torch.cuda.is_available() and not options.tiny else "cpu"
+    wanted = options.device or ("cpu" if options.tiny else "cuda")
+    device = wanted if torch.cuda.is_available() else "cpu"
     proof = Proof(device, options.tiny, time.perf_counter() + options.budget_s, options.failing)
     if device == "cpu" and not options.tiny:
         print("There is no CUDA device here; --tiny runs everything that can do without one, on small sizes.", file=sys.stderr)

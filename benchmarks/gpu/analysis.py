@@ -6,6 +6,7 @@ A teacher of a few blocks at Qwen-Image's own width, random weights, on the GPU;
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,13 +77,12 @@ def analysis(proof: Proof) -> list[Row]:
     """Rows of the calibration, then of a distillation step, with kernels and without."""
     size, teacher = sized(proof)
     ways = ["torch"] if kernels_here() == "torch" else ["triton", "torch"]
-    cases: list[tuple[Row, Callable[[], Sequence[Row]]]] = []
-    for way in ways:
-        cases.append(({"what": "calibration", "kernels": way, "tokens": size.tokens}, partial(calibration, proof, size, teacher, way)))
-    for way in ways:
-        cases.append(
-            ({"what": "distillation step", "kernels": way, "tokens": size.tokens}, partial(distillation, proof, size, teacher, way))
-        )
+    kinds: dict[str, Callable[..., list[Row]]] = {"calibration": calibration, "distillation step": distillation}
+    cases: list[tuple[Row, Callable[[], Sequence[Row]]]] = [
+        ({"what": what, "kernels": way, "tokens": size.tokens}, partial(run, proof, size, teacher, way))
+        for what, run in kinds.items()
+        for way in ways
+    ]
     if "triton" not in ways:
         cases.append(({"what": "calibration and distillation", "kernels": "triton"}, partial(_no_kernels, proof)))
     rows = rows_of(proof, cases)
@@ -102,29 +102,26 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
     proof.needs(25)
     blocks = teacher.num_blocks
     sample = size.draw(1, 1)
-    sums: list[Moments] = []
 
     def forwards() -> None:
         for _, sweep in teacher.sweep([sample], range(blocks + 1)):
             sweep.states.clear()
 
-    def summed(far: bool) -> None:
-        sums[:] = [Moments()] if not sums else sums
-        found = Calibration(teacher, LONGEST, sums[0], 1, _quiet)
-        found.add([Piece(sample, 0, far)])
-        settle(found)
+    def summed(sums: Moments, far: bool) -> None:
+        Calibration(teacher, LONGEST, sums, 1, _quiet).add([Piece(sample, 0, far)])
 
     with kernels(way):
         forward = _median_s(forwards, proof)
-        near = _median_s(partial(summed, False), proof)
+        sums = Moments()
+        near = _median_s(partial(summed, sums, False), proof)
         peak = _peak(proof)
-        sums.clear()
+        drain = _drained_s(sums, proof)
         proof.say(f"calibration, {way}: forwards {forward:.3f} s, with near moments {near:.3f} s")
-        far = _median_s(partial(summed, True), proof, repeats=2)
+        del sums
+        far = _median_s(partial(summed, Moments(), True), proof, repeats=1)
     crosses = sum(min(j, LONGEST) + 1 for j in range(blocks + 1))
     steady = (far - near) / crosses * (LONGEST + 1)  # a block's, once the window is full
     share = ((near - forward) / blocks + steady / FAR_EVERY) / (forward / blocks)
-    del sums
     reclaim()
     return [
         {
@@ -136,23 +133,28 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
             "near_share_of_forward": (near - forward) / forward,
             "analysis_share_of_forward": share,
             "tokens_per_s": size.tokens / near,
+            "near_brought_to_cpu_s": drain,
             "peak_bytes": peak,
         }
     ]
 
 
-def settle(found: Any) -> None:
-    """Bring what waits on the device to where sums are kept, where this version has anything waiting."""
-    wait = getattr(found.moments, "settle", None)
-    if callable(wait):
-        wait()
+def _drained_s(sums: Moments, proof: Proof) -> float | None:
+    """Seconds to bring to the CPU what a whole calibration leaves on the device; None where nothing stays there."""
+    drain = getattr(sums, "drain", None)
+    if not callable(drain):
+        return None
+    start = time.perf_counter()
+    drain()
+    synchronize(proof.device)
+    return time.perf_counter() - start
 
 
 def _quiet(*_: Any) -> None:
     """Progress that nobody watches."""
 
 
-def _median_s(run: Callable[[], None], proof: Proof, repeats: int = REPEATS) -> float:
+def _median_s(run: Callable[[], Any], proof: Proof, repeats: int = REPEATS) -> float:
     """Seconds of a call with the device waited for, the median after one that warms up; peaks of memory are counted anew."""
     run()
     synchronize(proof.device)
@@ -224,7 +226,7 @@ def distillation(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) 
     edit = interval_edit(teaching, plan, plan.intervals[0], partial(teacher.block_tensors, 1), Weights())
     samples = [moved(size.draw(1, 2), proof.device)]
     with kernels(way):
-        teacher_s = _median_s(lambda: list(teacher.sweep(samples, edit.stops)) and None, proof, 2)
+        teacher_s = _median_s(lambda: list(teacher.sweep(samples, edit.stops)), proof, 2)
         _, sweep = list(teacher.sweep(samples, edit.stops))[-1]
         batch = batch_states(size.family, sweep, samples, 0)
         trainer = Trainer(edit.build().train(), STEPS + 2, 1e-5, TrainingSettings(), Ranks(device=proof.device), name=edit.key)
@@ -239,7 +241,7 @@ def distillation(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) 
                 synchronize(proof.device)
                 whole = 1e3 * (time.perf_counter() - start)
                 order = ("start", *PARTS)
-                steps.append({f"{b}_ms": marks.ms(a, b) for a, b in zip(order, order[1:], strict=False)} | {"step_ms": whole})
+                steps.append({f"{b}_ms": marks.ms(a, b) for a, b in itertools.pairwise(order)} | {"step_ms": whole})
     middle = {key: median(s[key] for s in steps[2:]) for key in steps[0]}
     learned = sum(p.numel() for p in trainer.parameters.values())
     return [

@@ -24,9 +24,14 @@ LIMITS = {"bfloat16": 6e-3, "float16": 8e-4, "float32": 2e-5}
 GRADIENT_LIMITS = {"bfloat16": 1.2e-2, "float16": 1.6e-3, "float32": 5e-5}
 SUM_LIMIT = 2e-5
 """Of what is summed up in float32 whatever the inputs are in."""
+HALF_SUM_LIMIT = 1e-4
+"""Of sums over rows that matrix units make of 16 bits: they add in float32, but round towards zero."""
 EPS = 1e-6
 MAGNITUDE = 0.1
 Tensors = Mapping[str, torch.Tensor]
+Draw = Callable[..., torch.Tensor]
+Found = dict[str, tuple[float, float]]
+"""By output its distance, and the limit."""
 
 
 def correctness(proof: Proof) -> list[Row]:
@@ -43,7 +48,7 @@ def correctness(proof: Proof) -> list[Row]:
     return rows
 
 
-def _checked(proof: Proof, check: Callable[..., dict[str, tuple[float, float]]], dtype: str, size: tuple[int, ...]) -> list[Row]:
+def _checked(proof: Proof, check: Callable[..., Found], dtype: str, size: tuple[int, ...]) -> list[Row]:
     proof.needs(2)
     generator = torch.Generator(proof.device).manual_seed(torch.seed() % 2**31)
     draw = partial(_drawn, generator, DTYPES[dtype], proof.device)
@@ -86,30 +91,47 @@ def kernel_module(name: str) -> Any:
         raise NotRun(f"{error.name} is not there") from None
 
 
-def check_moments(
-    draw: Callable[..., torch.Tensor], dtype: str, rows: int, width: int, other: int, kind: str
-) -> dict[str, tuple[float, float]]:
+def check_moments(draw: Draw, dtype: str, rows: int, width: int, other: int, kind: str) -> Found:
     """Both sums, added to what stood there before: plain, of some of the rows, around means, or the first alone."""
     module = kernel_module("moments")
     x, y = draw(rows, width), draw(rows, other)
-    x = x + 2 * draw(1, width)  # states have means
+    if kind in ("mask", "centres"):
+        x = x + 2 * draw(1, width)  # as states have means; without them TF32 would not show
     mask = draw(rows) > 0.3 if kind == "mask" else None
-    centres = (x.float().mean(0), y.float().mean(0)) if kind == "centres" else None
+    centres = (x.float().mean(0), y.float().mean(0)) if kind == "centres" else ()
     start = draw(width, width).float()
     second, cross = (start + start.T).contiguous(), draw(width, other).float()
-    a, b = x.double(), y.double()
-    if centres is not None:
-        a, b = a - centres[0].double(), b - centres[1].double()
+    # Around means, half precision is rounded once more before the product, which is what is asked for.
+    a, b = ((z.float() - c).to(z.dtype).double() for z, c in zip((x, y), centres, strict=True)) if centres else (x.double(), y.double())
     if mask is not None:
         a, b = a[mask], b[mask]
     wanted = {"second": second.double() + a.T @ a, "cross": cross.double() + a.T @ b}
-    alone = kind == "alone"
-    module.add_moments(second, None if alone else cross, x, None if alone else y, rows=mask, centres=None if alone else centres)
-    found = {"second": (distance(module.symmetric(second), wanted["second"]), SUM_LIMIT)}
-    return found if alone else found | {"cross": (distance(cross, wanted["cross"]), SUM_LIMIT)}
+    limit = LIMITS["float32"] if dtype == "float32" else HALF_SUM_LIMIT
+    if kind == "alone":
+        module.add_moments(second, None, x)
+        return {"second": (distance(module.symmetric(second), wanted["second"]), limit)}
+    if mask is not None:
+        x[~mask] = torch.nan  # rows that do not count may hold anything
+    module.add_moments(second, cross, x, y, mask, centres)
+    return {"second": (distance(module.symmetric(second), wanted["second"]), limit), "cross": (distance(cross, wanted["cross"]), limit)}
 
 
-def check_distillation_loss(draw: Callable[..., torch.Tensor], dtype: str, batch: int, tokens: int, width: int, kind: str) -> Any:
+def check_difference(draw: Draw, dtype: str, rows: int, width: int) -> Found:
+    """A step between two states, the sum of the later one's rows, and the step's energy."""
+    module = kernel_module("moments")
+    if not hasattr(module, "difference"):
+        raise NotRun("ppclc.kernels.moments.difference is not there")
+    x, before = draw(rows, width) + draw(1, width), draw(rows, width)
+    step, total, energy = module.difference(x, before)
+    exact = x.double() - before.double()
+    return {
+        "step": (distance(step, exact), LIMITS[dtype]),
+        "sum": (distance(total, x.double().sum(0)), LIMITS["float32"]),
+        "energy": (distance(energy, exact.square().sum()), LIMITS[dtype]),
+    }
+
+
+def check_distillation_loss(draw: Draw, dtype: str, batch: int, tokens: int, width: int, kind: str) -> Found:
     """The loss, and its gradient to the student."""
     module = kernel_module("distillation_loss")
     teacher = draw(batch, tokens, width)
@@ -125,7 +147,7 @@ def check_distillation_loss(draw: Callable[..., torch.Tensor], dtype: str, batch
     return {"loss": (distance(got, wanted), SUM_LIMIT), "gradient": _gradient(student, exact, dtype)}
 
 
-def check_layer_norm_modulate(draw: Callable[..., torch.Tensor], dtype: str, batch: int, tokens: int, width: int) -> Any:
+def check_layer_norm_modulate(draw: Draw, dtype: str, batch: int, tokens: int, width: int) -> Found:
     """The modulated norm, and its gradients to state, scale and shift."""
     module = kernel_module("modulation")
     given = {"x": draw(batch, tokens, width) + 1, "scale": draw(batch, width, scale=0.5), "shift": draw(batch, width)}
@@ -137,15 +159,15 @@ def check_layer_norm_modulate(draw: Callable[..., torch.Tensor], dtype: str, bat
     return _compared(given, dtype, lambda x, scale, shift: module.layer_norm_modulate(x, scale, shift, EPS), exactly, draw)
 
 
-def check_gated_residual(draw: Callable[..., torch.Tensor], dtype: str, batch: int, tokens: int, width: int) -> Any:
+def check_gated_residual(draw: Draw, dtype: str, batch: int, tokens: int, width: int) -> Found:
     """The sum, and its gradients to all three."""
     module = kernel_module("modulation")
     given = {"x": draw(batch, tokens, width), "gate": draw(batch, width), "y": draw(batch, tokens, width)}
     return _compared(given, dtype, module.gated_residual, lambda x, gate, y: x + gate[:, None] * y, draw)
 
 
-def check_qk_norm_rope(draw: Callable[..., torch.Tensor], dtype: str, batch: int, tokens: int, heads: int, width: int) -> Any:
-    """Normed and turned queries or keys; neighbouring features are a pair. Gradients where the kernel has them."""
+def check_qk_norm_rope(draw: Draw, dtype: str, batch: int, tokens: int, heads: int, width: int) -> Found:
+    """Normed and turned queries or keys; neighbouring features are a pair. The kernel has no gradients, and is taken where none are wanted."""
     module = kernel_module("qk_norm_rope")
     angles = 3 * draw(tokens, width // 2).float()
     cos, sin = angles.cos(), angles.sin()
@@ -157,21 +179,21 @@ def check_qk_norm_rope(draw: Callable[..., torch.Tensor], dtype: str, batch: int
         c, s = cos.double()[:, None], sin.double()[:, None]
         return torch.stack([a * c - b * s, a * s + b * c], dim=-1).flatten(-2)
 
-    return _compared(given, dtype, lambda x, weight: module.qk_norm_rope(x, weight, cos, sin, EPS), exactly, draw)
+    with torch.no_grad():
+        got, wanted = module.qk_norm_rope(*given.values(), cos, sin, EPS), exactly(*(v.double() for v in given.values()))
+    return {"output": (distance(got, wanted), LIMITS[dtype])}
 
 
-def _compared(given: Tensors, dtype: str, run: Callable[..., Any], exactly: Callable[..., Any], draw: Callable[..., torch.Tensor]) -> Any:
-    """The distance of an output, and of its gradients to all that was given, where it has any."""
+def _compared(given: Tensors, dtype: str, run: Callable[..., Any], exactly: Callable[..., Any], draw: Draw) -> Found:
+    """The distance of an output, and of its gradients to all that was given."""
     held = {name: value.detach().requires_grad_() for name, value in given.items()}
     exact = {name: value.detach().double().requires_grad_() for name, value in given.items()}
-    got, wanted = run(**held), exactly(**exact)
+    got, wanted = run(*held.values()), exactly(*exact.values())
     found = {"output": (distance(got, wanted.detach()), LIMITS[dtype])}
-    if got.requires_grad:
-        pull = draw(*got.shape)
-        got.backward(pull)
-        wanted.backward(pull.double())
-        found |= {f"gradient of {n}": _gradient(held[n], exact[n], dtype) for n in given if held[n].grad is not None}
-    return found
+    pull = draw(*got.shape)
+    got.backward(pull)
+    wanted.backward(pull.double())
+    return found | {f"gradient of {name}": _gradient(held[name], exact[name], dtype) for name in given}
 
 
 def _gradient(held: torch.Tensor, exact: torch.Tensor, dtype: str) -> tuple[float, float]:
@@ -180,8 +202,9 @@ def _gradient(held: torch.Tensor, exact: torch.Tensor, dtype: str) -> tuple[floa
     return distance(held.grad, exact.grad), GRADIENT_LIMITS[dtype]
 
 
-CHECKS: dict[str, Callable[..., Any]] = {
+CHECKS: dict[str, Callable[..., Found]] = {
     "moments": check_moments,
+    "difference": check_difference,
     "distillation_loss": check_distillation_loss,
     "layer_norm_modulate": check_layer_norm_modulate,
     "gated_residual": check_gated_residual,
@@ -196,6 +219,7 @@ SIZES: dict[bool, dict[str, list[tuple[Any, ...]]]] = {
             (777, 1000, 520, "plain"),
             (512, 3072, 0, "alone"),
         ],
+        "difference": [(7401, 3072), (77, 1000)],
         "distillation_loss": [(1, 7401, 3072, "plain"), (2, 513, 3072, "mask"), (3, 77, 1000, "mask")],
         "layer_norm_modulate": [(1, 7401, 3072), (2, 513, 3072), (3, 77, 1000)],
         "gated_residual": [(1, 7401, 3072), (2, 513, 3072), (3, 77, 1000)],
@@ -203,6 +227,7 @@ SIZES: dict[bool, dict[str, list[tuple[Any, ...]]]] = {
     },
     True: {
         "moments": [(40, 16, 24, "plain"), (40, 16, 16, "mask"), (40, 16, 16, "centres"), (24, 16, 0, "alone")],
+        "difference": [(24, 16)],
         "distillation_loss": [(1, 9, 32, "plain"), (2, 5, 32, "mask")],
         "layer_norm_modulate": [(2, 9, 32)],
         "gated_residual": [(2, 9, 32)],

@@ -121,7 +121,7 @@ def _row(proof: Proof, subject: Subject, backend: str, options: dict[str, Any], 
                 )
         finally:
             subject.model.to(proof.device)
-        row |= {"export_s": time.perf_counter() - start, "bytes": made.bytes, "seconds": {k: round(v, 2) for k, v in made.seconds.items()}}
+        row |= {"export_s": time.perf_counter() - start, "bytes": made.bytes, "seconds": dict(made.seconds)}
         row |= {k: made.options[k] for k in ("attention_fused", "attention_total", "float32_products") if k in made.options}
         proof.say(f"{backend}: written in {row['export_s']:.1f} s")
         try:

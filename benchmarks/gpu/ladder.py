@@ -7,11 +7,8 @@ So they are timed in turn, round by round, in the same minute and at the same cl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -28,7 +25,6 @@ from benchmarks.gpu.measuring import (
     ceiling,
     interleaved_ms,
     kernels,
-    kernels_here,
     peak_above,
     pinned_or_not,
     reclaim,
@@ -38,6 +34,7 @@ from benchmarks.gpu.measuring import (
 from ppclc.budget import even_plan
 from ppclc.classes import DTYPES, empty_model, student_config
 from ppclc.families import Family, typed
+from ppclc.kernels import lacks
 from ppclc.models import blocks_of
 from ppclc.passes.bench import ratio
 from ppclc.plan import CompressionPlan
@@ -164,18 +161,22 @@ def _climbed(proof: Proof, given: Ladder) -> list[Row]:
     stood = [stand(given.family, rung, pool, proof) for rung in given.rungs]
     proof.say(f"{given.name}: {len(stood)} models, {sum(t.nbytes for t in pool.values()) / 1e9:.1f} GB of weights")
     with torch.no_grad():
-        return [{"model": given.name, "tokens": given.height * given.width + given.text, **row} for row in _runs(proof, stood, inputs)]
+        return [
+            {"model": given.name, "tokens": given.height * given.width + given.text, **row}
+            for row in _runs(proof, given.family, stood, inputs)
+        ]
 
 
-def _runs(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any]) -> Iterator[Row]:
+def _runs(proof: Proof, family: Family, stood: Sequence[Stood], inputs: Mapping[str, Any]) -> Iterator[Row]:
     """Eager in each attention for the teacher, then in the fastest for all: eager, with kernels, compiled."""
-    found, best = _attentions(proof, stood[0], inputs)
+    with kernels("torch"):
+        found, best = _attentions(proof, stood[0], inputs)
     yield from found
-    with pinned_or_not(best):
+    with pinned_or_not(best), kernels("torch"):
         for one in stood:
             _look_at(one, inputs, proof.device)
     yield from _timed(proof, stood, inputs, {"way": "eager", "kernels": "torch", "sdpa": best or "PyTorch's choice"}, best)
-    yield from _guarded(proof, {"way": "eager", "kernels": "triton"}, partial(_with_kernels, proof, stood, inputs, best))
+    yield from _guarded(proof, {"way": "eager", "kernels": "triton"}, partial(_with_kernels, proof, family, stood, inputs, best))
     yield from _guarded(proof, {"way": "torch.compile", "kernels": "torch"}, partial(_compiled, proof, stood, inputs, best))
 
 
@@ -224,7 +225,7 @@ def _look_at(one: Stood, inputs: Mapping[str, Any], device: str) -> None:
 
 def _timed(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], same: Row, sdpa: str | None) -> list[Row]:
     """A row for each model, timed in turn."""
-    with pinned_or_not(sdpa):
+    with pinned_or_not(sdpa), kernels(same["kernels"]):
         times = interleaved_ms(
             {s.rung.label: partial(_call, s.model, inputs) for s in stood}, proof, 3 if proof.tiny else ROUNDS, 1 if proof.tiny else WARMUPS
         )
@@ -255,28 +256,14 @@ def _timed(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], same
     return rows
 
 
-def _with_kernels(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], sdpa: str | None) -> Iterator[Row]:
-    """The models with their blocks' parts put together in kernels."""
-    if kernels_here() != "triton":
-        proof.on_gpu("kernels")
+def _with_kernels(proof: Proof, family: Family, stood: Sequence[Stood], inputs: Mapping[str, Any], sdpa: str | None) -> Iterator[Row]:
+    """The models with the chains within their blocks in kernels: their classes ask the switch at every call."""
+    if reason := lacks():
+        raise NotRun(reason)
+    if not getattr(family, "fused", dict)():
+        raise NotRun(f"no kernels for whole models of {family.name} in this version")
     proof.needs(20)
-    with fused([s.model for s in stood]), kernels("triton"):
-        yield from _timed(proof, stood, inputs, {"way": "eager", "kernels": "triton", "sdpa": sdpa or "PyTorch's choice"}, sdpa)
-
-
-@contextmanager
-def fused(models: Sequence[Any]) -> Iterator[None]:
-    """A block in which models run with kernels in their blocks. Raises NotRun where ppclc has none for whole models."""
-    if find_spec("ppclc.fused") is None:
-        raise NotRun("ppclc.fused is not there")
-    module = import_module("ppclc.fused")
-    undo = [module.fuse(model) for model in models]
-    try:
-        yield
-    finally:
-        for back in undo:
-            if callable(back):
-                back()
+    yield from _timed(proof, stood, inputs, {"way": "eager", "kernels": "triton", "sdpa": sdpa or "PyTorch's choice"}, sdpa)
 
 
 def _compiled(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], sdpa: str | None) -> Iterator[Row]:
@@ -289,7 +276,7 @@ def _compiled(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], s
             proof.say(f"compiling {one.rung.label}")
             for block in one.blocks:
                 block.compile()
-            with pinned_or_not(sdpa):
+            with pinned_or_not(sdpa), kernels("torch"):
                 _call(one.model, inputs)
             torch.cuda.synchronize()
             ready.append(one)

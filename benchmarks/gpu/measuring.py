@@ -75,7 +75,11 @@ def rows_of(proof: Proof, cases: Sequence[tuple[Row, Callable[[], Sequence[Row]]
     rows: list[Row] = []
     for same, run in cases:
         try:
-            rows += [same | row for row in run()]
+            found = [same | row for row in run()]
+            rows += found
+            for row in found[:-1]:
+                if row.get("passed") is False:
+                    proof.say(told(row))
         except NotRun as reason:
             rows.append(same | {"not_run": str(reason)})
         except Exception as error:
@@ -169,7 +173,7 @@ def events_us(calls: Sequence[Call], device: str, repeats: int) -> float:
         call()
         last.record()
     torch.cuda.synchronize()
-    return 1e3 * median(first.elapsed_time(last) for first, last in pairs)
+    return 1e3 * float(median(first.elapsed_time(last) for first, last in pairs))
 
 
 def graph_us(calls: Sequence[Call], count: int, replays: int = 7) -> float:
@@ -186,7 +190,7 @@ def graph_us(calls: Sequence[Call], count: int, replays: int = 7) -> float:
         for call in islice(cycle(calls), count):
             call()
     graph.replay()
-    found = 1e3 * median(elapsed_ms(graph.replay, "cuda") for _ in range(replays)) / count
+    found: float = 1e3 * median(elapsed_ms(graph.replay, "cuda") for _ in range(replays)) / count
     graph.reset()
     return found
 

@@ -18,9 +18,9 @@ import torch
 from benchmarks.gpu.correctness import DTYPES, EPS, MAGNITUDE, kernel_module
 from benchmarks.gpu.measuring import (
     Call,
-    NotRun,
     Proof,
     Row,
+    alive,
     best_us,
     ceiling,
     kernels,
@@ -28,6 +28,7 @@ from benchmarks.gpu.measuring import (
     reclaim,
     rows_of,
     sets_for,
+    short,
     shown,
     timed,
 )
@@ -86,11 +87,9 @@ class Contest:
         if reason:
             return {"not_run": reason}
         try:
-            with kernels("triton" if name == KERNEL else "torch"):
+            with kernels("triton" if name == KERNEL else "torch"), torch.set_grad_enabled("backward" in self.what):
                 row = timed(calls, proof, self.repeats)
         except Exception as error:
-            from benchmarks.gpu.measuring import alive, short
-
             if proof.is_cuda and not alive():
                 raise
             return {"not_run": f"{type(error).__name__}: {short(error)}", "broke": True}
@@ -111,10 +110,11 @@ def _with_ratios(rows: list[Row]) -> list[Row]:
 def speed(proof: Proof) -> list[Row]:
     """The ceilings, then a row for each kernel, dtype and formulation."""
     rows: list[Row] = measure_ceilings(proof)
-    contests: list[tuple[Row, Callable[[], Sequence[Row]]]] = []
-    for name, contest in CONTESTS:
-        for dtype in ("bfloat16", "float32") if name == "moments" else ("bfloat16",):
-            contests.append(({"kernel": name, "dtype": dtype}, partial(_contest, proof, contest, dtype)))
+    contests = [
+        ({"kernel": name, "dtype": dtype}, partial(_contest, proof, contest, dtype))
+        for name, contest in CONTESTS
+        for dtype in (("bfloat16", "float32") if name == "moments" else ("bfloat16",))
+    ]
     return rows + rows_of(proof, contests)
 
 
@@ -175,6 +175,22 @@ def moments(proof: Proof, dtype: str) -> Contest:
         flops=3 * rows * width**2,
         compiled="eager, cast to float32" if dtype != "float32" else "",
         repeats=12 if dtype == "float32" else 20,
+    )
+
+
+def difference(proof: Proof, dtype: str) -> Contest:
+    """A step, the sum of the state's rows and the step's energy: two states are read and one written."""
+    module = kernel_module("moments")
+    rows, width, *_ = _sizes(proof)
+    return Contest(
+        "difference",
+        "forward",
+        dtype,
+        [rows, width],
+        lambda: (_random(proof, dtype, rows, width), _random(proof, dtype, rows, width)),
+        {KERNEL: module.difference, "eager": module.difference_reference},
+        bytes=3 * rows * width * DTYPES[dtype].itemsize,
+        compiled="eager",
     )
 
 
@@ -272,6 +288,7 @@ def qk_norm_rope(proof: Proof, dtype: str) -> Contest:
 
 CONTESTS: tuple[tuple[str, Callable[..., Contest]], ...] = (
     ("moments", moments),
+    ("difference", difference),
     ("distillation_loss", distillation_loss),
     ("layer_norm_modulate", layer_norm_modulate),
     ("layer_norm_modulate", partial(layer_norm_modulate, gradient=True)),
