@@ -35,6 +35,8 @@ from ppclc.models import quiet_libraries
 
 PARTS = {"correctness": 20, "speed": 45, "ladder": 60, "analysis": 30, "engines": 30}
 """Each part, and about how many seconds of a GPU it is worth starting with; within it, what there is no time for is left out."""
+APART = ("engines",)
+"""Parts that have a process of their own beside others: libraries that end it take nothing else with them."""
 LIBRARIES = ("triton", "tensorrt", "tensorrt-rtx-cu13", "onnxruntime-gpu")
 
 
@@ -126,14 +128,14 @@ def run_part(proof: Proof, name: str) -> Row:
 
 
 def run_apart(options: argparse.Namespace, parts: list[str], left_s: float) -> dict[str, Row]:
-    """What parts give in a process of their own, for when this one has lost its GPU."""
+    """What parts give in a process of their own."""
     with tempfile.TemporaryDirectory(prefix="ppclc-gpu-") as home:
         command = [sys.executable, "-m", "benchmarks.gpu", "--parts", *parts, "--budget-s", str(max(1.0, left_s)), "--out", home]
         command += (["--tiny"] if options.tiny else []) + (["--device", options.device] if options.device else [])
-        subprocess.run(command, check=False)
+        code = subprocess.run(command, check=False).returncode
         files = list(Path(home).glob("*.json"))
         found: dict[str, Row] = json.loads(files[0].read_text("utf-8"))["parts"] if files else {}
-    gone = {"not_run": "the process that ran it ended without a result", "seconds": 0.0, "broke": True}
+    gone = {"not_run": f"the process that ran it ended with exit code {code} and no result", "seconds": 0.0, "broke": True}
     return {part: found.get(part, gone) for part in parts}
 
 
@@ -171,6 +173,9 @@ def main() -> int:
     waiting = list(options.parts)
     while waiting:
         part = waiting.pop(0)
+        if proof.is_cuda and part in APART and len(options.parts) > 1:
+            report.add(part, run_apart(options, [part], proof.ends_at - time.perf_counter())[part])
+            continue
         report.add(part, run_part(proof, part))
         reclaim()
         if proof.is_cuda and waiting and not alive():

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.ladder import DTYPE, Pool, Rung, stand
-from benchmarks.gpu.measuring import NotRun, Proof, Row, interleaved_ms, reclaim, rows_of
+from benchmarks.gpu.measuring import NotRun, Proof, Row, interleaved_ms, reclaim, rows_of, short
 from ppclc import plugins
 from ppclc.families import Family, Lowered
 from ppclc.lowering import parity, quiet
@@ -130,9 +130,7 @@ def _row(proof: Proof, subject: Subject, backend: str, options: dict[str, Any], 
             got = session.run(subject.inputs)
             row["load_and_first_run_s"] = time.perf_counter() - start
         except Exception as error:
-            return [
-                row | {"built": True, "not_run": f"built, but does not run: {type(error).__name__}: {' '.join(str(error).split())[:600]}"}
-            ]
+            return [row | {"built": True, "not_run": f"built, but does not run: {type(error).__name__}: {short(error, 600)}"}]
         with torch.no_grad():
             wanted = subject.lowered.reference(subject.inputs)
             distance = parity(wanted, got)
