@@ -78,7 +78,7 @@ class Ladder:
 
 @dataclass
 class Stood:
-    """A rung's model on the device. peak_bytes: of a forward above its weights; flops: of a forward; both once one was looked at."""
+    """A rung's model on the device. peak_bytes: of a forward above its weights; flops: of a forward; output: of plain eager; all once one was looked at."""
 
     rung: Rung
     model: Any
@@ -87,6 +87,7 @@ class Stood:
     parameters: int
     peak_bytes: int = 0
     flops: int = 0
+    output: torch.Tensor | None = None
 
 
 def recipe_config(name: str) -> dict[str, Any]:
@@ -220,14 +221,22 @@ def _attentions(proof: Proof, teacher: Stood, inputs: Mapping[str, Any]) -> tupl
 def _look_at(one: Stood, inputs: Mapping[str, Any], device: str) -> None:
     """Count a forward's operations, and watch its memory."""
     with FlopCounterMode(display=False) as counter:
-        _call(one.model, inputs)
+        one.output = _call(one.model, inputs)
     one.flops = int(counter.get_total_flops())
     one.peak_bytes = peak_above(partial(_call, one.model, inputs), device)
+
+
+def _apart(one: Stood, inputs: Mapping[str, Any]) -> float:
+    """The relative distance of what a model gives now from what it gave in plain eager; NaN where either is not finite."""
+    assert one.output is not None
+    wanted = one.output.double()
+    return float((_call(one.model, inputs).double() - wanted).norm() / wanted.norm())
 
 
 def _timed(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], same: Row, sdpa: str | None) -> list[Row]:
     """A row for each model, timed in turn."""
     with pinned_or_not(sdpa), kernels(same["kernels"]):
+        apart = {s.rung.label: _apart(s, inputs) for s in stood}
         times = interleaved_ms(
             {s.rung.label: partial(_call, s.model, inputs) for s in stood}, proof, 3 if proof.tiny else ROUNDS, 1 if proof.tiny else WARMUPS
         )
@@ -248,6 +257,7 @@ def _timed(proof: Proof, stood: Sequence[Stood], inputs: Mapping[str, Any], same
                 "speedup": times_faster,
                 "speedup_ci95": interval,
                 "roofline_share": floor / middle,
+                "rel_l2_to_eager": apart[one.rung.label],
                 "tflop": one.flops / 1e12,
                 "parameters": one.parameters,
                 "weight_bytes": one.weight_bytes,

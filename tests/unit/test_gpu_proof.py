@@ -66,6 +66,7 @@ def test_the_ladder_and_the_analysis_have_numbers(whole: tuple[subprocess.Comple
     parts = whole[1]["parts"]
     eager = [r for r in parts["ladder"]["rows"] if r.get("way") == "eager" and r["kernels"] == "torch"]
     assert {"teacher", "fewer blocks", "narrowed"} <= {r["layout"] for r in eager}
+    assert all(r["rel_l2_to_eager"] == 0 for r in eager)
     assert all(r["ms"] > 0 and r["speedup"] > 0 and r["tflop"] > 0 for r in eager)
     by_model = {(r["model"], r["layout"]): r for r in eager}
     for model, _ in by_model:
