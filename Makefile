@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install lint test test-fast test-long teacher clean
+.PHONY: help demo install lint test test-fast test-long gpu teacher clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -43,6 +43,11 @@ test-fast: install ## only the tests that take seconds
 
 test-long: install ## what the tests leave out: every back end over every family and edit, more kills (half an hour)
 	PPCLC_LONG=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal $(LONG_ARGS)
+
+# Not after `install`, which would bring its own torch: on a machine whose Python has a CUDA build and what ppclc needs, BIN names its folder, as in
+#   make gpu BIN=/usr/bin GPU_ARGS="--parts ladder"
+gpu: ## kernels, whole models, analysis and engines on one GPU (under ten minutes; docs/gpu.md)
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 teacher: install ## train the embedded teacher and its judge again (hours)
 	$(BIN)/python -m ppclc.scenes.train --steps 11000 --stop-after 6000 --out build/teacher

@@ -24,14 +24,20 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Write `results/<date>-<name>.json`; never over an earlier one."""
+def unused(folder: Path, name: str) -> Path:
+    """`<date>-<name>.json` in a folder, numbered where there is one already."""
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path = RESULTS / f"{day}-{name}.json"
+    path = folder / f"{day}-{name}.json"
     number = 2
     while path.exists():
-        path = RESULTS / f"{day}-{name}-{number}.json"
+        path = folder / f"{day}-{name}-{number}.json"
         number += 1
+    return path
+
+
+def write_results(name: str, results: dict[str, Any]) -> Path:
+    """Write `results/<date>-<name>.json`; never over an earlier one."""
+    path = unused(RESULTS, name)
     machine = {"processor": processor(), "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
     command = " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     document = {"name": name, "command": command, "machine": machine, "versions": versions(), **results}
