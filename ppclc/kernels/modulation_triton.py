@@ -18,10 +18,10 @@ import triton.language as tl
 
 from ppclc.kernels import interpreted
 
-CONFIGS = ((4, 1), (8, 1), (4, 2), (8, 2), (8, 4))
-"""Warps and rows of a program that are tried for LayerNorm with modulation, each pair as (num_warps, rows)."""
+CONFIGS = ((64, 1), (32, 1), (64, 2), (32, 2))
+"""Bytes of a row that a thread holds and rows of a program that are tried for LayerNorm with modulation: more does not fit its registers."""
 GATED_CONFIGS = ((4, 1), (4, 2), (4, 4), (4, 8))
-"""The same of gated residuals: more warps would leave a thread less than 16 bytes of `COLUMNS`."""
+"""Warps and rows of a program that are tried for gated residuals: more warps would leave a thread less than 16 bytes of `COLUMNS`."""
 CHUNK = 16
 """Tokens whose gradients of a modulation are summed by one program."""
 COLUMNS = 1024
@@ -151,6 +151,12 @@ def gated_residual_backward_kernel(  # type: ignore[no-untyped-def]
 Configs = tuple[tuple[int, int], ...]
 
 
+def row_configs(width: int, itemsize: int) -> Configs:
+    """Warps and rows of a program that are tried for rows of a width, by `CONFIGS`, each pair as (num_warps, rows)."""
+    size = triton.next_power_of_2(width) * itemsize
+    return tuple(dict.fromkeys((max(1, min(16, size // (32 * held))), rows) for held, rows in CONFIGS))
+
+
 @cache
 def _tuned(kernel: Any, configs: Configs) -> Any:
     """The kernel with the pair of these that is fastest for a width and dtype."""
@@ -188,7 +194,7 @@ def layer_norm_modulate(x_BTD: torch.Tensor, scale_BD: torch.Tensor, shift_BD: t
     strides = (*x_BTD.stride()[:2], scale_BD.stride(0), shift_BD.stride(0))
     _launch(
         layer_norm_modulate_kernel,
-        CONFIGS,
+        row_configs(D, x_BTD.element_size()),
         lambda rows: (triton.cdiv(T, rows), B),
         *(x_BTD, scale_BD, shift_BD, out_BTD, T, *strides, eps),
         D=D,
@@ -275,7 +281,7 @@ def variants() -> list[Variant]:
         for D in (3072, 6144):
             whole = {"D": D, "BLOCK": triton.next_power_of_2(D)}
             columns = {"D": D, "BLOCK": COLUMNS}
-            for warps, rows in CONFIGS:
+            for warps, rows in row_configs(D, 2 if dtype == "bf16" else 4):
                 name = f"{dtype}-{D}-{warps}-{rows}"
                 found.append(_variant(f"layer_norm_modulate-{name}", layer_norm_modulate_kernel, dtype, {**whole, "ROWS": rows}, warps))
             for warps, rows in GATED_CONFIGS:
