@@ -154,6 +154,52 @@ def test_gradients_flow_through_fused_blocks(name: str, kind: str, taken: list[s
     assert "layer_norm_modulate" in taken
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # the stock norm of queries, under autocast
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixed_precision_trains_fused_blocks(name: str, taken: list[str]) -> None:
+    """Products in bfloat16, weights and sums in float32, as `training` has it: as near as what bfloat16 itself loses."""
+    family, model = _model(name)
+    inputs, found = _inputs(family, model), []
+    for one, precise in ((model, True), (model, False), (fuse(copy.deepcopy(model), family.fused()), False)):
+        one.requires_grad_(True).zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            loss = one(**inputs)[0].float().square().mean()
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
+    exact, stock, own = found
+    assert own.dtype == torch.float32
+    assert (own - exact).norm() < 1.5 * (stock - exact).norm()
+    assert "gated_residual" in taken
+
+
+@each_model
+def test_fused_models_compile_without_a_break(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, model = MAKERS[kind](name)
+    fuse(model, family.fused())
+    monkeypatch.setattr(kernels, "lacks", lambda: "")
+    monkeypatch.setattr(kernels, "interpreted", lambda: True)
+    monkeypatch.setattr(kernels, "_chosen", "triton")
+    for module in (modulation, qk_norm_rope):  # their operators run the references
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    inputs, graphs = _inputs(family, model), []
+
+    def backend(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        for block in blocks_of(model, family):
+            block.compile(backend=backend, fullgraph=True)
+        got = model(**inputs)[0]
+    torch._dynamo.reset()
+    assert torch.equal(got, wanted)
+    assert graphs
+    names = " ".join(str(n.target) for g in graphs for n in g.graph.nodes)
+    assert all(f"ppclc.{kernel}" in names for kernel in ("layer_norm_modulate", "gated_residual", "qk_norm_rope"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_checkpointed_blocks_give_the_same_gradients(name: str, taken: list[str]) -> None:
     family, model = _model(name)
