@@ -12,6 +12,7 @@ from torch import nn
 
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family
+from ppclc.kernels.fused import fuse
 from ppclc.plan import CompressionPlan
 from ppclc.student_tensors import student_config as edited_config
 from ppclc.students.parts import travelling_file
@@ -56,9 +57,10 @@ def model_outline(family: Family, config: Mapping[str, Any], where: str = "confi
 def _built(family: Family, config: Mapping[str, Any], where: str, within: AbstractContextManager[Any]) -> Any:
     try:
         with within:
-            return model_class(family, config).from_config({k: v for k, v in config.items() if k != "auto_map"})
+            model = model_class(family, config).from_config({k: v for k, v in config.items() if k != "auto_map"})
     except (TypeError, ValueError, RuntimeError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{where}: cannot be built as a model of {family.name}: {error}") from None
+    return fuse(model, family.fused())
 
 
 def random_model(

@@ -31,6 +31,7 @@ from ppclc.classes import (
 from ppclc.devices import cores
 from ppclc.errors import ModelError, UnavailableError, first_line
 from ppclc.families import Bank, Family, Group, Layout
+from ppclc.kernels.fused import fuse
 from ppclc.plan import CompressionPlan
 from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
 from ppclc.sources import (
@@ -107,7 +108,7 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"{source.folder}: tensor {name} holds NaN or infinite values, wanted finite ones; fetch the model again")
-    return aligned(model).eval().requires_grad_(False)
+    return fuse(aligned(model), source.family.fused()).eval().requires_grad_(False)
 
 
 def aligned(model: Any) -> Any:

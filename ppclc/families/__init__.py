@@ -17,6 +17,7 @@ import torch
 
 from ppclc import plugins
 from ppclc.errors import ModelError
+from ppclc.kernels.fused import unfuse
 from ppclc.plan import CompressionPlan
 
 Tensors = Mapping[str, Any]
@@ -190,9 +191,12 @@ class ExactTimesteps(torch.nn.Module):
 
 
 def exportable_copy(model: Any) -> Any:
-    """A copy of a model that shares all of its tensors and may be changed for torch.export; its time embeddings are exact already."""
+    """A copy of a model that shares all of its tensors and may be changed for torch.export; its time embeddings are exact already.
+
+    Its blocks are the plain formulation, without kernels.
+    """
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    copied = copy.deepcopy(model, memo=dict(shared))
+    copied = unfuse(copy.deepcopy(model, memo=dict(shared)))
     for parent in list(copied.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ == "Timesteps":
@@ -390,7 +394,8 @@ class Family:
     published: by hub id what a published model's configuration differs in from the class's defaults. Source: `config.json` of its transformer.
     exported_inputs: by configuration, what the exported module takes in the place of forward's arguments. Raises VerificationError for arguments
     that it cannot stand for.
-    single_file: the one that ComfyUI loads, None where ppclc knows none.
+    single_file: the one that ComfyUI loads, None where ppclc knows none. fused: by class of a block or of its attention's processor, one that
+    computes the same through `ppclc.kernels` (`ppclc.kernels.fused`).
     """
 
     name: str
@@ -423,6 +428,7 @@ class Family:
     exported_inputs: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] = unbatched_ids
     layouts: tuple[Layout, ...] = ()
     single_file: SingleFile | None = None
+    fused: Callable[[], Mapping[type, type]] = dict
 
     @property
     def class_names(self) -> dict[str, str]:

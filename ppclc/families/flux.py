@@ -93,6 +93,13 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs)
 
 
+def fused() -> Mapping[type, type]:
+    """By class of diffusers or of a student, the one that runs through kernels."""
+    from ppclc.families import _flux_kernels  # brings diffusers' classes, which nothing else here needs
+
+    return _flux_kernels.FUSED
+
+
 PLUGIN = Family(
     name="flux",
     class_name="FluxTransformer2DModel",
@@ -159,4 +166,5 @@ PLUGIN = Family(
         pixels_per_token=_kl.pixels_per_token,
     ),
     single_file=_bfl.SINGLE_FILE,
+    fused=fused,
 )

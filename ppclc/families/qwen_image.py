@@ -14,7 +14,21 @@ import torch
 from torch import nn
 
 from ppclc.errors import VerificationError
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, Shapes, SingleFile, _oppo, counted, rotary_axes, typed
+from ppclc.families import (
+    Encoders,
+    Family,
+    Group,
+    Lowered,
+    Modulation,
+    Shapes,
+    SingleFile,
+    _oppo,
+    _qwen_image_kernels,
+    counted,
+    rotary_axes,
+    typed,
+)
+from ppclc.kernels.fused import unfuse
 from ppclc.students.qwen_image import JointAttention
 
 
@@ -131,7 +145,7 @@ class ExportableQwenImage(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        self.model = copy.deepcopy(model, memo=dict(shared))
+        self.model = unfuse(copy.deepcopy(model, memo=dict(shared)))
         for block in self.model.transformer_blocks:
             block.attn.set_processor(JointAttention())
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
@@ -323,4 +337,5 @@ PLUGIN = Family(
         config=file_config,
         markers=lambda config: (EDITS_AT_ZERO,) if config.get("zero_cond_t") else (),
     ),
+    fused=_qwen_image_kernels.fused,
 )

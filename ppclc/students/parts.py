@@ -221,6 +221,19 @@ LINEAR_FFN = {"image": "img_ffn", "text": "txt_ffn"}
 """The linear map that stands in a feed-forward network's place, by stream."""
 
 
+class Chains:
+    """The chains of operators around a block's attention and networks, in plain PyTorch. Subclasses may compute them otherwise."""
+
+    def modulated(self, norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """A state, normed and modulated."""
+        normed: torch.Tensor = norm(x)
+        return normed * (1 + scale) + shift
+
+    def gated(self, x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """A state with what is added to it behind its gate."""
+        return x + gate * y
+
+
 @dataclass(frozen=True)
 class Chunks:
     """Shift, scale and gate, each (B or 1, 1, D); a gate is not there where nothing is added."""
@@ -243,7 +256,7 @@ class Modulated:
     second: Chunks | None = None
 
 
-class EditedBlock:
+class EditedBlock(Chains):
     """For a stock two-stream block, the parts that its role needs, and the forward pass that goes with them.
 
     `encoder_hidden_states` carries what roles emit. Expects the stock block's `norm1`, `norm2` and `ff` for image, and the same
@@ -278,20 +291,26 @@ class EditedBlock:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is carried on, and the image state. `text_mod` is None where text is mapped."""
         image, carried = adapted(self, image, carried)
-        normed = _norm(self.norm1)(image)
         text_input = (
-            self.text_in(carried[..., -self.dim :]) if text_mod is None else text_mod.attention.of(_norm(self.norm1_context)(carried))
+            self.text_in(carried[..., -self.dim :])
+            if text_mod is None
+            else self._of(text_mod.attention, _norm(self.norm1_context), carried)
         )
-        attended, text_attended = self.attn(hidden_states=image_mod.attention.of(normed), encoder_hidden_states=text_input, **attention)
-        image = image + image_mod.attention.gate * attended
+        if image_mod.second is None:
+            modulated, second = self._of(image_mod.attention, _norm(self.norm1), image), None
+        else:
+            normed = _norm(self.norm1)(image)
+            modulated, second = image_mod.attention.of(normed), image_mod.second.of(normed)
+        attended, text_attended = self.attn(hidden_states=modulated, encoder_hidden_states=text_input, **attention)
+        image = self.gated(image, image_mod.attention.gate, attended)
         if image_mod.second is not None:
-            image = image + image_mod.second.gate * self.attn2(hidden_states=image_mod.second.of(normed))
+            image = self.gated(image, image_mod.second.gate, self.attn2(hidden_states=second))
         image = self._network(image, image_mod.ffn, "image", "norm2", "ff")
         if self.role.mapped:
             return (self.text_out(carried[..., : self.dim]) if self.role.emits_text else carried), image
         if text_attended is None or text_mod is None:
             return text_input, image
-        text = carried + text_mod.attention.gate * text_attended
+        text = self.gated(carried, text_mod.attention.gate, text_attended)
         text = self._network(text, text_mod.ffn, "text", "norm2_context", "ff_context")
         return torch.cat([text, text_input], dim=-1) if self.role.emits_input else text, image
 
@@ -299,7 +318,10 @@ class EditedBlock:
         if stream in self.linear_ffn:
             return x + getattr(self, LINEAR_FFN[stream])(x)
         assert mod is not None
-        return x + mod.gate * getattr(self, network)(mod.of(getattr(self, norm)(x)))
+        return self.gated(x, mod.gate, getattr(self, network)(self._of(mod, getattr(self, norm), x)))
+
+    def _of(self, chunks: Chunks, norm: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.modulated(norm, x, chunks.scale, chunks.shift)
 
 
 def _norm(module: Any) -> Any:

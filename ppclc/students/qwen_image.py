@@ -37,7 +37,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import nn
 
-from ppclc.students.parts import LastFeatures, TextRole, Travelling, check_adapted, check_linear_ffn, text_roles
+from ppclc.students.parts import Chains, LastFeatures, TextRole, Travelling, check_adapted, check_linear_ffn, text_roles
 
 
 class ProjectedTimeEmbeddings(QwenTimestepProjEmbeddings):
@@ -131,7 +131,7 @@ class JointAttention:
         return image, attn.to_add_out(result[:, :text_length].contiguous()) if queries_text else None
 
 
-class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
+class PrunedQwenImageTransformerBlock(Chains, QwenImageTransformerBlock):
     """One block with the parts that its role needs. `encoder_hidden_states` carries what roles emit.
 
     linear_ffn: streams whose feed-forward network is a linear map, `img_ffn` or `txt_ffn`. adapted: whether
@@ -197,7 +197,7 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         mod = self.img_mod(temb)
         text_temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
         text_input, text_mod = self._text_input(encoder_hidden_states, text_temb)
-        modulated, gate = self._modulate(self.img_norm1(hidden_states), mod[..., : 3 * self.dim], modulate_index)
+        modulated, gate = self._chunk(self.img_norm1, hidden_states, mod[..., : 3 * self.dim], modulate_index)
         attended, text_attended = self.attn(
             hidden_states=modulated,
             encoder_hidden_states=text_input,
@@ -205,12 +205,12 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
-        hidden_states = hidden_states + gate * attended
+        hidden_states = self.gated(hidden_states, gate, attended)
         if "image" in self.linear_ffn:
             hidden_states = hidden_states + self.img_ffn(hidden_states)
         else:
-            modulated, gate = self._modulate(self.img_norm2(hidden_states), mod[..., 3 * self.dim :], modulate_index)
-            hidden_states = hidden_states + gate * self.img_mlp(modulated)
+            modulated, gate = self._chunk(self.img_norm2, hidden_states, mod[..., 3 * self.dim :], modulate_index)
+            hidden_states = self.gated(hidden_states, gate, self.img_mlp(modulated))
         emitted = self._text_output(encoder_hidden_states, text_input, text_attended, text_mod)
         if hidden_states.dtype == torch.float16:
             hidden_states, emitted = hidden_states.clip(-65504, 65504), emitted.clip(-65504, 65504)
@@ -220,12 +220,18 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
         """The modulated text state that feeds keys and values, and the modulation that is left to apply."""
         if self.role.mapped:
             return self.text_in(carried[..., -self.dim :]), None
-        normed = self.txt_norm1(carried)
         if self.role.emits_text:
             mod = self.txt_mod(temb)
-            return self._modulate(normed, mod[..., : 3 * self.dim])[0], mod
+            return self._chunk(self.txt_norm1, carried, mod[..., : 3 * self.dim])[0], mod
         shift, scale = self.txt_mod(temb).chunk(2, dim=-1)
-        return normed * (1 + scale[:, None]) + shift[:, None], None
+        return self.modulated(self.txt_norm1, carried, scale[:, None], shift[:, None]), None
+
+    def _chunk(self, norm: Any, x: torch.Tensor, mod: torch.Tensor, index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A state, normed and modulated by shift, scale and gate, and the gate."""
+        if index is not None:
+            return self._modulate(norm(x), mod, index)
+        shift, scale, gate = mod[:, None].chunk(3, dim=-1)
+        return self.modulated(norm, x, scale, shift), gate
 
     def _text_output(
         self, carried: torch.Tensor, text_input: torch.Tensor, attended: torch.Tensor | None, mod: torch.Tensor | None
@@ -235,12 +241,12 @@ class PrunedQwenImageTransformerBlock(QwenImageTransformerBlock):
             return self.text_out(carried[..., : self.dim]) if self.role.emits_text else carried
         if attended is None or mod is None:
             return text_input
-        text = carried + mod[:, None, 2 * self.dim : 3 * self.dim] * attended
+        text = self.gated(carried, mod[:, None, 2 * self.dim : 3 * self.dim], attended)
         if "text" in self.linear_ffn:
             text = text + self.txt_ffn(text)
         else:
-            modulated, gate = self._modulate(self.txt_norm2(text), mod[..., 3 * self.dim :])
-            text = text + gate * self.txt_mlp(modulated)
+            modulated, gate = self._chunk(self.txt_norm2, text, mod[..., 3 * self.dim :])
+            text = self.gated(text, gate, self.txt_mlp(modulated))
         return torch.cat([text, text_input], dim=-1) if self.role.emits_input else text
 
 
