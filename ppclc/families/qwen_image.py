@@ -125,6 +125,22 @@ def images_of(ids: torch.Tensor) -> list[tuple[int, int, int]]:
     return shapes
 
 
+class _Seen:
+    """`images_of` the positions that were last asked about: to read them waits for a device, which no call that is timed or captured may."""
+
+    def __init__(self) -> None:
+        self.ids: torch.Tensor | None = None
+        self.version, self.images = -1, list[tuple[int, int, int]]()
+
+    def of(self, ids: torch.Tensor) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns."""
+        if ids.is_inference():  # has no version that would tell of a change
+            return images_of(ids)
+        if ids is not self.ids or ids._version != self.version:
+            self.ids, self.version, self.images = ids, ids._version, images_of(ids)
+        return self.images
+
+
 class ExportableQwenImage(nn.Module):
     """The transformer with positions as tensors and real-valued rotary embeddings, sharing the model's tensors."""
 
@@ -193,7 +209,7 @@ def lowered(model: Any) -> Lowered:
 
     What it takes beside positions: with `zero_cond_t`, by which of two timesteps each image token (B, S) is modulated.
     """
-    config = dict(model.config)
+    config, images = dict(model.config), _Seen()
     zero, layered = bool(config.get("zero_cond_t")), bool(config.get("use_layer3d_rope"))
 
     def inputs(batch: int, height: int, width: int, text: int, references: int = 0) -> dict[str, Any]:
@@ -208,7 +224,7 @@ def lowered(model: Any) -> Lowered:
 
     def reference(given: dict[str, Any]) -> torch.Tensor:
         kwargs = typed({k: v for k, v in given.items() if k not in ("img_ids", "txt_ids", "modulate_index")}, model.dtype)
-        kwargs["img_shapes"] = [images_of(given["img_ids"])] * len(given["hidden_states"])
+        kwargs["img_shapes"] = [images.of(given["img_ids"])] * len(given["hidden_states"])
         out: torch.Tensor = model(**kwargs, return_dict=False)[0]
         return out
 

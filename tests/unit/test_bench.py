@@ -22,6 +22,7 @@ from ppclc.passes.bench import BenchSettings, BenchTarget, noise, ratio, run_ben
 from ppclc.recipe import bench_settings
 from ppclc.records import Benchmark
 from ppclc.roofline import Roofline, Work, measured_roofline, work_of
+from ppclc.timing import by_clock
 from tests.contracts.test_families import subject_of
 
 FAMILY: Family = plugins.load("families", "qwen_image")
@@ -51,7 +52,7 @@ class World:
         return BenchTarget(label, backend, run, peak)
 
     def bench(self, targets: list[BenchTarget], runs: int, **more: Any) -> Benchmark:
-        return run_bench(targets, {}, SHAPE, runs, "cpu", "float32", clock=lambda: self.now, **more)
+        return run_bench(targets, {}, SHAPE, runs, "cpu", "float32", watch=by_clock(lambda: self.now), **more)
 
 
 def test_figures_are_those_of_numpy() -> None:
