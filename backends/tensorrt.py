@@ -302,7 +302,10 @@ class TensorRTSession:
                 self._choose(given)
                 self._address(given, outputs)
                 self.addressed = number
-            if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            stream = torch.cuda.current_stream().cuda_stream
+            if torch.cuda.is_current_stream_capturing() and not self._can_be_captured(stream):
+                raise UnavailableError(f"{self.library.name} cannot be captured with these shapes")
+            if not self.context.execute_async_v3(stream):
                 raise VerificationError(
                     f"{self.library.name}: the engine did not run: {'; '.join(self.log.problems[-3:]) or 'no reason given'}"
                 )
@@ -316,6 +319,10 @@ class TensorRTSession:
             self.context.set_input_shape(name, tuple(tensor.shape))
         for name, tensor in {**given, **(outputs or {})}.items():
             self.context.set_tensor_address(name, tensor.data_ptr())
+
+    def _can_be_captured(self, stream: int) -> bool:
+        """What TensorRT-RTX, which compiles kernels as it runs, says of itself; TensorRT always can."""
+        return bool(self.context.is_stream_capturable(stream)) if self.library.travels else True
 
     def _dtype(self, name: str) -> torch.dtype:
         return TYPES[str(self.engine.get_tensor_dtype(name)).rpartition(".")[2]]

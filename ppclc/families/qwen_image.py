@@ -5,7 +5,6 @@ Shape suffixes: B batch, S image token, T text token, D width, C channel, P rota
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,20 @@ import torch
 from torch import nn
 
 from ppclc.errors import VerificationError
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, Shapes, SingleFile, _oppo, counted, rotary_axes, typed
+from ppclc.families import (
+    Encoders,
+    Family,
+    Group,
+    Lowered,
+    Modulation,
+    Shapes,
+    SingleFile,
+    _oppo,
+    counted,
+    exportable_copy,
+    rotary_axes,
+    typed,
+)
 from ppclc.students.qwen_image import JointAttention
 
 
@@ -146,8 +158,7 @@ class ExportableQwenImage(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        self.model = copy.deepcopy(model, memo=dict(shared))
+        self.model = exportable_copy(model)
         for block in self.model.transformer_blocks:
             block.attn.set_processor(JointAttention())
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):

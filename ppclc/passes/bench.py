@@ -77,9 +77,13 @@ def peak_on_device(run: Callable[[], None]) -> int:
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) + held_by_others()
+
+
+def held_by_others() -> int:
+    """Bytes of the current GPU that PyTorch's allocator has not: its context, and runtimes with allocators of their own."""
     free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()  # the context, and runtimes with allocators of their own
-    return int(torch.cuda.max_memory_allocated()) + max(others, 0)
+    return max(0, int(total - free - torch.cuda.memory_reserved()))
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def graph_target(plain: BenchTarget) -> BenchTarget:
     def peak(calls: Callable[[], None]) -> int:
         most = peak_on_device(calls)
         # A replay allocates nothing: its memory was taken when it was recorded.
-        return max(most, run.call.peak_bytes) if isinstance(run.call, Captured) else most
+        return max(most, run.call.peak_bytes + held_by_others()) if isinstance(run.call, Captured) else most
 
     return replace(plain, run=run, peak=peak, cuda_graph=True)
 
