@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -68,17 +68,21 @@ class Written:
 
 
 class Session(Protocol):
-    """A model that is ready to run. `options` says how, in JSON values."""
+    """A model that is ready to run. `options` says how, in JSON values; `device` among them is where, for one that does not run where its inputs lie."""
 
     @property
     def options(self) -> dict[str, Any]: ...
 
     def run(self, inputs: Tensors) -> torch.Tensor:
-        """The output for inputs by name, when it is there: a device is waited for."""
+        """The output for inputs by name. A device is not waited for: reading the output does that, and who takes time has to."""
         ...
 
     def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
         """All outputs, the model's own and then those of `ExportRequest.taps`."""
+        ...
+
+    def bound(self, inputs: Tensors) -> Callable[[], torch.Tensor]:
+        """`run` on these inputs, with all that need not be done again done: what bench times. The next call may overwrite the result."""
         ...
 
 
@@ -92,10 +96,12 @@ class Backend:
     that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults.
     lacks: what this machine lacks to export beside libraries, with how to get it; empty where nothing. from_files: whether
     `export` heeds `ExportRequest.store`. cannot_run: why this machine cannot run what it writes; empty where it can.
+    run_options: what `load` takes by keyword besides, with the defaults. graphs: whether calls can be captured as CUDA graphs from outside, or the
+    back end does so itself where `load` is given `cuda_graph=True`; empty where there are none.
     """
 
     name: str
-    load: Callable[[Path, Subject], Session]
+    load: Callable[..., Session]
     export: Callable[[ExportRequest], Written] | None = None
     artefact: str = ""
     requires: tuple[tuple[str, str], ...] = ()
@@ -104,3 +110,5 @@ class Backend:
     lacks: Callable[[], str] = lambda: ""
     from_files: bool = False
     cannot_run: Callable[[], str] = lambda: ""
+    run_options: Mapping[str, Any] = field(default_factory=dict)
+    graphs: Literal["", "captured", "own"] = ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,18 @@ class CompiledSession:
     options: dict[str, Any]
 
     def run(self, inputs: Tensors) -> torch.Tensor:
-        """The output; a device has finished when it is returned."""
+        """The output."""
         with torch.no_grad():
             output: torch.Tensor = self.module(**inputs)
-        if output.is_cuda:
-            torch.cuda.synchronize(output.device)
         return output
 
     def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
         """The model's output alone."""
         return [self.run(inputs)]
+
+    def bound(self, inputs: Tensors) -> Callable[[], torch.Tensor]:
+        """The compiled module on these inputs."""
+        return partial(self.run, inputs)
 
 
 def load(folder: Path, subject: Subject) -> CompiledSession:
@@ -55,4 +59,4 @@ def _heavy(blocks: nn.ModuleList) -> bool:
     return all(hasattr(block, "attn") for block in blocks)
 
 
-PLUGIN = Backend(name="compile", load=load, dtypes=DTYPES)
+PLUGIN = Backend(name="compile", load=load, dtypes=DTYPES, graphs="captured")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,17 @@ class EagerSession:
         return {"threads": torch.get_num_threads()}
 
     def run(self, inputs: Tensors) -> torch.Tensor:
-        """The model's output; a device has finished when it is returned."""
+        """The model's output."""
         with torch.no_grad():
-            output = self.subject.reference(inputs)
-        if output.is_cuda:
-            torch.cuda.synchronize(output.device)
-        return output
+            return self.subject.reference(inputs)
 
     def outputs(self, inputs: Tensors) -> list[torch.Tensor]:
         """The model's output alone."""
         return [self.run(inputs)]
+
+    def bound(self, inputs: Tensors) -> Callable[[], torch.Tensor]:
+        """The model on these inputs."""
+        return partial(self.run, inputs)
 
 
 def load(folder: Path, subject: Subject) -> EagerSession:
@@ -40,4 +43,4 @@ def load(folder: Path, subject: Subject) -> EagerSession:
     return EagerSession(subject)
 
 
-PLUGIN = Backend(name="eager", load=load, dtypes=DTYPES)
+PLUGIN = Backend(name="eager", load=load, dtypes=DTYPES, graphs="captured")

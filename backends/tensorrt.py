@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -183,17 +183,21 @@ def _attentions(path: Path) -> int:
     return _onnx_graphs.count(ir.load(path), "Attention")
 
 
-def _build(chosen: Library, path: Path, request: ExportRequest, log: Log) -> bytes:
-    trt = chosen.module
+def _logger(trt: Any, log: Log) -> Any:
+    """A logger of the library that tells a `Log` all."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             log.take(str(severity).rpartition(".")[2], message)
 
-    logger = Logger()
+    return Logger()
+
+
+def _build(chosen: Library, path: Path, request: ExportRequest, log: Log) -> bytes:
+    trt, logger = chosen.module, _logger(chosen.module, log)
     builder = trt.Builder(logger)
     if builder is None:
         raise UnavailableError(f"{chosen.name} cannot build here: {'; '.join(log.problems) or 'no reason given'}")
@@ -254,7 +258,13 @@ class TensorRTSession:
     context: Any
     profiles: Sequence[Profile]
     options: dict[str, Any]
+    logger: Any = None
+    """Lives as long as the engine, which tells it what goes wrong."""
+    log: Log = field(default_factory=Log)
     current: int = 0
+    addressed: int = 0
+    """Which of the bound calls the context's shapes and addresses are of; calls are numbered from 1."""
+    calls: int = 0
 
     def run(self, inputs: Tensors) -> torch.Tensor:
         """The first output, on the device."""
@@ -266,34 +276,63 @@ class TensorRTSession:
         Raises:
             VerificationError: no profile takes inputs of these shapes, or the engine does not run.
         """
-        stream = torch.cuda.current_stream()
-        self._choose(inputs, stream)
-        held = []
-        for name, tensor in inputs.items():
-            given = tensor.to("cuda", self._dtype(name)).contiguous()
-            held.append(given)
-            self.context.set_input_shape(name, tuple(given.shape))
-            self.context.set_tensor_address(name, given.data_ptr())
+        return self._bound(inputs)()
+
+    def bound(self, inputs: Tensors) -> Callable[[], torch.Tensor]:
+        """A call on these inputs, whose result the next overwrites. Inputs in another dtype or place are those at the time of binding."""
+        call = self._bound(inputs)
+        return lambda: call()[0]
+
+    def _bound(self, inputs: Tensors) -> Callable[[], list[torch.Tensor]]:
+        given = {name: tensor.to("cuda", self._dtype(name)).contiguous() for name, tensor in inputs.items()}
+        self._choose(given)
+        self._address(given)
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        found = []
-        for name in [n for n in names if n not in inputs]:
-            output = torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=self._dtype(name), device="cuda")
-            self.context.set_tensor_address(name, output.data_ptr())
-            found.append(output)
-        if not self.context.execute_async_v3(stream.cuda_stream):
-            raise VerificationError(f"{self.library.name}: the engine did not run")
-        stream.synchronize()
-        return found
+        outputs = {
+            name: torch.empty(tuple(self.context.get_tensor_shape(name)), dtype=self._dtype(name), device="cuda")
+            for name in names
+            if name not in inputs
+        }
+        self._address({}, outputs)
+        self.calls += 1
+        number = self.addressed = self.calls
+
+        def call() -> list[torch.Tensor]:
+            if self.addressed != number:  # another call was bound, or ran, in between
+                self._choose(given)
+                self._address(given, outputs)
+                self.addressed = number
+            stream = torch.cuda.current_stream().cuda_stream
+            if torch.cuda.is_current_stream_capturing() and not self._can_be_captured(stream):
+                raise UnavailableError(f"{self.library.name} cannot be captured with these shapes")
+            if not self.context.execute_async_v3(stream):
+                raise VerificationError(
+                    f"{self.library.name}: the engine did not run: {'; '.join(self.log.problems[-3:]) or 'no reason given'}"
+                )
+            return list(outputs.values())
+
+        return call
+
+    def _address(self, given: Tensors, outputs: Tensors | None = None) -> None:
+        """Tell the context shapes of inputs, and where all lie."""
+        for name, tensor in given.items():
+            self.context.set_input_shape(name, tuple(tensor.shape))
+        for name, tensor in {**given, **(outputs or {})}.items():
+            self.context.set_tensor_address(name, tensor.data_ptr())
+
+    def _can_be_captured(self, stream: int) -> bool:
+        """What TensorRT-RTX, which compiles kernels as it runs, says of itself; TensorRT always can."""
+        return bool(self.context.is_stream_capturable(stream)) if self.library.travels else True
 
     def _dtype(self, name: str) -> torch.dtype:
         return TYPES[str(self.engine.get_tensor_dtype(name)).rpartition(".")[2]]
 
-    def _choose(self, inputs: Tensors, stream: Any) -> None:
+    def _choose(self, inputs: Tensors) -> None:
         """Take the first profile that has room for these shapes."""
         for number, profile in enumerate(self.profiles):
             if all(_within(tuple(inputs[name].shape), least, greatest) for name, (least, _, greatest) in profile.items()):
                 if number != self.current:
-                    self.context.set_optimization_profile_async(number, stream.cuda_stream)
+                    self.context.set_optimization_profile_async(number, torch.cuda.current_stream().cuda_stream)
                     self.current = number
                 return
         shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
@@ -316,13 +355,16 @@ def load(folder: Path, subject: Subject) -> TensorRTSession:
         raise UnavailableError(f"{folder / ENGINE}: {reason}")
     chosen = library(receipt["library"])
     check_machine(receipt, {"version": str(chosen.module.__version__), "gpu": gpu()}, chosen.travels, folder)
-    trt = chosen.module
-    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine((folder / ENGINE).read_bytes())
-    if engine is None:
-        raise VerificationError(f"{folder / ENGINE}: {chosen.name} cannot read it; {_again(folder)}")
+    log = Log()
+    logger = _logger(chosen.module, log)
+    engine = chosen.module.Runtime(logger).deserialize_cuda_engine((folder / ENGINE).read_bytes())
+    context = engine and engine.create_execution_context()
+    if context is None:
+        told = "; ".join(log.problems[-3:]) or "no reason given"
+        raise VerificationError(f"{folder / ENGINE}: {chosen.name} cannot take it here: {told}; {_again(folder)}")
     profiles = [{name: tuple(map(tuple, shapes)) for name, shapes in p.items()} for p in receipt["profiles"]]
-    options = {"library": chosen.name, "version": receipt["version"], "gpu": gpu()}
-    return TensorRTSession(chosen, engine, engine.create_execution_context(), profiles, options)  # type: ignore[arg-type]
+    options = {"library": chosen.name, "version": receipt["version"], "gpu": gpu(), "device": "cuda"}
+    return TensorRTSession(chosen, engine, context, profiles, options, logger, log)  # type: ignore[arg-type]
 
 
 def check_machine(receipt: dict[str, Any], here: dict[str, Any], travels: bool, folder: Path) -> None:
@@ -348,4 +390,5 @@ PLUGIN = Backend(
     options=OPTIONS,
     from_files=True,
     cannot_run=cannot_run,
+    graphs="captured",
 )

@@ -47,14 +47,18 @@ def markdown(result: Benchmark, machine: dict[str, Any]) -> str:
         "",
         f"One call: {shape}. {', '.join(f'{row.runs} runs after {row.warmup}' for row in result.rows[:1])} calls to warm up; targets interleaved.",
     ]
+    if clocks := {row.clock for row in result.rows if row.clock}:
+        lines += ["", f"Timed by {' and '.join(sorted(clocks))}."]
     loops = [row for row in result.rows if row.end_to_end_ms is not None]
     if loops:
-        told = ", ".join(f"{row.target} in {row.backend} {row.end_to_end_ms:.0f} ms" for row in loops)
+        told = ", ".join(f"{row.target} in {row.place} {row.end_to_end_ms:.0f} ms" for row in loops)
         lines += ["", f"{result.steps} steps of {result.calls_a_step} call{'s' * (result.calls_a_step > 1)} each: {told}."]
     if result.roofline:
         rates = f"{result.roofline['copy_bytes_per_s'] / 1e9:.1f} GB/s copied, {result.roofline['matrix_flops_per_s'] / 1e12:.3g} TFLOP/s in matrix products"
         lines += ["", f"The roofline as measured here: {rates}."]
-    lines += [f"\nNoisy: {row.target} in {row.backend}: {row.noise}." for row in result.rows if row.noise]
+    lines += [f"\nNoisy: {row.target} in {row.place}: {row.noise}." for row in result.rows if row.noise]
+    lines += [f"\nThe GPU {when}: {state}." for when, state in result.gpu.items()]
+    lines += [f"\n{note}." for note in result.notes]
     lines += ["", "Measured on: " + "; ".join(f"{k} {v}" for k, v in machine.items()) + "."]
     return "\n".join(lines) + "\n"
 
@@ -64,7 +68,7 @@ def cells(row: BenchRow) -> list[str]:
     interval = f" ({row.speedup_ci95[0]:.2f} to {row.speedup_ci95[1]:.2f})" if row.speedup_ci95 else ""
     return [
         row.target,
-        row.backend,
+        row.place,
         row.device,
         row.dtype,
         *(f"{value:.2f}" for value in (row.p50_ms, row.p90_ms, row.p99_ms)),
@@ -81,8 +85,8 @@ def picture(rows: Sequence[BenchRow], path: Path) -> Path:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for backend in dict.fromkeys(row.backend for row in rows):
-        own = sorted((r for r in rows if r.backend == backend and r.parameters), key=lambda r: r.parameters or 0)
+    for backend in dict.fromkeys(row.place for row in rows):
+        own = sorted((r for r in rows if r.place == backend and r.parameters), key=lambda r: r.parameters or 0)
         if not own:
             continue
         x, y = [(r.parameters or 0) / 1e6 for r in own], [r.p50_ms for r in own]

@@ -30,7 +30,7 @@ from ppclc.families import Family
 from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of, write_text
 from ppclc.sources import Source
-from ppclc.timing import Clock, interleaved
+from ppclc.timing import Clock, by_clock, interleaved
 
 VERSION = 3
 SHALLOW, DEEP, DEEPEST = 2, 4, 8
@@ -204,7 +204,7 @@ def measure(
     for call in calls:
         for _ in range(warmup):
             call()
-    times = interleaved(calls, runs, random.Random(0), clock, progress)
+    times = interleaved(calls, runs, random.Random(0), by_clock(clock), progress)
     return _solve(family, probes, [median(t) / 1e6 for t in times], key_of(family, config, dtype, size), runs)
 
 

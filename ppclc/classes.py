@@ -63,30 +63,39 @@ def _built(family: Family, config: Mapping[str, Any], where: str, within: Abstra
     return fuse(model, family.fused())
 
 
-def random_model(
-    family: Family, config: Mapping[str, Any], dtype: str = "float32", pool: dict[tuple[str, tuple[int, ...]], torch.Tensor] | None = None
-) -> Any:
+Pool = dict[tuple[str, tuple[int, ...]], torch.Tensor]
+"""Tensors by name and shape, which models share."""
+
+
+def random_model(family: Family, config: Mapping[str, Any], dtype: str = "float32", pool: Pool | None = None, device: str = "cpu") -> Any:
     """A model of that configuration with random weights, in evaluation mode, fit for timing and for nothing else.
 
-    Tensors that `pool` has by name and shape are shared with it, the others are put there: models that
-    are timed side by side take the memory of one.
+    Weights are made on the device in their dtype, and nowhere else before. Tensors that `pool` has by name and shape are shared with it,
+    the others are put there: models that are timed side by side take the memory of one.
 
     Raises:
         ModelError: the configuration cannot be built.
     """
     model = empty_model(family, config)
     pool = {} if pool is None else pool
-    noise = 0.02 * torch.randn(2**16, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    noise = (0.02 * torch.randn(2**16, generator=torch.Generator().manual_seed(0))).to(device, DTYPES[dtype])
     state = {}
     for name, tensor in model.state_dict().items():
         key = (name, tuple(tensor.shape))
         if key not in pool:
-            # Repeated noise: to draw billions of numbers would take longer than what is timed.
-            count = tensor.numel()
-            pool[key] = noise.repeat(-(-count // len(noise)))[:count].reshape(tensor.shape).contiguous()
+            pool[key] = _repeated(noise, tensor.numel()).reshape(tensor.shape)
         state[name] = pool[key]
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _repeated(noise: torch.Tensor, count: int) -> torch.Tensor:
+    """So many numbers of noise over and over: to draw billions would take longer than what is timed."""
+    found = noise.new_empty(count)
+    whole = count - count % len(noise)
+    found[:whole].view(-1, len(noise))[:] = noise
+    found[whole:] = noise[: count - whole]
+    return found
 
 
 def count_parameters(model: nn.Module) -> int:

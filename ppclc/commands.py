@@ -18,7 +18,7 @@ from rich.table import Table
 from ppclc import block_costs, compiler, kernels, sizes
 from ppclc.bench_files import write_bench
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
-from ppclc.classes import DTYPES, count_parameters, model_outline, random_model, student_config
+from ppclc.classes import DTYPES, Pool, count_parameters, model_outline, random_model, student_config
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
@@ -30,7 +30,7 @@ from ppclc.lowering import gpu
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
-from ppclc.passes.bench import Benched, bench_models
+from ppclc.passes.bench import Benched, bench_models, device_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.published import open_outline, published
@@ -239,7 +239,7 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
         parity = f", {measure[0]} from eager {row['parity'][measure[1]]:.1e}" if row["parity"] else ", not run here"
         lines.append(f"{row['backend']} {row['dtype']}  {row['bytes'] / 1e6:.1f} MB{parity}")
     lines += [
-        f"{row['backend']}  p50 {row['p50_ms']:.2f} ms, {row['speedup']:.2f} times the teacher's speed"
+        f"{row['backend']}{', CUDA graph' * row['cuda_graph']}  p50 {row['p50_ms']:.2f} ms, {row['speedup']:.2f} times the teacher's speed"
         for row in report["bench"]
         if row["target"] == "student" and row["speedup"]
     ]
@@ -313,6 +313,7 @@ def bench(
     """
     quiet_libraries()
     settings = bench_settings(changes)
+    device = device_of(settings)
     artefacts = {t: read_export(Path(t)) for t in targets if (Path(t) / RECORD).is_file()}
     dtype = dtype or next((e.dtype for e in artefacts.values() if len(artefacts) == len(targets) and not against), "float32")
     if dtype not in DTYPES:
@@ -340,8 +341,8 @@ def bench(
     with display.stage("block costs") as progress:
         for source in _teachers([*whole.values(), *list(bare.values())[:1]]):  # of a recipe's pair the teacher
             _keep_block_costs(source, dtype, settings.runs, progress, display)
-    pool: dict[tuple[str, tuple[int, ...]], Any] = {}  # models that are timed beside each other take the memory of one
-    models |= {label: _random_weights(source, dtype, pool) for label, source in bare.items()}
+    pool: Pool = {}  # models that are timed beside each other take the memory of one
+    models |= {label: _random_weights(source, dtype, pool, device) for label, source in bare.items()}
     family = next(iter(sources.values())).family
     if others := [label for label, source in sources.items() if source.family is not family]:
         raise RecipeError(f"bench: {others[0]} is of {sources[others[0]].family.name}, wanted {family.name} as the others are")
@@ -351,7 +352,7 @@ def bench(
     ]
     with display.stage("bench") as progress:
         result, notes = bench_models(family, subjects, settings, dtype, progress)
-    for note in [*notes, *(f"noisy run: {row.target} in {row.backend}: {row.noise}" for row in result.rows if row.noise)]:
+    for note in [*notes, *(f"noisy run: {row.target} in {row.place}: {row.noise}" for row in result.rows if row.noise)]:
         display.say(note)
     if out is not None:
         about = {**machine(next(iter(sources.values()))), **accelerator(), **versions()}
@@ -397,19 +398,25 @@ def _bare(name: str, dtype: str) -> dict[str, Source]:
     return {"teacher": teacher, "student": student}
 
 
-def _random_weights(source: Source, dtype: str, pool: dict[tuple[str, tuple[int, ...]], Any]) -> Any:
-    """The model of a configuration with random weights, shared by `pool`. Raises UnavailableError when it does not fit into memory."""
-    import psutil
-
+def _random_weights(source: Source, dtype: str, pool: Pool, device: str) -> Any:
+    """The model of a configuration with random weights, shared by `pool`, on a device. Raises UnavailableError when it does not fit there."""
     outline = model_outline(source.family, source.config).state_dict()
     need = sum(t.numel() for n, t in outline.items() if (n, tuple(t.shape)) not in pool) * DTYPES[dtype].itemsize
-    free = psutil.virtual_memory().available
+    free = free_bytes(device)
     if need > free:
         raise UnavailableError(
-            f"{source.path}: {free / 1e9:.1f} GB of memory are free, wanted {need / 1e9:.1f} GB more for its weights; "
+            f"{source.path}: {free / 1e9:.1f} GB of memory are free{' on the GPU' * (device != 'cpu')}, wanted {need / 1e9:.1f} GB more for its weights; "
             "what its blocks cost was measured and kept all the same"
         )
-    return random_model(source.family, source.config, dtype, pool)
+    return random_model(source.family, source.config, dtype, pool, device)
+
+
+def free_bytes(device: str) -> int:
+    """Memory that is free, on the host or on the current GPU."""
+    import psutil
+    import torch
+
+    return int(psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0])
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:
@@ -422,7 +429,9 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
         figures = (f"{row[k]:.2f}" for k in ("p50_ms", "p90_ms", "p99_ms"))
         loop = f"{row['end_to_end_ms']:.0f}" if row["end_to_end_ms"] else "-"
         share = f"{100 * row['floor_share']:.0f} %" if row["floor_share"] else "-"
-        table.add_row(row["target"], row["backend"], *figures, loop, f"{row['peak_bytes'] / 1e6:.0f}", share, speedup)
+        table.add_row(
+            row["target"], row["backend"] + ", graph" * row["cuda_graph"], *figures, loop, f"{row['peak_bytes'] / 1e6:.0f}", share, speedup
+        )
     console = Console()
     Console(width=max(console.width, 100)).print(table)  # narrower, figures would be broken
 
@@ -497,7 +506,7 @@ def doctor() -> dict[str, Any]:
         "extras": {extra: f"pip install 'ppclc[{extra}]'" if missing else "ready" for extra, missing in found.items()},
     }
     if accelerated := accelerator():
-        document |= {"clocks": accelerated.get("clocks_and_temperature", "not told"), "cuda": torch.version.cuda}
+        document |= {"clocks": accelerated["clocks_and_temperature"], "cuda": torch.version.cuda}
     return document
 
 

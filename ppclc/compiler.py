@@ -348,6 +348,7 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
             for label, (model, source) in models.items()
         ]
         result, notes = bench_pass.bench_models(family, subjects, settings, dtype, progress)
+        run.teacher.to("cpu")  # what comes behind is done there, and a GPU's memory is wanted elsewhere
         for note in notes:
             run.display.say(note)
         return result

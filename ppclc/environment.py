@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from ppclc.gpu_state import gpu_state
 from ppclc.lowering import gpu
 from ppclc.models import set_threads
 from ppclc.sources import Source
@@ -32,14 +32,6 @@ def versions() -> dict[str, str]:
 
 
 def accelerator() -> dict[str, str]:
-    """The GPU, its driver, and what `nvidia-smi` tells of clocks and temperature; nothing where there is none."""
+    """The GPU, its driver, and what `nvidia-smi` tells of clocks and temperature now; nothing where there is none."""
     device = gpu()
-    if device is None:
-        return {}
-    query = "clocks.sm,clocks.max.sm,temperature.gpu,clocks_throttle_reasons.active"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.SubprocessError):
-        told = []
-    return {"gpu": device} | ({"clocks_and_temperature": told[0]} if told else {})
+    return {} if device is None else {"gpu": device, "clocks_and_temperature": gpu_state("cuda")}

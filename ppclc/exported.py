@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ppclc import families, plugins
-from ppclc.backends import Session, Tensors
+from ppclc.backends import Backend, Session, Tensors
 from ppclc.classes import DTYPES
-from ppclc.errors import OutputError, VerificationError
+from ppclc.errors import OutputError, RecipeError, VerificationError
 from ppclc.receipts import read_export, runner_of
 
 
@@ -63,11 +63,12 @@ class ExportedTransformer(nn.Module):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-def load_exported(folder: str | Path, backend: str | None = None) -> ExportedTransformer:
-    """The artefact in a folder that `ppclc export` wrote, in the back end that runs it, or another that does.
+def load_exported(folder: str | Path, backend: str | None = None, **options: Any) -> ExportedTransformer:
+    """The artefact in a folder that `ppclc export` wrote, in the back end that runs it, or another that does; options: of its `load`.
 
     Raises:
         OutputError: there is no export, or it is not whole.
+        RecipeError: an option that the back end has not.
         UnavailableError: as the back end's `load` does.
     """
     home = Path(folder)
@@ -76,7 +77,10 @@ def load_exported(folder: str | Path, backend: str | None = None) -> ExportedTra
         config = json.loads((home / "transformer" / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{home}: no readable transformer/config.json ({error}); export the model again") from None
-    session = plugins.load("backends", backend or runner_of(export)).load(home, _Absent())
+    plugin: Backend = plugins.load("backends", backend or runner_of(export))
+    if others := options.keys() - plugin.run_options.keys():
+        raise RecipeError(f"{min(others)}: {plugin.name} has no such option; it has {', '.join(plugin.run_options) or 'none'}")
+    session = plugin.load(home, _Absent(), **options)
     return ExportedTransformer(config, export.dtype, session, export.inputs)
 
 

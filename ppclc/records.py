@@ -226,7 +226,8 @@ class BenchRow(BaseModel):
     speedup: the teacher's p50 over this one, same back end, dtype and run; `speedup_ci95` its 95 % interval over rounds. spread: (p90 - p10) / p50.
     noise: why the run is not to be trusted to the last digit, empty where nothing speaks against it. end_to_end_ms: a whole loop of steps.
     flops: of matrix products and attention. floor_ms: the least that this device needs for that or for reading the weights; floor_share: of
-    p50. sdpa: how eager attention was computed.
+    p50. sdpa: how eager attention was computed. cuda_graph: whether a recorded call was replayed; its teacher is one that was, too. clock: what
+    timed it. session: how the back end ran, in its own words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -253,15 +254,28 @@ class BenchRow(BaseModel):
     floor_ms: float | None = None
     floor_share: float | None = None
     sdpa: str = ""
+    cuda_graph: bool = False
+    clock: str = ""
+    session: dict[str, Any] = {}
+
+    @property
+    def place(self) -> str:
+        """The back end, as `eager` or `eager, CUDA graph`."""
+        return f"{self.backend}, CUDA graph" if self.cuda_graph else self.backend
 
 
 class Benchmark(Record):
-    """All rows of one interleaved run. A loop had `steps` steps of `calls_a_step` calls; roofline: what the device can do at best, as measured."""
+    """All rows of one interleaved run. A loop had `steps` steps of `calls_a_step` calls; roofline: what the device can do at best, as measured.
+
+    gpu: clocks, temperature and power `before` and `after`, `not told` where nothing tells; empty on a CPU. notes: what was not timed, and why.
+    """
 
     rows: list[BenchRow]
     steps: int = 0
     calls_a_step: int = 1
     roofline: dict[str, float] = {}
+    gpu: dict[str, str] = {}
+    notes: list[str] = []
 
 
 class Stage(BaseModel):

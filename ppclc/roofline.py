@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppclc.classes import model_outline
 from ppclc.families import Family
+from ppclc.timing import stopwatch
 
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 SIDE = {"cpu": 1024, "cuda": 8192}
@@ -45,17 +45,9 @@ class Work:
 
 
 def best_s(run: Callable[[], Any], device: str) -> float:
-    """Shortest of several runs, in seconds; a device is waited for."""
-    times = []
-    for _ in range(REPEATS):
-        if device != "cpu":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Shortest of several runs, in seconds."""
+    watch = stopwatch(device)
+    return min(watch.ns(run) for _ in range(REPEATS)) / 1e9
 
 
 @cache

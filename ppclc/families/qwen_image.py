@@ -5,7 +5,6 @@ Shape suffixes: B batch, S image token, T text token, D width, C channel, P rota
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,10 +24,10 @@ from ppclc.families import (
     _oppo,
     _qwen_image_kernels,
     counted,
+    exportable_copy,
     rotary_axes,
     typed,
 )
-from ppclc.kernels.fused import unfuse
 from ppclc.students.qwen_image import JointAttention
 
 
@@ -139,13 +138,28 @@ def images_of(ids: torch.Tensor) -> list[tuple[int, int, int]]:
     return shapes
 
 
+class _Seen:
+    """`images_of` the positions that were last asked about: to read them waits for a device, which no call that is timed or captured may."""
+
+    def __init__(self) -> None:
+        self.ids: torch.Tensor | None = None
+        self.version, self.images = -1, list[tuple[int, int, int]]()
+
+    def of(self, ids: torch.Tensor) -> list[tuple[int, int, int]]:
+        """Frames, rows and columns."""
+        if ids.is_inference():  # has no version that would tell of a change
+            return images_of(ids)
+        if ids is not self.ids or ids._version != self.version:
+            self.ids, self.version, self.images = ids, ids._version, images_of(ids)
+        return self.images
+
+
 class ExportableQwenImage(nn.Module):
     """The transformer with positions as tensors and real-valued rotary embeddings, sharing the model's tensors."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        self.model = unfuse(copy.deepcopy(model, memo=dict(shared)))
+        self.model = exportable_copy(model)
         for block in self.model.transformer_blocks:
             block.attn.set_processor(JointAttention())
             for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
@@ -207,7 +221,7 @@ def lowered(model: Any) -> Lowered:
 
     What it takes beside positions: with `zero_cond_t`, by which of two timesteps each image token (B, S) is modulated.
     """
-    config = dict(model.config)
+    config, images = dict(model.config), _Seen()
     zero, layered = bool(config.get("zero_cond_t")), bool(config.get("use_layer3d_rope"))
 
     def inputs(batch: int, height: int, width: int, text: int, references: int = 0) -> dict[str, Any]:
@@ -222,7 +236,7 @@ def lowered(model: Any) -> Lowered:
 
     def reference(given: dict[str, Any]) -> torch.Tensor:
         kwargs = typed({k: v for k, v in given.items() if k not in ("img_ids", "txt_ids", "modulate_index")}, model.dtype)
-        kwargs["img_shapes"] = [images_of(given["img_ids"])] * len(given["hidden_states"])
+        kwargs["img_shapes"] = [images.of(given["img_ids"])] * len(given["hidden_states"])
         out: torch.Tensor = model(**kwargs, return_dict=False)[0]
         return out
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,15 +17,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppclc import plugins
-from ppclc.backends import Backend, Subject, Tensors
-from ppclc.errors import PpclcError, RecipeError
+from ppclc.backends import Backend, Session, Subject, Tensors
+from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line
 from ppclc.families import Family, Lowered
+from ppclc.gpu_state import gpu_state
+from ppclc.graphs import Captured, captured
 from ppclc.receipts import read_export, runner_of
 from ppclc.records import Benchmark, BenchRow, Export, measured
 from ppclc.roofline import Roofline, Work, measured_roofline, work_of
-from ppclc.timing import Clock, interleaved
+from ppclc.timing import Call, Stopwatch, interleaved, stopwatch
 
-VERSION = 2
+VERSION = 3
 TEACHER = "teacher"
 RESAMPLES = 2000
 UNEVEN = 0.25
@@ -45,7 +46,10 @@ class BenchSettings(BaseModel):
 
     runs: timed calls a target. batch: samples a call. steps: of a whole image, timed as a loop of calls; guidance: two calls a step, as
     classifier-free guidance takes. sdpa: PyTorch's attention, pinned for eager and compiled models; null leaves it to PyTorch.
-    compiled: torch.compile as a second baseline; null: on a GPU alone. device: cpu, cuda, or null for a GPU where there is one.
+    compiled: torch.compile as a second baseline; null: on a GPU alone. cuda_graphs: calls as CUDA graphs too, where the back end has them; null: on a
+    GPU. providers: of ONNX Runtime, as [cuda, cpu]; null: the best that there is for the device, without TensorRT. size: of a call, as {height: 64,
+    width: 64, text: 512}, image sides in tokens; null: that of the published models on a GPU, a small one on a CPU. device: cpu, cuda, or null for a
+    GPU where there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -55,6 +59,9 @@ class BenchSettings(BaseModel):
     guidance: bool = False
     sdpa: Sdpa | None = None
     compiled: bool | None = None
+    cuda_graphs: bool | None = None
+    providers: list[str] | None = None
+    size: dict[str, Annotated[int, Field(ge=1)]] | None = None
     device: Literal["cpu", "cuda"] | None = None
 
 
@@ -66,18 +73,26 @@ def peak_resident(run: Callable[[], None]) -> int:
 
 
 def peak_on_device(run: Callable[[], None]) -> int:
-    """Most bytes that PyTorch had allocated on the current GPU while `run` ran."""
+    """Most bytes that PyTorch had allocated on the current GPU while `run` ran, and those that others hold there; all that is loaded counts."""
     torch.cuda.reset_peak_memory_stats()
     run()
-    return int(torch.cuda.max_memory_allocated())
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) + held_by_others()
+
+
+def held_by_others() -> int:
+    """Bytes of the current GPU that PyTorch's allocator has not: its context, and runtimes with allocators of their own."""
+    free, total = torch.cuda.mem_get_info()
+    return max(0, int(total - free - torch.cuda.memory_reserved()))
 
 
 @dataclass(frozen=True)
 class BenchTarget:
     """What is timed: `teacher`, `student` or a path, in a back end.
 
-    run: from inputs to the output, back when it is there. peak: bytes at the peak of a call. work: what a call is, where that is
-    known. sdpa: how eager attention was computed, empty where a back end has its own.
+    run: from inputs to the output; on a GPU that may not be there yet. peak: bytes at the peak of a call. work: what a call is, where that is
+    known. sdpa: how eager attention was computed, empty where a back end has its own. cuda_graph: whether a recorded call is replayed. session: how
+    the back end runs, in its own words.
     """
 
     label: str
@@ -86,24 +101,79 @@ class BenchTarget:
     peak: Callable[[Callable[[], None]], int] = peak_resident
     work: Work | None = None
     sdpa: str = ""
+    cuda_graph: bool = False
+    session: Mapping[str, Any] = field(default_factory=dict)
+
+
+class BoundRun:
+    """From inputs to an output, by a call that `bind` makes of them: at the first run, and when others are given."""
+
+    def __init__(self, bind: Callable[[Tensors], Call]) -> None:
+        self.bind = bind
+        self.inputs: Tensors | None = None
+        self.call: Call = lambda: None
+
+    def __call__(self, inputs: Tensors) -> Any:
+        """The output."""
+        if inputs is not self.inputs:
+            self.call, self.inputs = self.bind(inputs), inputs
+        return self.call()
 
 
 def session_target(
-    label: str, backend: str, folder: Path, subject: Subject, device: str, sdpa: Sdpa | None, work: Work | None = None
+    label: str,
+    backend: str,
+    folder: Path,
+    subject: Subject,
+    device: str,
+    sdpa: Sdpa | None,
+    work: Work | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> BenchTarget:
-    """A model in a back end: itself, or the artefact in a folder. Raises as the back end's `load` does."""
+    """A model in a back end: itself, or the artefact in a folder. options: those of the back end's `load`.
+
+    Raises:
+        UnavailableError: it would run on another device than the one that is timed.
+        PpclcError: as the back end's `load` does.
+    """
     plugin: Backend = plugins.load("backends", backend)
-    session = plugin.load(folder, subject)
-    own = plugin.export is None and not plugin.artefact
+    session = plugin.load(folder, subject, **(options or {}))
+    runs_on = session.options.get("device", device)
+    if runs_on != device:
+        raise UnavailableError(f"{backend} runs it on {runs_on}, wanted {device} as everything that it is timed beside")
+    shown = (sdpa or f"PyTorch's choice on {device}") if _is_eager(plugin) else ""
     peak = peak_resident if device == "cpu" else peak_on_device
-    if not own:
-        return BenchTarget(label, backend, session.run, peak, work)
+    return BenchTarget(label, backend, BoundRun(partial(_bound, session, sdpa)), peak, work, shown, session=session.options)
 
-    def run(inputs: Tensors) -> Any:
+
+def _is_eager(plugin: Backend) -> bool:
+    """Whether a back end runs the model itself, with PyTorch's attention."""
+    return plugin.export is None and not plugin.artefact
+
+
+def _bound(session: Session, sdpa: Sdpa | None, inputs: Tensors) -> Call:
+    call = session.bound(inputs)
+    if sdpa is None:
+        return call
+
+    def run() -> Any:
         with pinned(sdpa):
-            return session.run(inputs)
+            return call()
 
-    return BenchTarget(label, backend, run, peak, work, sdpa or f"PyTorch's choice on {device}")
+    return run
+
+
+def graph_target(plain: BenchTarget) -> BenchTarget:
+    """The same calls, captured as a CUDA graph at the first run, which raises UnavailableError where that cannot be."""
+    assert isinstance(plain.run, BoundRun)
+    run = BoundRun(partial(captured, plain.run.bind))
+
+    def peak(calls: Callable[[], None]) -> int:
+        most = peak_on_device(calls)
+        # A replay allocates nothing: its memory was taken when it was recorded.
+        return max(most, run.call.peak_bytes + held_by_others()) if isinstance(run.call, Captured) else most
+
+    return replace(plain, run=run, peak=peak, cuda_graph=True)
 
 
 @contextmanager
@@ -130,12 +200,12 @@ def run_bench(
     *,
     warmup: int | None = None,
     seed: int = 0,
-    clock: Clock = time.perf_counter_ns,
+    watch: Stopwatch | None = None,
     steps: int = 0,
     calls_a_step: int = 1,
     roofline: Roofline | None = None,
 ) -> Benchmark:
-    """Latencies of the targets on the same inputs, in milliseconds, by `timing.interleaved`.
+    """Latencies of the targets on the same inputs, in milliseconds, by `timing.interleaved` and a `watch`, which is the device's own unless one is given.
 
     Memory is watched while warming up, where it costs no time that counts. warmup: calls a target, None until its calls are steady. steps: of
     a loop of calls that is timed as a whole, of `calls_a_step` calls each; 0 for none.
@@ -146,19 +216,28 @@ def run_bench(
     for name, value in (("runs", runs), ("warmup", 1 if warmup is None else warmup)):
         if value < 1:
             raise RecipeError(f"bench.{name} = {value}: wanted a whole number above 0")
-    warmed = [0] * len(targets)
+    watch, warmed = watch or stopwatch(device), [0] * len(targets)
 
     def warm(number: int) -> None:
         call = partial(targets[number].run, inputs)
-        warmed[number] = _repeat(call, warmup) if warmup is not None else until_steady(call, clock)
+        warmed[number] = _repeat(call, warmup) if warmup is not None else until_steady(call, watch)
 
     peaks = [target.peak(partial(warm, number)) for number, target in enumerate(targets)]
-    nanoseconds = interleaved([partial(target.run, inputs) for target in targets], runs, random.Random(seed), clock, progress)
-    whole = _loops(targets, inputs, nanoseconds, steps, calls_a_step, clock, random.Random(seed))
-    teachers = {t.backend: times for t, times in zip(targets, nanoseconds, strict=True) if t.label == TEACHER}
-    same = {"device": device, "dtype": dtype, "shape": dict(shape)}
+    nanoseconds = interleaved([partial(target.run, inputs) for target in targets], runs, random.Random(seed), watch, progress)
+    whole = _loops(targets, inputs, nanoseconds, steps, calls_a_step, watch, random.Random(seed))
+    teachers = {(t.backend, t.cuda_graph): times for t, times in zip(targets, nanoseconds, strict=True) if t.label == TEACHER}
+    same = {"device": device, "dtype": dtype, "shape": dict(shape), "clock": watch.name}
     rows = [
-        _row(target, times, teachers.get(target.backend), roofline, peak_bytes=peak, warmup=count, end_to_end_ms=loop, **same)
+        _row(
+            target,
+            times,
+            teachers.get((target.backend, target.cuda_graph)),
+            roofline,
+            peak_bytes=peak,
+            warmup=count,
+            end_to_end_ms=loop,
+            **same,
+        )
         for target, times, peak, count, loop in zip(targets, nanoseconds, peaks, warmed, whole, strict=True)
     ]
     return Benchmark(rows=rows, steps=steps, calls_a_step=calls_a_step)
@@ -170,14 +249,11 @@ def _repeat(call: Callable[[], Any], times: int) -> int:
     return times
 
 
-def until_steady(call: Callable[[], Any], clock: Clock, most: int = 60, longest_s: float = 20.0) -> int:
+def until_steady(call: Call, watch: Stopwatch, most: int = 60, longest_s: float = 20.0) -> int:
     """Call until two runs of three calls have medians within `STEADY`, and say how often; no more than `most` times or `longest_s` seconds."""
     times: list[int] = []
-    start = clock()
-    while len(times) < most and (len(times) < 3 or clock() - start < longest_s * 1e9):
-        before = clock()
-        call()
-        times.append(clock() - before)
+    while len(times) < most and (len(times) < 3 or sum(times) < longest_s * 1e9):
+        times.append(watch.ns(call))
         if len(times) >= 6:
             earlier, later = float(np.median(times[-6:-3])), float(np.median(times[-3:]))
             if abs(later - earlier) <= STEADY * max(earlier, 1.0):
@@ -191,7 +267,7 @@ def _loops(
     nanoseconds: Sequence[Sequence[int]],
     steps: int,
     calls_a_step: int,
-    clock: Clock,
+    watch: Stopwatch,
     order: random.Random,
 ) -> list[float | None]:
     """Milliseconds of whole loops, the median of some, by target; None where there are none or they would take too long."""
@@ -203,7 +279,7 @@ def _loops(
         for _ in range(calls):
             target.run(inputs)
 
-    times = interleaved([partial(loop, targets[i]) for i in chosen], LOOPS, order, clock) if chosen else []
+    times = interleaved([partial(loop, targets[i]) for i in chosen], LOOPS, order, watch) if chosen else []
     found = {i: float(np.median(t)) / 1e6 for i, t in zip(chosen, times, strict=True)}
     return [found.get(i) for i in range(len(targets))]
 
@@ -232,6 +308,8 @@ def _row(target: BenchTarget, nanoseconds: list[int], teacher: list[int] | None,
         floor_ms=floor,
         floor_share=floor / p50 if floor and p50 > 0 else None,
         sdpa=target.sdpa,
+        cuda_graph=target.cuda_graph,
+        session=dict(target.session),
         **same,
     )
 
@@ -282,66 +360,152 @@ def bench_models(
 ) -> tuple[Benchmark, list[str]]:
     """Latency of models by label, eager and as their artefacts, on one set of inputs; and what was left out, and why.
 
+    Models are brought to the device, and stay there.
+
     Raises:
-        RecipeError: models that do not take the same inputs, or a GPU that is asked for and not there.
+        RecipeError: models that do not take the same inputs, a size that is none, or a GPU that is asked for and not there.
+        UnavailableError: a provider that is asked for and not there.
     """
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("bench.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
-    size = {**subjects[0].lowered.sizes[0], "batch": settings.batch}
+    device = device_of(settings)
+    size = size_of(settings, subjects[0].lowered, device)
     inputs = {name: tensor.to(device) for name, tensor in subjects[0].lowered.inputs(**size).items()}
     shapes = [{n: tuple(t.shape) for n, t in s.lowered.inputs(**size).items()} for s in subjects]
     if any(s != shapes[0] for s in shapes):
         raise RecipeError(
             f"bench: {', '.join(s.label for s in subjects)} take inputs of different shapes; wanted a teacher and its students"
         )
-    targets, notes = _targets(family, subjects, inputs, settings, device, dtype)
-    roofline = measured_roofline(device, getattr(torch, dtype), torch.get_num_threads())
-    result = run_bench(
-        targets,
-        inputs,
-        size,
-        settings.runs,
-        device,
-        dtype,
-        progress,
-        steps=settings.steps,
-        calls_a_step=2 if settings.guidance else 1,
-        roofline=roofline,
-    )
+    works = {s.label: work_of(family, s.config, inputs, getattr(torch, dtype)) for s in subjects}
+    with own_stream(device):
+        roofline = measured_roofline(device, getattr(torch, dtype), torch.get_num_threads())
+        _give_back(device)
+        targets, notes = _targets(subjects, works, inputs, settings, device, dtype)
+        before = gpu_state(device)
+        result = run_bench(
+            targets,
+            inputs,
+            size,
+            settings.runs,
+            device,
+            dtype,
+            progress,
+            steps=settings.steps,
+            calls_a_step=2 if settings.guidance else 1,
+            roofline=roofline,
+        )
     told = {"copy_bytes_per_s": roofline.bytes_per_s, "matrix_flops_per_s": roofline.flops_per_s, "threads": roofline.threads}
-    return result.model_copy(update={"roofline": told}), notes
+    gpu = {"before": before, "after": gpu_state(device)} if device != "cpu" else {}
+    return result.model_copy(update={"roofline": told, "gpu": gpu, "notes": notes}), notes
+
+
+def device_of(settings: BenchSettings) -> str:
+    """`cpu` or `cuda`. Raises RecipeError for what takes a GPU where there is none, or where none is to be used."""
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("bench.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
+    if device == "cpu" and settings.cuda_graphs:
+        raise RecipeError("bench.cuda_graphs = True: a CPU has none; wanted false or null, or a CUDA device")
+    return device
+
+
+def size_of(settings: BenchSettings, lowered: Lowered, device: str) -> dict[str, int]:
+    """What the inputs are made by. Raises RecipeError for a size with other names than batch's companions."""
+    if settings.size is None:
+        return {**(lowered.sizes[0] if device == "cpu" else lowered.usual), "batch": settings.batch}
+    wanted = set(lowered.usual) - {"batch"}
+    if set(settings.size) != wanted:
+        raise RecipeError(f"bench.size = {settings.size}: wanted {', '.join(sorted(wanted))}, whole numbers above 0, image sides in tokens")
+    return {"batch": settings.batch, **settings.size}
+
+
+@contextmanager
+def own_stream(device: str) -> Iterator[None]:
+    """A block whose GPU work goes to a stream of its own: on the default one TensorRT waits for the device around every call."""
+    if device == "cpu":
+        yield
+        return
+    aside, outside = torch.cuda.Stream(), torch.cuda.current_stream()
+    aside.wait_stream(outside)
+    with torch.cuda.stream(aside):
+        yield
+    outside.wait_stream(aside)
+
+
+def _give_back(device: str) -> None:
+    """Memory that PyTorch keeps for later goes back to the device, where other runtimes may want it."""
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def _targets(
-    family: Family, subjects: Sequence[Benched], inputs: Tensors, settings: BenchSettings, device: str, dtype: str
+    subjects: Sequence[Benched], works: Mapping[str, Work], inputs: Tensors, settings: BenchSettings, device: str, dtype: str
 ) -> tuple[list[BenchTarget], list[str]]:
-    targets, notes = [], []
-    works = {s.label: work_of(family, s.config, inputs, getattr(torch, dtype)) for s in subjects}
     compiled = settings.compiled if settings.compiled is not None else device != "cpu"
+    made = TargetMaker(inputs, settings, device)
     eager = [s for s in subjects if s.model is not None]
     for subject in eager:
         subject.model.to(device)
         subject.lowered.module.to(device)
-        targets += [
-            session_target(subject.label, backend, Path(), subject.lowered, device, settings.sdpa, works[subject.label])
-            for backend in (("eager", "compile") if compiled else ("eager",))
-        ]
+        for backend in ("eager", "compile") if compiled else ("eager",):
+            made.add(subject, backend, Path(), works[subject.label])
     if eager and not compiled:
-        notes.append("torch.compile was not timed: on a CPU it compiles for minutes; bench.compiled: true times it")
-    for subject in subjects:
-        for folder in subject.exports:
-            export = read_export(folder)
-            if not is_fair(export, dtype):
-                notes.append(
-                    f"{folder} was not timed: it is in {export.dtype}"
-                    + ("" if export.dtype != dtype else ", for which there are no kernels here")
-                )
-                continue
-            try:
-                targets.append(
-                    session_target(subject.label, runner_of(export), folder, subject.lowered, device, None, works[subject.label])
-                )
-            except PpclcError as error:
-                notes.append(f"{folder} was not timed: {error}")
-    return targets, notes
+        made.notes.append("torch.compile was not timed: on a CPU it compiles for minutes; bench.compiled: true times it")
+    for subject, folder in [(s, f) for s in subjects for f in s.exports]:
+        export = read_export(folder)
+        if is_fair(export, dtype):
+            made.add(subject, runner_of(export), folder, works[subject.label])
+        else:
+            kernels = "" if export.dtype != dtype else ", for which there are no kernels here"
+            made.notes.append(f"{folder} was not timed: it is in {export.dtype}{kernels}")
+    return made.targets, made.notes
+
+
+class TargetMaker:
+    """Targets that have run once, as they are and as CUDA graphs, and notes on those that did not."""
+
+    def __init__(self, inputs: Tensors, settings: BenchSettings, device: str) -> None:
+        self.inputs, self.settings, self.device = inputs, settings, device
+        self.graphs = settings.cuda_graphs if settings.cuda_graphs is not None else device != "cpu"
+        self.targets: list[BenchTarget] = []
+        self.notes: list[str] = []
+
+    def add(self, subject: Benched, backend: str, folder: Path, work: Work) -> None:
+        """A model in a back end, then its CUDA graph. Raises what eager raises, and what is wrong with the settings."""
+        plugin: Backend = plugins.load("backends", backend)
+        sdpa = self.settings.sdpa if _is_eager(plugin) else None
+        place = (subject.label, backend, folder, subject.lowered, self.device, sdpa, work)
+        options = self._options(plugin)
+        name = f"{subject.label} in {backend}" if _is_eager(plugin) else str(folder)
+        asked = backend == "eager" or (self.settings.providers is not None and "providers" in plugin.run_options)
+        plain = self._tried(name, asked, lambda: session_target(*place, options))
+        if plain is None or not self.graphs or not plugin.graphs:
+            return
+
+        def graph() -> BenchTarget:
+            if plugin.graphs == "captured":
+                return graph_target(plain)
+            return replace(session_target(*place, {**options, "cuda_graph": True}), cuda_graph=True)
+
+        self._tried(f"{name} as a CUDA graph", False, graph)
+
+    def _options(self, plugin: Backend) -> dict[str, Any]:
+        if "providers" not in plugin.run_options:
+            return {}
+        usual = ["cpu"] if self.device == "cpu" else None
+        return {"providers": usual if self.settings.providers is None else self.settings.providers}
+
+    def _tried(self, name: str, asked: bool, make: Callable[[], BenchTarget]) -> BenchTarget | None:
+        """A target that was kept because it ran; else None, and why not is noted, or raised where it was asked for."""
+        try:
+            target = make()
+            target.run(self.inputs)
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+        except Exception as error:  # runtimes raise what they like
+            if asked or isinstance(error, RecipeError):
+                raise
+            self.notes.append(f"{name} was not timed: {error if isinstance(error, PpclcError) else first_line(error)}")
+        else:
+            self.targets.append(target)
+            return target
+        _give_back(self.device)  # only now nothing holds what failed any more
+        return None

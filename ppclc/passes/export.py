@@ -127,7 +127,7 @@ def export_model(
     arithmetic, more = dtype, {}
     if dtype == FLOAT8:
         arithmetic = ARITHMETIC
-        plain, batches = lowered.reference, calibration or (lambda lowered: _cases(lowered, ARITHMETIC))
+        plain, batches = lowered.reference, calibration or (lambda lowered: _cases(lowered, ARITHMETIC, lowered.sizes))
         lowered, told = in_float8(lowered, family, model.config, batches(lowered))
         scales = SAMPLES if calibration else RANDOM
         more = {"float8": told | {"scales": scales, "rel_l2_to_bfloat16": _loss(plain, lowered)}}
@@ -158,7 +158,7 @@ def export_model(
         outcome = Compared(None, {"not_run": reason})
         if not reason:
             with seconds.of("compare"):
-                outcome = compare(runner, draft, lowered, arithmetic, tell)
+                outcome = compare(runner, draft, lowered, arithmetic, tell, sizes_of(lowered, given))
             if outcome.parity and not passes(outcome.parity, arithmetic):
                 where = _triage(writer, runner, lowered, (family, model.config), outcome.worst, arithmetic, given)
                 raise VerificationError(f"{folder}: {backend_name}: {_differs(outcome.parity, arithmetic)}{where}; nothing was written")
@@ -170,7 +170,7 @@ def export_model(
             files={name: file_digest(path) for name, path in files.items()},
             bytes=sum(path.stat().st_size for path in files.values()),
             dtype=dtype,
-            shapes=[dict(size) for size in (given.get("sizes") or [lowered.usual] if "sizes" in given else lowered.sizes)],
+            shapes=[dict(size) for size in sizes_of(lowered, given)],
             parity=outcome.parity,
             inputs=list(example),
             options=written.options | more | {"session": outcome.session},
@@ -298,7 +298,7 @@ def check_float16(family: Family, dtype: str, force: bool) -> None:
 
 def check_range(lowered: Lowered, where: str) -> None:
     """Raise VerificationError where the model itself overflows in its dtype, on usual inputs or on ones with loud channels."""
-    for inputs in _cases(lowered, "float16"):
+    for inputs in _cases(lowered, "float16", lowered.sizes):
         if place := overflow(lowered, inputs):
             raise VerificationError(
                 f"{where}: the model overflows in float16: {place} is the first that is not finite; "
@@ -306,12 +306,17 @@ def check_range(lowered: Lowered, where: str) -> None:
             )
 
 
-def _cases(lowered: Lowered, dtype: str) -> Iterator[dict[str, Any]]:
-    """Inputs to compare on: one for each of the family's sizes, and in 16 bits one with loud channels."""
-    for size in lowered.sizes:
+def sizes_of(lowered: Lowered, options: Mapping[str, Any]) -> Sequence[Mapping[str, int]]:
+    """Sizes that an artefact is compared at: those that it is built for, where its back end builds for some, else the family's."""
+    return options["sizes"] or [lowered.usual] if "sizes" in options else lowered.sizes
+
+
+def _cases(lowered: Lowered, dtype: str, sizes: Sequence[Mapping[str, int]]) -> Iterator[dict[str, Any]]:
+    """Inputs to compare on: one for each size, and in 16 bits one with loud channels."""
+    for size in sizes:
         yield lowered.inputs(**size)
     if dtype != "float32":
-        yield with_outliers(lowered.inputs(**lowered.sizes[0]))
+        yield with_outliers(lowered.inputs(**sizes[0]))
 
 
 def with_outliers(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -330,14 +335,16 @@ class Compared:
     worst: dict[str, Any] = field(default_factory=dict)
 
 
-def compare(backend: Backend, folder: Path, lowered: Lowered, dtype: str, progress: Progress) -> Compared:
-    """The worst distance from eager over the family's sizes, and in 16 bits over loud channels too.
+def compare(
+    backend: Backend, folder: Path, lowered: Lowered, dtype: str, progress: Progress, sizes: Sequence[Mapping[str, int]] = ()
+) -> Compared:
+    """The worst distance from eager over sizes, the family's where none are given, and in 16 bits over loud channels too.
 
     Raises:
         VerificationError: the artefact does not load or run.
     """
     distances: list[Parity] = []
-    cases = list(_cases(lowered, dtype))
+    cases = list(_cases(lowered, dtype, sizes or lowered.sizes))
     with torch.no_grad():
         with _failures(f"{backend.name}: cannot load what was written"):
             session = backend.load(folder, lowered)
@@ -371,8 +378,10 @@ def _triage(
         with TemporaryDirectory(prefix="ppclc-triage-") as home:
             out = Path(home)
             example = lowered.inputs(**lowered.sizes[0])
+            chosen = {**options, **({"graph": None} if "graph" in options else {})}  # a graph that is there has no taps
+            shapes = profiles(lowered, options)
             assert writer.export is not None
-            writer.export(ExportRequest(module, example, lowered.dynamic, lowered.ranges, dtype, out, options, taps=taps))
+            writer.export(ExportRequest(module, example, lowered.dynamic, lowered.ranges, dtype, out, chosen, shapes, taps=taps))
             return runner.load(out, lowered).outputs(given)
 
     try:

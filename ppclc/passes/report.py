@@ -379,7 +379,7 @@ def speed_tile(benchmark: Benchmark | None) -> Tile | None:
         return None
     values = [r.speedup for r in rows if r.speedup]
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    where = ", ".join(dict.fromkeys(f"{r.backend} on {r.device}" for r in rows))
+    where = ", ".join(dict.fromkeys(f"{r.place} on {r.device}" for r in rows))
     several = f", {len(rows)} settings" if len(rows) > 1 else ""
     value = f"{low}×" if low == high else f"{low}–{high}×"
     return Tile("Speed-up of one step", value, f"median latency, same back end and run: {where}{several}")

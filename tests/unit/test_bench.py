@@ -7,6 +7,7 @@ import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,31 @@ import pytest
 import torch
 
 from ppclc import plugins
-from ppclc.bench_files import write_bench
-from ppclc.classes import model_class
-from ppclc.errors import RecipeError
-from ppclc.families import Family
-from ppclc.passes.bench import BenchSettings, BenchTarget, noise, ratio, run_bench, session_target
+from ppclc.backends import Backend
+from ppclc.bench_files import markdown, write_bench
+from ppclc.classes import model_class, random_model
+from ppclc.errors import RecipeError, UnavailableError
+from ppclc.families import Family, qwen_image
+from ppclc.graphs import Captured
+from ppclc.passes import bench
+from ppclc.passes.bench import (
+    Benched,
+    BenchSettings,
+    BenchTarget,
+    BoundRun,
+    TargetMaker,
+    bench_models,
+    device_of,
+    noise,
+    ratio,
+    run_bench,
+    session_target,
+    size_of,
+)
 from ppclc.recipe import bench_settings
 from ppclc.records import Benchmark
 from ppclc.roofline import Roofline, Work, measured_roofline, work_of
+from ppclc.timing import by_clock
 from tests.contracts.test_families import subject_of
 
 FAMILY: Family = plugins.load("families", "qwen_image")
@@ -51,7 +69,7 @@ class World:
         return BenchTarget(label, backend, run, peak)
 
     def bench(self, targets: list[BenchTarget], runs: int, **more: Any) -> Benchmark:
-        return run_bench(targets, {}, SHAPE, runs, "cpu", "float32", clock=lambda: self.now, **more)
+        return run_bench(targets, {}, SHAPE, runs, "cpu", "float32", watch=by_clock(lambda: self.now), **more)
 
 
 def test_figures_are_those_of_numpy() -> None:
@@ -297,9 +315,172 @@ def test_attention_is_pinned_while_a_model_runs() -> None:
     assert session_target("teacher", "eager", Path(), lowered, "cpu", None).sdpa == "PyTorch's choice on cpu"
 
 
+# -- where, how, and what is left out -----------------------------------------------------------------------------------
+
+
+def test_a_row_says_its_clock_and_a_graph_is_compared_with_the_teacher_s() -> None:
+    world, ms = World(), {("teacher", False): 8, ("student", False): 4, ("teacher", True): 6, ("student", True): 2}
+    targets = [
+        dataclasses.replace(world.target(label, "eager", lambda n, t=t: t * 1_000_000), cuda_graph=graph, session={"threads": 1})  # type: ignore[misc]
+        for (label, graph), t in ms.items()
+    ]
+    result = world.bench(targets, runs=3, steps=1)
+    assert [row.speedup for row in result.rows] == [1.0, 2.0, 1.0, 3.0]
+    assert [row.place for row in result.rows] == ["eager"] * 2 + ["eager, CUDA graph"] * 2
+    assert {(row.clock, row.session["threads"]) for row in result.rows} == {("perf_counter_ns", 1)}
+    result = result.model_copy(update={"gpu": {"before": "clocks.sm 1980 MHz", "after": "not told"}, "notes": ["x was not timed: y"]})
+    text = markdown(result, {})
+    assert "| student | eager, CUDA graph | cpu | float32 | 2.00 |" in text
+    assert "student in eager, CUDA graph 2 ms." in text
+    for line in ("Timed by perf_counter_ns.", "The GPU before: clocks.sm 1980 MHz.", "The GPU after: not told.", "x was not timed: y."):
+        assert f"\n{line}\n" in text
+
+
+def benched(label: str, layers: int, **config: Any) -> Benched:
+    subject = subject_of("qwen_image", num_layers=layers, **config)
+    return Benched(label, subject.config, subject.model, FAMILY.lowered(subject.model))
+
+
+def timed(subjects: list[Benched], **settings: Any) -> tuple[Benchmark, list[str]]:
+    return bench_models(FAMILY, subjects, BenchSettings(runs=2, steps=1, device="cpu", **settings), "float32", lambda *_: None)
+
+
+def test_models_are_timed_at_a_size_that_is_asked_for() -> None:
+    result, notes = timed([benched("teacher", 2), benched("student", 1)], size={"height": 2, "width": 6, "text": 3}, batch=2)
+    assert [row.shape for row in result.rows] == [{"batch": 2, "height": 2, "width": 6, "text": 3}] * 2
+    assert [(row.target, row.backend, row.cuda_graph) for row in result.rows] == [("teacher", "eager", False), ("student", "eager", False)]
+    assert (result.gpu, result.notes) == ({}, notes)
+    assert "torch.compile was not timed" in notes[0]
+    assert all(row.session == {"threads": torch.get_num_threads()} for row in result.rows)
+
+
+def test_on_a_gpu_a_call_is_as_large_as_published_models_are_used() -> None:
+    lowered = benched("teacher", 1).lowered
+    assert size_of(BenchSettings(), lowered, "cuda") == {"batch": 1, "height": 64, "width": 64, "text": 512}
+    assert size_of(BenchSettings(), lowered, "cpu") == {**lowered.sizes[0], "batch": 1}
+
+
+def test_settings_that_this_machine_cannot_follow_are_refused() -> None:
+    subjects = [benched("teacher", 1)]
+    with pytest.raises(RecipeError, match=r"bench\.size = \{'height': 4\}: wanted height, text, width"):
+        timed(subjects, size={"height": 4})
+    with pytest.raises(RecipeError, match=r"bench\.cuda_graphs = True: a CPU has none"):
+        timed(subjects, cuda_graphs=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="there is no CUDA device here"):
+            device_of(BenchSettings(device="cuda"))
+
+
+class Fake:
+    """A back end whose sessions say where they run, and may fail."""
+
+    def __init__(self, fails: str = "", device: str = "cpu", graphs: str = "") -> None:
+        self.fails, self.options, self.loaded = fails, {"device": device}, list[dict[str, Any]]()
+        self.plugin = Backend("fake", self.load, artefact="onnx", run_options={"providers": None, "cuda_graph": False}, graphs=graphs)  # type: ignore[arg-type]
+
+    def load(self, folder: Path, subject: Any, **options: Any) -> Any:
+        self.loaded.append(options)
+        return self
+
+    def bound(self, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+        if self.fails:
+            raise ValueError(f"{self.fails}\nand much more")
+        return lambda: torch.zeros(1)
+
+
+def made_by(fake: Fake, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> TargetMaker:
+    monkeypatch.setattr(bench.plugins, "load", lambda kind, name: fake.plugin)
+    maker = TargetMaker({"x": torch.zeros(1)}, BenchSettings(**settings), "cpu")
+    maker.add(Benched("teacher", {}, None, None), "fake", Path("out/x"), Work(1, 1, 1))  # type: ignore[arg-type]
+    return maker
+
+
+def test_what_does_not_run_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = made_by(Fake("no profile takes that"), monkeypatch)
+    assert (maker.targets, maker.notes) == ([], ["out/x was not timed: no profile takes that"])
+    maker = made_by(Fake(device="cuda"), monkeypatch)
+    assert maker.notes == ["out/x was not timed: fake runs it on cuda, wanted cpu as everything that it is timed beside"]
+    with pytest.raises(ValueError, match="and much more"):
+        made_by(Fake("asked for"), monkeypatch, providers=["cpu"])
+
+
+def test_providers_reach_the_back_end_and_its_own_graphs_are_a_target_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    assert len(made_by(fake, monkeypatch).targets) == 1
+    made_by(fake, monkeypatch, providers=["cuda", "cpu"])
+    assert fake.loaded == [{"providers": ["cpu"]}, {"providers": ["cuda", "cpu"]}]
+    fake = Fake(graphs="own")
+    maker = made_by(fake, monkeypatch, cuda_graphs=True)
+    assert [(t.cuda_graph, t.session) for t in maker.targets] == [(False, {"device": "cpu"}), (True, {"device": "cpu"})]
+    assert fake.loaded[1] == {"providers": ["cpu"], "cuda_graph": True}
+
+
+def test_a_graph_that_cannot_be_captured_leaves_the_plain_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(bind: Any, inputs: Any) -> Any:
+        raise UnavailableError("cannot be captured as a CUDA graph: it waits")
+
+    monkeypatch.setattr(bench, "captured", refuse)
+    maker = made_by(Fake(graphs="captured"), monkeypatch, cuda_graphs=True)
+    assert [t.cuda_graph for t in maker.targets] == [False]
+    assert maker.notes == ["out/x as a CUDA graph was not timed: cannot be captured as a CUDA graph: it waits"]
+
+
+def test_a_replay_s_memory_is_that_of_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "captured", lambda bind, inputs: Captured(SimpleNamespace(replay=lambda: None), inputs, bind(inputs)(), 900))
+    monkeypatch.setattr(bench, "peak_on_device", lambda run: run() or 100)
+    monkeypatch.setattr(bench, "held_by_others", lambda: 50)
+    maker = made_by(Fake(graphs="captured"), monkeypatch, cuda_graphs=True)
+    plain, graph = maker.targets
+    assert graph.peak(lambda: None) == 950
+    assert torch.equal(graph.run(maker.inputs), plain.run(maker.inputs))
+
+
+def test_inputs_are_bound_once() -> None:
+    bound: list[Any] = []
+    run = BoundRun(lambda inputs: bound.append(inputs) or (lambda: len(bound)))  # type: ignore[func-returns-value]
+    one: dict[str, torch.Tensor] = {}
+    other: dict[str, torch.Tensor] = {}
+    assert [run(one), run(one), run(other), run(other)] == [1, 1, 2, 2]
+
+
+def test_a_pair_with_random_weights_takes_the_memory_of_its_teacher() -> None:
+    """A student by depth has no tensor of its own; every storage is as long as what is in it."""
+    pool: Any = {}
+    pair = [random_model(FAMILY, {**FAMILY.tiny_config, "num_layers": n}, "bfloat16", pool, "cpu") for n in (4, 2)]
+    storages = [{t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in model.parameters()} for model in pair]
+    assert sum({**storages[0], **storages[1]}.values()) == sum(storages[0].values()) == 2 * sum(p.numel() for p in pair[0].parameters())
+    assert storages[1].keys() < storages[0].keys()
+    lowered = [FAMILY.lowered(model) for model in pair]  # what is exported or compiled shares them too
+    assert {p.untyped_storage().data_ptr() for one in lowered for p in one.module.parameters()} == storages[0].keys()
+    assert {p.dtype for model in pair for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_random_weights_are_made_where_they_are_wanted() -> None:
+    pool: Any = {}
+    model = random_model(FAMILY, FAMILY.tiny_config, "bfloat16", pool, "meta")
+    assert {t.device.type for t in [*pool.values(), *model.parameters(), *model.buffers()]} == {"meta"}
+    assert {t.dtype for t in pool.values()} == {torch.bfloat16}
+
+
+def test_positions_on_a_device_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    own = qwen_image.images_of
+    monkeypatch.setattr(qwen_image, "images_of", lambda ids: seen.append(1) or own(ids))  # type: ignore[func-returns-value]
+    lowered = benched("teacher", 1).lowered
+    inputs = lowered.inputs(batch=1, height=4, width=6, text=3)
+    with torch.no_grad():
+        first, again = lowered.reference(inputs), lowered.reference(inputs)
+        assert (len(seen), torch.equal(first, again)) == (1, True)
+        inputs["img_ids"].copy_(lowered.inputs(batch=1, height=6, width=4, text=3)["img_ids"])
+        other = lowered.reference(inputs)
+    assert len(seen) == 2
+    assert not torch.equal(first, other)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ("bench.size={height: 0, width: 2, text: 1}", r"bench\.size\.height = 0"),
         ("bench.runs=1", r"bench\.runs = 1"),
         ("bench.sdpa=fast", r"bench\.sdpa = 'fast': wanted 'flash', 'efficient', 'cudnn' or 'math'"),
         ("bench.speed=1", r"bench\.speed = 1: unknown key"),

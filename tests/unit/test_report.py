@@ -178,7 +178,7 @@ KEYS = {
 """The contract, spelled out once more so that a record cannot change it unseen."""
 
 
-BENCH_MORE = "speedup_ci95 spread noise samples_per_s end_to_end_ms parameters flops floor_ms floor_share sdpa"
+BENCH_MORE = "speedup_ci95 spread noise samples_per_s end_to_end_ms parameters flops floor_ms floor_share sdpa cuda_graph clock session"
 """What a row of `bench` tells beside what the contract names."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 
 from ppclc import plugins
 from ppclc.backends import tensorrt
-from ppclc.errors import RecipeError, UnavailableError
-from ppclc.passes.export import check_sizes, export_model, profiles
+from ppclc.errors import RecipeError, UnavailableError, VerificationError
+from ppclc.passes.export import check_sizes, export_model, profiles, sizes_of
 from ppclc.records import Export
 from tests.contracts.test_families import subject_of
 
@@ -146,3 +147,96 @@ def test_layers_are_counted_as_the_builder_lists_them() -> None:
     log.take("VERBOSE", "Layers:\n" + "\n".join(lines) + "\nBindings:\nhidden_states_mha")
     log.take("ERROR", "something")
     assert (log.fused(2), log.widened(2), log.problems) == (1, 1, ["something"])
+
+
+# -- a session, by stand-ins -------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """An engine and its context that write down what they are told: a doubling of x, whose addresses it never reads."""
+
+    num_io_tensors = 2
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.shape: tuple[int, ...] = ()
+
+    def get_tensor_name(self, number: int) -> str:
+        return ("x", "y")[number]
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return "DataType.BF16"
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.shape
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.log.append(("shape", name, shape))
+
+    def set_tensor_address(self, name: str, address: int) -> None:
+        self.log.append(("address", name, address))
+
+    def set_optimization_profile_async(self, number: int, stream: int) -> None:
+        self.log.append(("profile", number, stream))
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.log.append(("execute", stream))
+        return self.shape != (4, 3)
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> tensorrt.TensorRTSession:
+    """A session on stream 7, whose tensors lie on the host."""
+    empty, to = torch.empty, torch.Tensor.to
+    monkeypatch.setattr(torch, "empty", lambda *a, device, **k: empty(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, dtype: to(self, dtype))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    engine = Engine()
+    profiles = [{"x": ((1, 3), (1, 3), (1, 3))}, {"x": ((2, 3), (2, 3), (4, 3))}]
+    library = tensorrt.Library(SimpleNamespace(__name__="tensorrt"))
+    return tensorrt.TensorRTSession(library, engine, engine, profiles, {})  # type: ignore[arg-type]
+
+
+def test_a_bound_call_is_told_once_and_again_after_another(session: tensorrt.TensorRTSession) -> None:
+    one, two = torch.ones(1, 3, dtype=torch.bfloat16), torch.ones(2, 3, dtype=torch.bfloat16)
+    call = session.bound({"x": one})
+    log = session.engine.log
+    got = call()
+    told = [("address", "x", one.data_ptr()), ("address", "y", got.data_ptr())]
+    assert log == [("shape", "x", (1, 3)), *told, ("execute", 7)]
+    assert call() is got
+    assert log[4:] == [("execute", 7)]
+    session.run({"x": two})  # by the other profile
+    assert ("profile", 1, 7) in log
+    del log[:]
+    assert call() is got
+    assert log == [("profile", 0, 7), ("shape", "x", (1, 3)), *told, ("execute", 7)]
+
+
+def test_shapes_without_a_profile_and_an_engine_that_fails_are_told(session: tensorrt.TensorRTSession) -> None:
+    with pytest.raises(VerificationError, match=r"no optimization profile takes \{'x': \[5, 3\]\}"):
+        session.bound({"x": torch.ones(5, 3)})
+    session.log.take("ERROR", "out of memory")
+    with pytest.raises(VerificationError, match="the engine did not run: out of memory"):
+        session.run({"x": torch.ones(4, 3)})
+
+
+def test_what_cannot_be_captured_is_told_before_it_is_tried(session: tensorrt.TensorRTSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    call = session.bound({"x": torch.ones(1, 3)})
+    call()  # TensorRT does not say
+    session.library = tensorrt.Library(SimpleNamespace(__name__="tensorrt_rtx"))
+    session.context.is_stream_capturable = lambda stream: False
+    before = len(session.engine.log)
+    with pytest.raises(UnavailableError, match="tensorrt_rtx cannot be captured with these shapes"):
+        call()
+    assert len(session.engine.log) == before
+
+
+def test_an_artefact_is_compared_at_the_sizes_that_it_is_built_for(teacher: Any) -> None:
+    lowered = teacher.family.lowered(teacher.model)
+    assert sizes_of(lowered, {"opset": 23}) == lowered.sizes
+    assert sizes_of(lowered, {"sizes": None}) == [lowered.usual]
+    assert sizes_of(lowered, {"sizes": SIZES}) == SIZES
