@@ -28,8 +28,8 @@ COLUMNS = 1024
 """Columns of a program where no sum goes over a row."""
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def layer_norm_modulate_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def layer_norm_modulate_kernel(
     x, scale, shift, out, T, x_b, x_t, scale_b, shift_b, eps, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):
     """`ROWS` rows of LN(x) * (1 + scale) + shift."""
@@ -47,8 +47,8 @@ def layer_norm_modulate_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + (b * T + t) * D + d, (normed * gain + offset).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def layer_norm_modulate_backward_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def layer_norm_modulate_backward_kernel(
     grad,
     x,
     scale,
@@ -95,10 +95,8 @@ def layer_norm_modulate_backward_kernel(  # type: ignore[no-untyped-def]
         tl.store(dshift + place, sum_shift, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def gated_residual_kernel(  # type: ignore[no-untyped-def]
-    x, gate, y, out, T, x_b, x_t, gate_b, y_b, y_t, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
+@triton.jit
+def gated_residual_kernel(x, gate, y, out, T, x_b, x_t, gate_b, y_b, y_t, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """`ROWS` rows of x + gate * y, `BLOCK` columns of them."""
     b = tl.program_id(2).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -112,8 +110,8 @@ def gated_residual_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + (b * T + t) * D + d, (row + gain * added).to(out.dtype.element_ty), mask=there)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def gated_residual_backward_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def gated_residual_backward_kernel(
     grad,
     gate,
     y,

@@ -21,8 +21,8 @@ CONFIGS = ((1, 8), (2, 8), (2, 16), (4, 32))
 """Warps and heads of a tile that are tried, each pair as (num_warps, heads)."""
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def qk_norm_rope_kernel(  # type: ignore[no-untyped-def]
+@triton.jit
+def qk_norm_rope_kernel(
     x,
     weight,
     cos,
