@@ -100,7 +100,7 @@ class Heads:
 
 def takes_heads(x: torch.Tensor, *norms: Any) -> bool:
     """Whether a kernel may be taken for queries and keys that come of a state x: without gradients, with norms that it knows."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not takes("qk_norm_rope", x):
+    if torch.is_grad_enabled() or not takes("qk_norm_rope", x) or torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu"):
         return False
     weights = [getattr(norm, "weight", None) for norm in norms]
     return all(w is not None and w.dtype == x.dtype for w in weights) and not any(

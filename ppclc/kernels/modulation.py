@@ -12,13 +12,16 @@ from torch.nn import functional
 
 from ppclc.kernels import interpreted, takes
 
+WIDEST = 8192
+"""Widest row that a program holds in its registers."""
+
 
 def layer_norm_modulate(x_BTD: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """LN(x) * (1 + scale) + shift (B, T, D), the norm without weights of its own. scale, shift: (B or 1, D) or (B or 1, 1, D).
 
     The kernel computes in float32 and rounds once; plain PyTorch rounds after every operator.
     """
-    if takes("layer_norm_modulate", x_BTD, scale, shift):
+    if takes("layer_norm_modulate", x_BTD, scale, shift) and x_BTD.shape[-1] <= WIDEST:
         scale_BD, shift_BD = _per_sample(scale, x_BTD), _per_sample(shift, x_BTD)
         if scale_BD is not None and shift_BD is not None:
             out: torch.Tensor = torch.ops.ppclc.layer_norm_modulate(x_BTD, scale_BD, shift_BD, eps)

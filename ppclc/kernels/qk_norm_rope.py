@@ -35,10 +35,11 @@ def qk_norm_rope(
 
 
 def takes_qk_norm_rope(x_BSHD: torch.Tensor, weight_D: torch.Tensor, cos_SP: torch.Tensor, sin_SP: torch.Tensor) -> bool:
-    """Whether a kernel is taken: not where a gradient is to come back, nor where dtypes differ, which the plain formula promotes."""
+    """Whether a kernel is taken: not where a gradient is to come back, nor where dtypes or shapes are such as the plain formula promotes."""
     learns = torch.is_grad_enabled() and (x_BSHD.requires_grad or weight_D.requires_grad)
     alike = weight_D.dtype == x_BSHD.dtype and cos_SP.dtype == sin_SP.dtype == torch.float32
-    return not learns and alike and takes("qk_norm_rope", x_BSHD, weight_D, cos_SP, sin_SP)
+    paired = cos_SP.shape == sin_SP.shape == (x_BSHD.shape[1], x_BSHD.shape[3] / 2)
+    return not learns and alike and paired and takes("qk_norm_rope", x_BSHD, weight_D, cos_SP, sin_SP)
 
 
 def qk_norm_rope_reference(

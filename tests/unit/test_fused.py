@@ -21,6 +21,11 @@ from ppclc.plan import CompressionPlan
 FAMILIES = ("qwen_image", "flux")
 
 
+@pytest.fixture(autouse=True)
+def never_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Kernels are taken wherever they could be; on the CPU their operators run the references. Gives the names that were asked for and taken."""
