@@ -56,7 +56,7 @@ LARGEST_MESSAGE = 1_900_000_000
 
 @dataclass
 class OnnxRuntimeSession:
-    """An `onnxruntime.InferenceSession` that takes tensors from anywhere, floating-point ones in whatever dtype, and gives them on its device."""
+    """An `onnxruntime.InferenceSession` that takes tensors from anywhere, in whatever dtype where floating-point ones are wanted, and gives them on its device."""
 
     session: Any
     options: dict[str, Any]
@@ -103,8 +103,7 @@ class OnnxRuntimeSession:
 
     def _placed(self, tensor: torch.Tensor, kind: str) -> torch.Tensor:
         dtype = TYPES[kind][0]
-        wanted = dtype if tensor.is_floating_point() and dtype.is_floating_point else tensor.dtype
-        if wanted != dtype:
+        if tensor.dtype != dtype and not dtype.is_floating_point:
             raise VerificationError(f"onnxruntime: got an input of {tensor.dtype}, wanted {kind}")
         return tensor.detach().to(self.options["device"], dtype).contiguous()
 

