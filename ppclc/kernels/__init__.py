@@ -20,8 +20,10 @@ from ppclc.errors import UnavailableError
 Kernels = Literal["auto", "triton", "torch"]
 """What is taken: kernels where they were measured to be faster, kernels wherever they can run, or plain PyTorch."""
 NAMES = ("moments", "distillation_loss", "layer_norm_modulate", "gated_residual", "qk_norm_rope")
-AUTO = frozenset({"moments", "distillation_loss"})
+AUTO = frozenset({"moments", "distillation_loss", "layer_norm_modulate", "qk_norm_rope"})
 """What `auto` takes: those that were measured faster than `torch.compile` of the same formula. Source: ours, `benchmarks/results`."""
+LEAST = 2**19
+"""Numbers of a tensor from which `auto` takes a kernel: calling one takes the host longer than PyTorch needs for fewer. Source: ours."""
 OLDEST = (8, 0)
 """Compute capability from which the kernels are compiled and tested."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -78,6 +80,6 @@ def _lacks(here: bool) -> str:
 
 def takes(name: str, *tensors: torch.Tensor) -> bool:
     """Whether a kernel is taken for these tensors. Never while a model is exported: what leaves PyTorch is the plain formulation."""
-    if _chosen == "torch" or (_chosen == "auto" and name not in AUTO) or torch.compiler.is_exporting():
+    if _chosen == "torch" or (_chosen == "auto" and (name not in AUTO or tensors[0].numel() < LEAST)) or torch.compiler.is_exporting():
         return False
     return all(t.dtype in DTYPES and (t.is_cuda or interpreted()) for t in tensors) and not lacks()

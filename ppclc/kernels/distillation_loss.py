@@ -28,12 +28,14 @@ def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: 
     """
     if not takes("distillation_loss", student_BTD, teacher_BTD) or student_BTD.shape[-1] > WIDEST:
         return reference(student_BTD, teacher_BTD, magnitude, mask_BT)
-    student_ND, teacher_ND = student_BTD.flatten(0, -2), teacher_BTD.detach().flatten(0, -2)
-    mask_N = None if mask_BT is None else mask_BT.flatten()
     if torch.compiler.is_compiling():
-        loss: torch.Tensor = torch.ops.ppclc.distillation_loss(student_ND, teacher_ND, magnitude, mask_N)[0]
-    else:  # a custom operator takes longer on the host than all of this on a GPU
-        loss = _Loss.apply(student_ND, teacher_ND, magnitude, mask_N)  # type: ignore[no-untyped-call]
+        width = student_BTD.shape[-1]
+        mask_N = None if mask_BT is None else mask_BT.flatten()
+        loss: torch.Tensor = torch.ops.ppclc.distillation_loss(
+            student_BTD.reshape(-1, width), teacher_BTD.detach().reshape(-1, width), magnitude, mask_N
+        )[0]
+    else:  # the dispatcher takes longer on the host than all of this on a GPU
+        loss = _Loss.apply(student_BTD, teacher_BTD, magnitude, mask_BT)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -132,15 +134,18 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None
+        ctx: Any, student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None
     ) -> torch.Tensor:
-        loss, *ctx.made = _loss_and_gradient(student_ND, teacher_ND, magnitude, mask_N)
+        width = student_BTD.shape[-1]
+        rows = student_BTD.reshape(-1, width), teacher_BTD.reshape(-1, width)
+        loss, gradient_ND, share = _loss_and_gradient(*rows, magnitude, None if mask_BT is None else mask_BT.flatten())
+        ctx.made = gradient_ND.view(student_BTD.shape), share
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         if ctx.made is None:
             raise RuntimeError("distillation loss: its gradient is made once, in the forward; wanted one backward a forward")
-        (gradient_ND, share), ctx.made = ctx.made, None
-        _scale(gradient_ND, upstream, share)
-        return gradient_ND, None, None, None
+        (gradient_BTD, share), ctx.made = ctx.made, None
+        _scale(gradient_BTD, upstream, share)
+        return gradient_BTD, None, None, None

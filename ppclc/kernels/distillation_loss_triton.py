@@ -34,8 +34,8 @@ def loss_kernel(
     if HAS_MASK:
         counts = tl.load(mask + row) != 0
         read = inside & counts
-    s = tl.load(student + row * stride_s + columns, mask=read, other=0.0).to(tl.float32)
-    t = tl.load(teacher + row * stride_t + columns, mask=read, other=0.0).to(tl.float32)
+    s = tl.load(student + row * stride_s + columns, mask=read, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    t = tl.load(teacher + row * stride_t + columns, mask=read, other=0.0, eviction_policy="evict_first").to(tl.float32)
     length_s, length_t, dot = tl.sqrt(tl.sum(s * s, 0)), tl.sqrt(tl.sum(t * t, 0)), tl.sum(s * t, 0)
     # NaN compares false with everything: these two keep it.
     norm_s = tl.where(length_s < least, least, length_s)
@@ -56,7 +56,9 @@ def loss_kernel(
         by_teacher = tl.where(counts, by_teacher, 0.0)
         by_student = tl.where(counts, by_student, 0.0)
     tl.store(losses + row, loss)
-    tl.store(gradient + row * width + columns, (by_teacher * t + by_student * s).to(gradient.dtype.element_ty), mask=inside)
+    tl.store(
+        gradient + row * width + columns, (by_teacher * t + by_student * s).to(gradient.dtype.element_ty), mask=inside, cache_modifier=".cs"
+    )
 
 
 @triton.jit

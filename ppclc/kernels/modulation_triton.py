@@ -22,8 +22,10 @@ CONFIGS = ((64, 1), (32, 1), (64, 2), (32, 2))
 """Bytes of a row that a thread holds and rows of a program that are tried for LayerNorm with modulation: more does not fit its registers."""
 GATED_CONFIGS = ((4, 1), (4, 2), (4, 4), (4, 8))
 """Warps and rows of a program that are tried for gated residuals: more warps would leave a thread less than 16 bytes of `COLUMNS`."""
-CHUNK = 16
-"""Tokens whose gradients of a modulation are summed by one program."""
+WAVES, LEAST_CHUNK = 2, 8
+"""Programs a multiprocessor that sum gradients of a modulation over tokens, and the fewest tokens of one: more of either writes more partial sums."""
+GATED_CHUNK = 16
+"""Tokens whose gradients of a gate are summed by one program."""
 COLUMNS = 1024
 """Columns of a program where no sum goes over a row."""
 
@@ -62,12 +64,12 @@ def layer_norm_modulate_backward_kernel(
     x_t,
     scale_b,
     eps,
+    tokens,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """The input's gradient of `ROWS` rows and, with `SUMS`, what they add to those of scale and shift."""
+    """The input's gradient of so many rows and, with `SUMS`, what they add to those of scale and shift."""
     b = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -75,8 +77,8 @@ def layer_norm_modulate_backward_kernel(
     gain = 1.0 + tl.load(scale + b * scale_b + d, mask=inside, other=0.0).to(tl.float32)
     sum_scale = tl.zeros((BLOCK,), tl.float32)
     sum_shift = tl.zeros((BLOCK,), tl.float32)
-    for r in range(ROWS):
-        t = chunk * ROWS + r
+    for r in range(tokens):
+        t = chunk * tokens + r
         there = inside & (t < T)
         row = tl.load(x + b * x_b + t * x_t + d, mask=there, other=0.0).to(tl.float32)
         g = tl.load(grad + b * grad_b + t * grad_t + d, mask=there, other=0.0).to(tl.float32)
@@ -105,8 +107,8 @@ def gated_residual_kernel(x, gate, y, out, T, x_b, x_t, gate_b, y_b, y_t, D: tl.
     for r in tl.static_range(ROWS):
         t = tl.program_id(0).to(tl.int64) * ROWS + r
         there = inside & (t < T)
-        row = tl.load(x + b * x_b + t * x_t + d, mask=there, other=0.0).to(tl.float32)
-        added = tl.load(y + b * y_b + t * y_t + d, mask=there, other=0.0).to(tl.float32)
+        row = tl.load(x + b * x_b + t * x_t + d, mask=there, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        added = tl.load(y + b * y_b + t * y_t + d, mask=there, other=0.0, eviction_policy="evict_first").to(tl.float32)
         tl.store(out + (b * T + t) * D + d, (row + gain * added).to(out.dtype.element_ty), mask=there)
 
 
@@ -181,9 +183,14 @@ def _launch_backward(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any,
 
 
 def backward_warps(width: int) -> int:
-    """Warps of a program that holds rows of a width: 16 elements a thread at most."""
+    """Warps of a program that holds rows of a width: 32 elements a thread at most. Fewer threads wait less for one another."""
     block: int = triton.next_power_of_2(width)
-    return max(1, min(16, block // 512))
+    return max(1, min(16, block // 1024))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def layer_norm_modulate(x_BTD: torch.Tensor, scale_BD: torch.Tensor, shift_BD: torch.Tensor, eps: float, out_BTD: torch.Tensor) -> None:
@@ -205,17 +212,17 @@ def layer_norm_modulate_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the gradient of x into `dx`, which is contiguous; those of scale and shift (B, D) in float32, of no rows without `sums`."""
     B, T, D = x_BTD.shape
-    chunks = triton.cdiv(T, CHUNK)
+    tokens = max(LEAST_CHUNK, triton.cdiv(T * B, WAVES * _processors(x_BTD.device)))
+    chunks = triton.cdiv(T, tokens)
     dscale, dshift = (torch.empty(B, chunks, D if sums else 0, dtype=torch.float32, device=x_BTD.device) for _ in range(2))
     strides = (*grad_BTD.stride()[:2], *x_BTD.stride()[:2], scale_BD.stride(0))
     _launch_backward(
         layer_norm_modulate_backward_kernel,
         (chunks, B),
         backward_warps(D),
-        *(grad_BTD, x_BTD, scale_BD, dx_BTD, dscale, dshift, T, *strides, eps),
+        *(grad_BTD, x_BTD, scale_BD, dx_BTD, dscale, dshift, T, *strides, eps, tokens),
         D=D,
         BLOCK=triton.next_power_of_2(D),
-        ROWS=CHUNK,
         SUMS=sums,
     )
     return dscale.sum(1), dshift.sum(1)
@@ -240,7 +247,7 @@ def gated_residual_backward(
 ) -> torch.Tensor:
     """Write the gradient of y into `dy`, which is contiguous; that of the gate (B, D) in float32, of no rows without `sums`."""
     B, T, D = y_BTD.shape
-    chunks, block = triton.cdiv(T, CHUNK), min(COLUMNS, triton.next_power_of_2(D))
+    chunks, block = triton.cdiv(T, GATED_CHUNK), min(COLUMNS, triton.next_power_of_2(D))
     dgate = torch.empty(B, chunks, D if sums else 0, dtype=torch.float32, device=y_BTD.device)
     _launch_backward(
         gated_residual_backward_kernel,
@@ -249,7 +256,7 @@ def gated_residual_backward(
         *(grad_BTD, gate_BD, y_BTD, dy_BTD, dgate, T, *grad_BTD.stride()[:2], gate_BD.stride(0), *y_BTD.stride()[:2]),
         D=D,
         BLOCK=block,
-        ROWS=CHUNK,
+        ROWS=GATED_CHUNK,
         SUMS=sums,
     )
     return dgate.sum(1)
@@ -286,8 +293,8 @@ def variants() -> list[Variant]:
                 name = f"{dtype}-{D}-{warps}-{rows}"
                 found.append(_variant(f"gated_residual-{name}", gated_residual_kernel, dtype, {**columns, "ROWS": rows}, warps))
             for sums in (False, True):
-                name, more = f"{dtype}-{D}-{sums}", {"ROWS": CHUNK, "SUMS": sums}
-                kernel = layer_norm_modulate_backward_kernel
-                found.append(_variant(f"layer_norm_modulate_backward-{name}", kernel, dtype, whole | more, backward_warps(D)))
-                found.append(_variant(f"gated_residual_backward-{name}", gated_residual_backward_kernel, dtype, columns | more, 4))
+                name, kernel = f"{dtype}-{D}-{sums}", layer_norm_modulate_backward_kernel
+                found.append(_variant(f"layer_norm_modulate_backward-{name}", kernel, dtype, {**whole, "SUMS": sums}, backward_warps(D)))
+                more = {**columns, "ROWS": GATED_CHUNK, "SUMS": sums}
+                found.append(_variant(f"gated_residual_backward-{name}", gated_residual_backward_kernel, dtype, more, 4))
     return found

@@ -53,8 +53,8 @@ POINTERS = Config(128, 128, 32, 8, 3, copies=False)
 """16-bit rows elsewhere, or of widths that descriptors do not take."""
 SINGLE, SMALL_SINGLE = Config(128, 64, 32, 4, 3, copies=False), Config(64, 64, 32, 4, 3, copies=False)
 """float32, as three products of TF32 each: on compute capability 9.0, and elsewhere, where the larger tile spills registers."""
-DIFFERENCE = (64, 1024, 4, 4)
-"""Rows of a chunk, columns, rows at once, warps."""
+CHUNK, DIFFERENCES = 64, ((1024, 4, 4), (1024, 8, 4), (1024, 8, 8), (2048, 4, 8), (512, 8, 4))
+"""Of differences: rows of a program; columns, rows at once and warps that are tried."""
 
 
 @triton.jit
@@ -121,39 +121,49 @@ def prepare_kernel(x, mask, centre, out, stride, width, HAS_MASK: tl.constexpr, 
 
 @triton.jit
 def difference_kernel(
-    x, before, out, sums, energies, rows, width, stride_x, stride_before, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr
+    x, before, out, sums, energies, rows, stride_x, stride_before,
+    width: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a chunk of rows: their difference, the sum of each column, the energy of the difference. TOGETHER: rows that are read at once."""
     part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    across = columns < width
     total, energy = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, CHUNK, TOGETHER):
-        for one in tl.static_range(TOGETHER):
-            row = part * CHUNK + start + one
-            inside = across & (row < rows)
-            a = tl.load(x + row * stride_x + columns, mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(before + row * stride_before + columns, mask=inside, other=0.0).to(tl.float32)
-            d = (a - b).to(out.dtype.element_ty)
-            tl.store(out + row * width + columns, d, mask=inside)
-            total += a
-            energy += d.to(tl.float32) * d.to(tl.float32)
-    tl.store(sums + part * width + columns, total, mask=across)
-    tl.store(energies + part * width + columns, energy, mask=across)
+        row = part * CHUNK + start + tl.arange(0, TOGETHER)
+        inside = (row < rows)[:, None] & (columns < width)[None, :]
+        a = tl.load(x + row[:, None] * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(before + row[:, None] * stride_before + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        d = (a - b).to(out.dtype.element_ty)
+        tl.store(out + row[:, None] * width + columns[None, :], d, mask=inside)
+        total += tl.sum(a, 0)
+        energy += tl.sum(d.to(tl.float32) * d.to(tl.float32), 0)
+    tl.store(sums + part * width + columns, total, mask=columns < width)
+    tl.store(energies + part * tl.num_programs(1) + tl.program_id(1), tl.sum(energy, 0))
 
 
 def difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`x - before` (N, D) in their dtype, the sum of `x` over rows and the energy of the difference in float64."""
     x_ND, before_ND = _prepared(x_ND, None, None), _prepared(before_ND, None, None)
-    rows, width = x_ND.shape
-    chunk, block, together, warps = DIFFERENCE
-    out = torch.empty((rows, width), dtype=x_ND.dtype, device=x_ND.device)
-    parts, block = triton.cdiv(rows, chunk), min(block, triton.next_power_of_2(width))
-    sums, energies = torch.empty((2, parts, width), dtype=torch.float32, device=x_ND.device)
-    difference_kernel[(parts, triton.cdiv(width, block))](
-        x_ND, before_ND, out, sums, energies, rows, width, x_ND.stride(0), before_ND.stride(0),
-        CHUNK=chunk, BLOCK=block, TOGETHER=together, num_warps=warps,
-    )  # fmt: skip
+    (rows, width), device = x_ND.shape, x_ND.device
+    out = torch.empty((rows, width), dtype=x_ND.dtype, device=device)
+    parts = triton.cdiv(rows, CHUNK)
+    sums = torch.empty((parts, width), dtype=torch.float32, device=device)
+    # As many as the narrowest pieces need; what wider ones leave over adds nothing.
+    energies = torch.zeros((parts * triton.cdiv(width, min(DIFFERENCES)[0]),), dtype=torch.float32, device=device)
+    given = x_ND, before_ND, out, sums, energies, rows, x_ND.stride(0), before_ND.stride(0), width
+    if interpreted():
+        block, together, _ = DIFFERENCES[0]
+        difference_kernel[(parts, triton.cdiv(width, block))](*given, CHUNK=CHUNK, BLOCK=block, TOGETHER=together)
+    else:
+        with torch.cuda.device(device):
+            _tuned_difference()[lambda meta: (parts, triton.cdiv(width, meta["BLOCK"]))](*given, CHUNK=CHUNK)
     return out, sums.sum(0, dtype=torch.float64), energies.sum(dtype=torch.float64)
+
+
+@cache
+def _tuned_difference() -> Any:
+    """The kernel with the pieces that are fastest for a width and dtype. Whatever is tried gives all of the result."""
+    configs = [triton.Config({"BLOCK": block, "TOGETHER": together}, num_warps=warps) for block, together, warps in DIFFERENCES]
+    return triton.autotune(configs, key=["width"], reset_to_zero=["energies"])(difference_kernel)
 
 
 def run(
@@ -261,12 +271,12 @@ def variants() -> list[Variant]:
         for dtype in ("bf16", "fp16")
     ]
     found = [_moments_variant(*row) for row in (*halves, ("hopper", SINGLE, "fp32"), ("small", SMALL_SINGLE, "fp32"))]
-    chunk, block, together, warps = DIFFERENCE
     for dtype in ("bf16", "fp16", "fp32"):
         rows = dict.fromkeys(("x", "before", "out"), f"*{dtype}") | dict.fromkeys(("sums", "energies"), "*fp32")
-        signature = rows | dict.fromkeys(("rows", "width", "stride_x", "stride_before"), "i32")
-        constants: dict[str, Any] = {"CHUNK": chunk, "BLOCK": block, "TOGETHER": together}
-        found.append((f"difference-{dtype}", difference_kernel, signature, constants, {"num_warps": warps}))
+        signature = rows | dict.fromkeys(("rows", "stride_x", "stride_before"), "i32")
+        for block, together, warps in DIFFERENCES:
+            constants: dict[str, Any] = {"width": 3072, "CHUNK": CHUNK, "BLOCK": block, "TOGETHER": together}
+            found.append((f"difference-{dtype}-{block}-{together}-{warps}", difference_kernel, signature, constants, {"num_warps": warps}))
         signature = {"x": f"*{dtype}", "mask": "*i1", "centre": "*fp32", "out": f"*{dtype}", "stride": "i32", "width": "i32"}
         constants = {"HAS_MASK": True, "HAS_CENTRE": True, "BLOCK": 1024}
         found.append((f"prepare-{dtype}", prepare_kernel, signature, constants, {"num_warps": 4}))

@@ -75,7 +75,9 @@ def test_the_switch_is_set_for_a_block_alone(monkeypatch: pytest.MonkeyPatch) ->
         with kernels.switched("torch"):
             assert not any(kernels.takes(name, x) for name in kernels.NAMES)
         assert kernels.chosen() == "triton"
-    assert {name for name in kernels.NAMES if kernels.takes(name, x)} == kernels.AUTO
+    assert not any(kernels.takes(name, x) for name in kernels.NAMES)  # too small to be worth a launch
+    large = torch.zeros(kernels.LEAST)
+    assert {name for name in kernels.NAMES if kernels.takes(name, large)} == kernels.AUTO
 
 
 # -- who goes through it -----------------------------------------------------------------------------------------------

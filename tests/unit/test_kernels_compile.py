@@ -45,7 +45,7 @@ def compiled(name: str, capability: int) -> Any:
     _, kernel, signature, constants, options = variants()[name]
     names = list(kernel.arg_names)
     kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
-    aligned = [n for n, kind in kinds.items() if kind.startswith("*") or n in ALIGNED]
+    aligned = [n for n, kind in kinds.items() if kind.startswith("*") or (n in ALIGNED and kind != "constexpr")]
     source = ASTSource(
         kernel,
         kinds,
