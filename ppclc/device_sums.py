@@ -1,11 +1,11 @@
-"""Moments that lie in float32 on the device of the rows, to which kernels add, until they are added to those in float64.
+"""Running sums that lie on the device of the rows until they are added to those in float64 on the CPU: bringing one there takes longer than making it.
 
 Shape suffixes: N rows, D and E widths.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,34 +20,67 @@ SHARE = 0.5
 
 @dataclass
 class DeviceSums:
-    """Sums by place: second moments, of which the upper triangle is kept, and cross moments."""
+    """Sums by place.
+
+    seconds, crosses: in float32, to which kernels add; of second moments the upper triangle is kept. values: whatever else is summed up, in
+    its own dtype. outers: vectors in float64 whose outer products are still to be added to a second or cross moment.
+    """
 
     seconds: dict[Place, torch.Tensor] = field(default_factory=dict)
     crosses: dict[Place, torch.Tensor] = field(default_factory=dict)
+    values: dict[Place, torch.Tensor] = field(default_factory=dict)
+    outers: dict[Place, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
-    def add(self, second: Place | None, cross: Place | None, x_ND: torch.Tensor, y_NE: torch.Tensor | None) -> None:
-        """Add `x'x` at one place and `x'y` at another."""
+    def add(
+        self, second: Place | None, cross: Place | None, x_ND: torch.Tensor, y_NE: torch.Tensor | None, centres: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """Add `x'x` at one place and `x'y` at another, of rows less their centres."""
         width = x_ND.shape[1]
         second_DD = None if second is None else self._at(self.seconds, second, width, width, x_ND.device)
         cross_DE = None if cross is None or y_NE is None else self._at(self.crosses, cross, width, y_NE.shape[1], x_ND.device)
-        add_moments(second_DD, cross_DE, x_ND, None if cross is None else y_NE)
+        add_moments(second_DD, cross_DE, x_ND, None if cross is None else y_NE, None, centres)
 
-    def is_full(self, second: Place | None, cross: Place | None, x_ND: torch.Tensor) -> bool:
-        """Whether what is not there yet would take more memory than sums may have; never where there is nothing to let go."""
-        new = (second is not None and second not in self.seconds) + (cross is not None and cross not in self.crosses)
-        held = sum(t.nbytes for kind in (self.seconds, self.crosses) for t in kind.values())
-        if not (new and held and x_ND.is_cuda):
+    def add_value(self, place: Place, value: torch.Tensor) -> None:
+        """Add any value."""
+        if place in self.values:
+            self.values[place] += value
+        else:
+            self.values[place] = value.clone()
+
+    def add_outer(self, place: Place, a_D: torch.Tensor, b_E: torch.Tensor) -> None:
+        """Add `a b'` to the moment at a place."""
+        self.outers.setdefault(place, []).append((a_D, b_E))
+
+    def is_full(self, places: Sequence[Place | None], nbytes: int, device: torch.device) -> bool:
+        """Whether those of the places that are new, each of so many bytes, would take more memory than sums may have; never where none is held."""
+        new = sum(place is not None and not any(place in kind for kind in self._kinds) for place in places)
+        held = sum(t.nbytes for kind in self._kinds for t in kind.values())
+        if not (new and held and device.type == "cuda"):
             return False
-        free = torch.cuda.mem_get_info(x_ND.device)[0] + torch.cuda.memory_reserved(x_ND.device) - torch.cuda.memory_allocated(x_ND.device)
-        return held + new * 4 * x_ND.shape[1] ** 2 > SHARE * (free + held)
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return held + new * nbytes > SHARE * (free + held)
 
     def taken(self) -> Iterator[tuple[Place, torch.Tensor]]:
         """Every sum, whole; it is let go once the next is asked for."""
         while self.seconds:
             place, second_DD = self.seconds.popitem()
-            yield place, symmetric(second_DD)
+            yield place, self._with_outers(place, symmetric(second_DD))
         while self.crosses:
-            yield self.crosses.popitem()
+            place, cross_DE = self.crosses.popitem()
+            yield place, self._with_outers(place, cross_DE)
+        while self.values:
+            yield self.values.popitem()
+
+    @property
+    def _kinds(self) -> tuple[dict[Place, torch.Tensor], ...]:
+        return self.seconds, self.crosses, self.values
+
+    def _with_outers(self, place: Place, sums_DE: torch.Tensor) -> torch.Tensor:
+        pairs = self.outers.pop(place, [])
+        if not pairs:
+            return sums_DE
+        a_KD, b_KE = (torch.stack(vectors) for vectors in zip(*pairs, strict=True))
+        return sums_DE.double() + a_KD.T @ b_KE
 
     @staticmethod
     def _at(sums: dict[Place, torch.Tensor], place: Place, width: int, other: int, device: torch.device) -> torch.Tensor:

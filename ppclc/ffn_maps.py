@@ -16,6 +16,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ppclc.kernels import takes
+from ppclc.kernels.moments import difference
 from ppclc.moments import Moments, ridge_solution, rows_of
 
 Tensors = Mapping[str, torch.Tensor]
@@ -35,6 +37,7 @@ class FfnMoments:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """All sums by name."""
+        self.moments.drain()
         return self.moments.tensors
 
     @property
@@ -45,10 +48,25 @@ class FfnMoments:
     def add(self, stream: str, block: int, mid_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
         """Add one batch of one block: its mid and its output. Rows where the mask is zero do not enter."""
         mid_ND, output_ND = rows_of(mid_BTD, mask_BT), rows_of(output_BTD, mask_BT)
+        self.moments.count(f"ffn.{stream}", block, len(mid_ND))
+        if takes("moments", mid_ND, output_ND):
+            self._add_by_kernel(stream, block, mid_ND, output_ND)
+            return
         added_ND = output_ND.double() - mid_ND.double()
         for name, value in _moments(mid_ND.double(), added_ND, torch.promote_types(mid_ND.dtype, torch.float32)).items():
             self.moments.accumulate(f"ffn.{stream}.{name}.{block}", value)
-        self.moments.count(f"ffn.{stream}", block, len(mid_ND))
+
+    def _add_by_kernel(self, stream: str, block: int, mid_ND: torch.Tensor, output_ND: torch.Tensor) -> None:
+        """The same with products of what is left without the batch's means made by a kernel."""
+        added_ND, _, _ = difference(output_ND, mid_ND)
+        count = max(len(mid_ND), 1)
+        mid_D, added_D = (x.sum(0, dtype=torch.float64) for x in (mid_ND, added_ND))
+        square, cross = ((f"ffn.{stream}.{name}.{block}", 0, 0) for name in ("square", "cross"))
+        self.moments.add_by_kernel(square, cross, mid_ND, added_ND, [(x / count).float() for x in (mid_D, added_D)])
+        self.moments.on_device.add_outer(square, mid_D, mid_D / count)
+        self.moments.on_device.add_outer(cross, mid_D, added_D / count)
+        for name, value in (("sum", mid_D), ("added", added_D)):
+            self.moments.accumulate(f"ffn.{stream}.{name}.{block}", value)
 
 
 def _moments(mid_ND: torch.Tensor, added_ND: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -144,14 +144,20 @@ class Moments:
         for key in prefixes:
             second: Place = (f"{key}{stream}.second", i, states)
             cross: Place | None = None if step_ND is None else (f"{key}{stream}.residual", i, states - 1)
-            if self.on_device.is_full(second, cross, x_ND):
-                self.drain()
-            self.on_device.add(second, cross, x_ND, step_ND)
+            self.add_by_kernel(second, cross, x_ND, step_ND)
+
+    def add_by_kernel(
+        self, second: Place | None, cross: Place | None, x_ND: torch.Tensor, y_ND: torch.Tensor | None, centres: Sequence[torch.Tensor] = ()
+    ) -> None:
+        """Add `x'x` at one place and `x'y` at another, where the rows are; what lies there is added up first if there is no room."""
+        if self.on_device.is_full((second, cross), 4 * x_ND.shape[1] ** 2, x_ND.device):
+            self.drain()
+        self.on_device.add(second, cross, x_ND, y_ND, centres)
 
     def drain(self) -> None:
-        """Add up what kernels have, and let it go."""
+        """Add up what lies on a device, and let it go."""
         for (key, row, rows), value in self.on_device.taken():
-            self.accumulate(key, value, row if rows else None, rows)
+            self._accumulate(key, value, row if rows else None, rows)
 
     def add_far(self, stream: str, j: int, window: Mapping[int, torch.Tensor]) -> None:
         """Add rows (N, D) of state j to the far moments, with those of the states before it that are in the window, which has j too.
@@ -162,14 +168,11 @@ class Moments:
         self.count(name, j, len(x))
         self.accumulate(f"{name}.sum.{j}", x.sum(0, dtype=torch.float64))
         for i in sorted(window):
-            key = f"{name}.cross.{i}.{j}"
-            if not takes("moments", x):
-                self.accumulate(key, product(window[i], x))
-                continue
-            second, cross = ((key, 0, 0), None) if i == j else (None, (key, 0, 0))
-            if self.on_device.is_full(second, cross, x):
-                self.drain()
-            self.on_device.add(second, cross, window[i], x)
+            place: Place = (f"{name}.cross.{i}.{j}", 0, 0)
+            if takes("moments", x):
+                self.add_by_kernel(place if i == j else None, None if i == j else place, window[i], x)
+            else:
+                self.accumulate(place[0], product(window[i], x))
 
     def add_up(self, prefixes: Sequence[str], streams: Sequence[str]) -> None:
         """Make the whole of each stream from groups that every row entered once."""
@@ -185,7 +188,16 @@ class Moments:
             self.rows[stream] = self.rows.get(stream, 0) + rows
 
     def accumulate(self, key: str, value: torch.Tensor, row: int | None = None, rows: int = 0) -> None:
-        """Add a value to a running sum, or to one row of `rows`."""
+        """Add a value to a running sum, or to one row of `rows`. One on a GPU stays there until `drain`."""
+        if not stays(value):
+            self._accumulate(key, value, row, rows)
+            return
+        place = (key, row or 0, rows)
+        if self.on_device.is_full((place,), value.nbytes, value.device):
+            self.drain()
+        self.on_device.add_value(place, value)
+
+    def _accumulate(self, key: str, value: torch.Tensor, row: int | None, rows: int) -> None:
         if key not in self.tensors:
             self.tensors[key] = self._zeros(key, value.shape if row is None else (rows, *value.shape))
         place = self.tensors[key] if row is None else self.tensors[key][row]
@@ -206,6 +218,11 @@ class Moments:
         path = self.folder / f"{len(self.tensors)}.sum"
         path.unlink(missing_ok=True)  # one that is there would be taken as it is
         return torch.from_file(str(path), shared=True, size=count, dtype=torch.float64).view(*shape)
+
+
+def stays(value: torch.Tensor) -> bool:
+    """Whether a value is added up where it is."""
+    return value.device.type != "cpu"
 
 
 def small(states: Sequence[torch.Tensor]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import device_sums, kernels, moments
+from ppclc import device_sums, ffn_maps, kernels, moments
 from ppclc.errors import UnavailableError
 from ppclc.kernels import distillation_loss
 from ppclc.kernels import moments as moment_kernels
@@ -24,7 +24,7 @@ from ppclc.samples import Samples, open_samples
 from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 
-EVERYWHERE = (moments, device_sums, moment_kernels, distillation_loss)
+EVERYWHERE = (moments, device_sums, ffn_maps, moment_kernels, distillation_loss)
 
 
 def quiet(share: float, note: str) -> None:
@@ -103,15 +103,21 @@ def test_calibrate_adds_its_moments_through_the_kernel(
     source: Source, samples: Samples, taken: dict[str, int], streamed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Every product of near and far moments of both streams, and each step's difference; the same sums come of it."""
+    monkeypatch.setattr(calibrate_pass, "GROUPED_BYTES", 0)
     for module in (moments, calibrate_pass):
         monkeypatch.setattr(module, "TOGETHER", 0)
     with monkeypatch.context() as plain:
-        plain.setattr(moments, "takes", lambda name, *tensors: False)
+        for module in (moments, ffn_maps):
+            plain.setattr(module, "takes", lambda name, *tensors: False)
         wanted = moments_of(source, samples, streamed, tmp_path)
         assert not any(taken.values())
+    monkeypatch.setattr(moments, "stays", lambda value: True)  # as what lies on a GPU does
     found = moments_of(source, samples, streamed, tmp_path)
-    assert taken["add_moments"] > 0
-    assert taken["difference_reference"] > 0
+    blocks, streams, batches = 6, 2, 2
+    near, far, ffns = blocks + 1, 3 * (blocks + 1) - 3, blocks
+    others = 3 * blocks - 3 + 1  # of what text's keys are made of, and of the time embedding
+    assert taken["add_moments"] == batches * (streams * (near + far + ffns) + others)
+    assert taken["difference_reference"] == batches * streams * (blocks + ffns)
     assert found.tensors.keys() == wanted.tensors.keys()
     assert found.rows == wanted.rows
     for name, tensor in wanted.tensors.items():
