@@ -25,7 +25,7 @@ from ppclc.families import Family
 from ppclc.local_edits import BatchStates, Teaching, Weights, interval_edit
 from ppclc.local_phase import batch_states
 from ppclc.moments import Moments
-from ppclc.passes.calibrate import FAR_EVERY, Calibration, Piece, by_timestep
+from ppclc.passes.calibrate import FAR_EVERY, CalibrateSettings, Calibration, Piece, by_timestep
 from ppclc.plan import CompressionPlan
 from ppclc.published import published_config
 from ppclc.samples import Sample, moved
@@ -108,7 +108,7 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
             sweep.states.clear()
 
     def summed(sums: Moments, far: bool) -> None:
-        Calibration(teacher, LONGEST, sums, 1, _quiet).add([Piece(sample, 0, far)])
+        Calibration(teacher, LONGEST, sums, 1, _quiet, CalibrateSettings().tokens).add([Piece(sample, 0, far)])
 
     with kernels(way):
         forward = _median_s(forwards, proof)

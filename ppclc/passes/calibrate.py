@@ -31,6 +31,8 @@ Pixels = Annotated[int, Field(ge=1)]
 class CalibrateSettings(BaseModel):
     """Section `calibrate` of a recipe. `longest`: most blocks an interval may span in the analysis.
 
+    `tokens`: image tokens of a sample that enter the sums, at most; of more every second, third ... is taken, beginning with another one in
+    each sample. Neighbours tell much the same, and sums over all of them cost a GPU a tenth of the teacher's forwards and more; null takes all.
     `path`: the user's data, by `source`: a text file of prompts, a folder or shards of captioned images,
     or cached samples. `resolution`: height and width in pixels, or one number for both; it tells the
     size of the images, and for prompts the size at which the teacher samples.
@@ -42,6 +44,7 @@ class CalibrateSettings(BaseModel):
     resolution: Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)] = 256
     samples: Annotated[int, Field(ge=2)] = 2048
     longest: Annotated[int, Field(ge=2)] = 10
+    tokens: Annotated[int, Field(ge=1)] | None = 2048
     seed: Annotated[int, Field(ge=0)] = 0
 
     def moments(self) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def calibrate(
     sums lie in files under `work`.
     """
     sums = Moments(work if isinstance(teacher, StreamedTeacher) else None)
-    found = Calibration(teacher, settings.longest, sums, settings.samples, progress)
+    found = Calibration(teacher, settings.longest, sums, settings.samples, progress, settings.tokens)
     pieces = drawn_pieces(teacher, samples, settings)
     for piece in pieces:
         together = found.held(teacher, piece) if isinstance(teacher, StreamedTeacher) else 1
@@ -68,11 +71,15 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Piece:
-    """Samples that pass the teacher together, in rising order of their timesteps: a batch, or a part of one. far: whether they enter the far moments."""
+    """Samples that pass the teacher together, in rising order of their timesteps: a batch, or a part of one.
+
+    far: whether they enter the far moments. number: of the piece, by which its image tokens are chosen.
+    """
 
     sample: Sample
     chunk: int
     far: bool
+    number: int = 0
 
     def __len__(self) -> int:
         return len(self.sample[1])
@@ -84,10 +91,11 @@ def drawn_pieces(teacher: Teacher, samples: Samples, settings: CalibrateSettings
     batches = -(-settings.samples // BATCH)
     # A few batches at least, spread over the run: far moments must be of full rank.
     far_every = max(1, min(FAR_EVERY, batches // 4))
+    count = itertools.count()
     for n in range(batches):
         sample = by_timestep(samples.draw(min(BATCH, settings.samples - n * BATCH), generator))
         for part in teacher.parts(sample):
-            yield Piece(part, n % CHUNKS, n % far_every == 0)
+            yield Piece(part, n % CHUNKS, n % far_every == 0, next(count))
 
 
 def by_timestep(sample: Sample) -> Sample:
@@ -98,7 +106,16 @@ def by_timestep(sample: Sample) -> Sample:
 class Calibration:
     """Moments in the making: pieces are sent through the teacher, and what they pass is summed up."""
 
-    def __init__(self, teacher: Teacher, longest: int, moments: Moments, samples: int, progress: Callable[[float, str], None]) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        longest: int,
+        moments: Moments,
+        samples: int,
+        progress: Callable[[float, str], None],
+        tokens: int | None = None,
+    ) -> None:
+        self.tokens = tokens
         self.teacher, self.longest, self.moments, self.ffns = teacher, longest, moments, FfnMoments(moments)
         self.samples, self.progress = samples, progress
         self.seconds, self.done, self.grouped = 0.0, 0, False
@@ -117,7 +134,7 @@ class Calibration:
         count, blocks = sum(map(len, pieces)), self.teacher.num_blocks
         for number, sweep in self.teacher.sweep([p.sample for p in pieces], range(blocks + 1), inside=far):
             start = time.perf_counter()
-            states = sweep.states.pop(number)
+            states = [self._chosen(s, p) for s, p in zip(sweep.states.pop(number), pieces, strict=True)]
             if number == 0:
                 self.grouped = grouped_bytes(states[0], blocks) <= GROUPED_BYTES
                 for temb in sweep.tembs:
@@ -130,7 +147,7 @@ class Calibration:
                     self._add_near(number, piece, states[n], before[n] if before else None, masks[n])
                 self.moments.settle()
             for n, windows in far.items():
-                self._add_far(number, windows, states[n], sweep.inside.get(n), masks[n])
+                self._add_far(number, windows, states[n], sweep.inside.get(n), masks[n], pieces[n])
             before = states
             self.seconds += time.perf_counter() - start
             self.progress((self.done + count * number / blocks) / self.samples, "")
@@ -139,6 +156,14 @@ class Calibration:
             self._add_whole(pieces[0], whole, masks[0])
         self.seconds += time.perf_counter() - start
         self.done += count
+
+    def _chosen(self, states: States, piece: Piece) -> States:
+        """States with the image tokens that enter the sums."""
+        image = states.get("image")
+        if image is None or self.tokens is None or image.shape[1] <= self.tokens:
+            return states
+        every = -(-image.shape[1] // self.tokens)
+        return {**states, "image": image[:, piece.number % every :: every]}
 
     def _slices(self, piece: Piece) -> list[tuple[slice, tuple[str, ...]]]:
         """Rows of a piece by the names that they are summed under: the whole; or, grouped, its chunk's and each band's."""
@@ -162,7 +187,9 @@ class Calibration:
                 kept = mask[rows] if mask is not None and stream == "text" else None
                 self.moments.add_near(stream, [rows_of(s[stream][rows], kept) for s in states], prefixes)
 
-    def _add_far(self, number: int, windows: Windows, states: States, inside: Inside | None, mask: torch.Tensor | None) -> None:
+    def _add_far(
+        self, number: int, windows: Windows, states: States, inside: Inside | None, mask: torch.Tensor | None, piece: Piece
+    ) -> None:
         """Far moments with the state of that number, and of what lies within the block before it."""
         for stream in STREAMS:
             self.moments.add_far(
@@ -173,7 +200,7 @@ class Calibration:
         block = number - 1
         if inside.text_input is not None:
             self.moments.add_far(TEXT_INPUT, block, windows.with_state(TEXT_INPUT, block, rows_of(inside.text_input, mask)))
-        for stream, mid in inside.mids.items():
+        for stream, mid in self._chosen(inside.mids, piece).items():
             self.ffns.add(stream, block, mid, states[stream], mask if stream == "text" else None)
 
     def stats(self) -> CalibrationStats:

@@ -104,6 +104,28 @@ def test_weighted_chunks_are_the_moments_of_repeated_rows() -> None:
         assert weighted.step(i) == pytest.approx(plain.step(i), rel=1e-12)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_of_many_image_tokens_a_part_enters_the_sums_another_in_each_sample(
+    source: Source, teacher: Any, noise: Samples, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not together:
+        for module in ("ppclc.moments", "ppclc.passes.calibrate"):
+            monkeypatch.setattr(f"{module}.TOGETHER", 0)
+    g = torch.Generator().manual_seed(4)
+    batches = [by_timestep(noise.draw(count, g)) for count in (64, 6)]
+    seen = [trace(teacher, source.family, {"hidden_states": x, "timestep": t, **more}) for x, t, more in batches]
+    tokens = seen[0].states["image"][0].shape[1]
+    settings = CalibrateSettings(samples=70, longest=3, seed=4, tokens=tokens // 2)
+    stats = calibrate(ResidentTeacher(teacher, source.family), noise, settings, quiet)
+    chosen = [[x[:, n::2].flatten(0, 1).double() for x in s.states["image"]] for n, s in enumerate(seen)]
+    assert stats.rows["image"] == stats.rows["far.image"] == stats.rows["ffn.image"] == 70 * tokens // 2
+    assert stats.rows["text"] == 350  # all of it
+    states = [torch.cat(parts) for parts in zip(*chosen, strict=True)]
+    assert close(stats.tensors["image.second"][4], states[4].T @ states[4]) < 1e-6
+    assert close(stats.tensors["image.residual"][4], states[4].T @ (states[5] - states[4])) < 1e-5
+    assert close(stats.tensors["far.image.cross.2.5"], states[2].T @ states[5]) < 1e-6
+
+
 def test_calibrate_counts_what_the_teacher_passes_on(source: Source, teacher: Any, noise: Samples) -> None:
     stats = calibrate(ResidentTeacher(teacher, source.family), noise, CalibrateSettings(samples=70, longest=3, seed=4), quiet)
     assert (stats.num_blocks, stats.longest, stats.samples) == (6, 3, 70)
