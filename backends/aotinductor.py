@@ -60,7 +60,7 @@ def export(request: ExportRequest) -> Written:
     if request.dtype != dtype_name(request.module):
         raise RecipeError(f"export.dtype = {request.dtype!r}, of a model in {dtype_name(request.module)}: wanted the same for both")
     if request.options["max_autotune"] not in (True, False):
-        raise RecipeError(f"export.options.max_autotune = {request.options['max_autotune']!r}: wanted true or false")
+        raise RecipeError(f"export.max_autotune = {request.options['max_autotune']!r}: wanted true or false")
     device = device_of(request.options["device"])
     path = request.out / PACKAGE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,10 +82,10 @@ def export(request: ExportRequest) -> Written:
 def device_of(wanted: str | None) -> str:
     """`cpu` or `cuda`: what is wanted, else a GPU where there is one. Raises RecipeError or UnavailableError for what cannot be."""
     if wanted not in (None, "cpu", "cuda"):
-        raise RecipeError(f"export.options.device = {wanted!r}: wanted cpu, cuda or null")
+        raise RecipeError(f"export.device = {wanted!r}: wanted cpu, cuda or null")
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise UnavailableError("export.options.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
+        raise UnavailableError("export.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
     return wanted or ("cuda" if there else "cpu")
 
 

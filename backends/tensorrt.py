@@ -83,7 +83,7 @@ def library(wanted: str | None = None) -> Library:
     """
     names = ("tensorrt", "tensorrt_rtx")
     if wanted not in (None, *names):
-        raise RecipeError(f"export.options.library = {wanted!r}: wanted {' or '.join(names)}")
+        raise RecipeError(f"export.library = {wanted!r}: wanted {' or '.join(names)}")
     for name in names if wanted is None else (wanted,):
         if find_spec(name) is not None:
             try:
@@ -168,10 +168,10 @@ def check_graph(folder: Path, request: ExportRequest) -> None:
         receipt = json.loads((folder / "export.json").read_text("utf-8"))
         found = (receipt["model_digest"], receipt["dtype"], (folder / onnxruntime.MODEL).is_file())
     except (OSError, ValueError, KeyError, TypeError):
-        raise RecipeError(f"export.options.graph = {str(folder)!r}: holds no ONNX export") from None
+        raise RecipeError(f"export.graph = {str(folder)!r}: holds no ONNX export") from None
     dtype = request.label or request.dtype
     if found != (request.model_digest, dtype, True):
-        raise RecipeError(f"export.options.graph = {str(folder)!r}: is of another model or dtype, wanted {dtype} of this one")
+        raise RecipeError(f"export.graph = {str(folder)!r}: is of another model or dtype, wanted {dtype} of this one")
 
 
 def _attentions(path: Path) -> int:

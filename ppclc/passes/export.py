@@ -31,7 +31,7 @@ from ppclc.records import Export, Parity, digest_of, disk_errors, file_digest, w
 from ppclc.sources import Source
 from ppclc.triage import block_paths, first_divergence, overflow
 
-VERSION = 2
+VERSION = 3
 LARGE = 10**9
 """Bytes of weights beyond which they are not read into memory."""
 TOO_LARGE = "weights beyond 1 GB: options.compare = true runs it beside eager, which takes the memory of both"
@@ -124,34 +124,19 @@ def export_model(
     given, seconds = {**writer.options, **(options or {})}, Seconds()
     lowered = family.lowered(model)
     check_sizes(lowered, given)
-    arithmetic, more = dtype, {}
+    arithmetic: str = dtype
+    more: dict[str, Any] = {}
     if dtype == FLOAT8:
         arithmetic = ARITHMETIC
-        plain, batches = lowered.reference, calibration or (lambda lowered: _cases(lowered, ARITHMETIC, lowered.sizes))
-        lowered, told = in_float8(lowered, family, model.config, batches(lowered))
-        scales = SAMPLES if calibration else RANDOM
-        more = {"float8": told | {"scales": scales, "rel_l2_to_bfloat16": _loss(plain, lowered)}}
+        lowered, more = _quantized(lowered, family, model, calibration)
     if dtype == "float16" and not force:  # of a large model too, which reads its files once for every case
         check_range(lowered, f"{folder}: {backend_name}")
     with whole_folder(folder) as draft:
         tell(0.0, "lower")
         with seconds.of("prepare"):
             write_text(draft / "transformer" / "config.json", config_json(model))
-            example = lowered.inputs(**lowered.sizes[0])
+            request = _request(lowered, arithmetic, draft, given, model_digest, store, dtype)
         assert writer.export is not None
-        request = ExportRequest(
-            lowered.module,
-            example,
-            lowered.dynamic,
-            lowered.ranges,
-            arithmetic,
-            draft,
-            given,
-            profiles(lowered, given),
-            model_digest=model_digest,
-            store=store,
-            label=dtype,
-        )
         written = writer.export(request)
         tell(0.8, "compare")
         reason = runner.cannot_run() or ("" if compared else TOO_LARGE)
@@ -172,7 +157,7 @@ def export_model(
             dtype=dtype,
             shapes=[dict(size) for size in sizes_of(lowered, given)],
             parity=outcome.parity,
-            inputs=list(example),
+            inputs=list(request.inputs),
             options=written.options | more | {"session": outcome.session},
             versions=versions(writer),
             seconds={**written.seconds, **seconds.by_phase},
@@ -180,6 +165,40 @@ def export_model(
         write_text(draft / RECORD, export_json(export, model_digest))
     tell(1.0, "")
     return export
+
+
+def _quantized(lowered: Lowered, family: Family, model: Any, calibration: Calibration | None) -> tuple[Lowered, dict[str, Any]]:
+    """The same in float8 by scales found on the calibration, else on the inputs that artefacts are compared on; and what is told of it."""
+    plain, batches = lowered.reference, calibration or (lambda lowered: _cases(lowered, ARITHMETIC, lowered.sizes))
+    lowered, told = in_float8(lowered, family, model.config, batches(lowered))
+    scales = SAMPLES if calibration else RANDOM
+    return lowered, {"float8": told | {"scales": scales, "rel_l2_to_bfloat16": _loss(plain, lowered)}}
+
+
+def _request(
+    lowered: Lowered,
+    arithmetic: str,
+    draft: Path,
+    given: Mapping[str, Any],
+    model_digest: str,
+    store: Callable[[Path], Mapping[str, tuple[int, int]]] | None,
+    label: str,
+) -> ExportRequest:
+    """What a back end is asked to write."""
+    example = lowered.inputs(**lowered.sizes[0])
+    return ExportRequest(
+        lowered.module,
+        example,
+        lowered.dynamic,
+        lowered.ranges,
+        arithmetic,
+        draft,
+        given,
+        profiles(lowered, given),
+        model_digest=model_digest,
+        store=store,
+        label=label,
+    )
 
 
 def check_sizes(lowered: Lowered, options: Mapping[str, Any]) -> None:
@@ -190,9 +209,9 @@ def check_sizes(lowered: Lowered, options: Mapping[str, Any]) -> None:
         return
     keys = set(lowered.usual)
     if not isinstance(sizes, list) or not sizes or not all(isinstance(s, dict) and set(s) == keys for s in sizes):
-        raise RecipeError(f"export.options.sizes = {sizes!r}: {wanted}")
+        raise RecipeError(f"export.sizes = {sizes!r}: {wanted}")
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for size in sizes for n in size.values()):
-        raise RecipeError(f"export.options.sizes = {sizes!r}: {wanted}")
+        raise RecipeError(f"export.sizes = {sizes!r}: {wanted}")
 
 
 def profiles(lowered: Lowered, options: Mapping[str, Any]) -> list[Profile]:
@@ -230,7 +249,7 @@ def export_source(
     given = dict(options or {})
     compared = given.pop("compare", None)
     if compared not in (None, True, False):
-        raise RecipeError(f"export.options.compare = {compared!r}: wanted true, false or null")
+        raise RecipeError(f"export.compare = {compared!r}: wanted true, false or null")
     writer = check_backend(backend_name, dtype, given)
     check_float16(source.family, dtype, force)
     rest = (source.family, backend_name, dtype, folder)

@@ -403,7 +403,7 @@ def test_a_package_says_its_device_and_is_timed_beside_eager(tmp_path: Path) -> 
 
 
 def test_a_device_that_is_none_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"export\.options\.device = 'tpu': wanted cpu, cuda or null"):
+    with pytest.raises(RecipeError, match=r"export\.device = 'tpu': wanted cpu, cuda or null"):
         aotinductor.device_of("tpu")
     if not torch.cuda.is_available():
         assert aotinductor.device_of(None) == "cpu"

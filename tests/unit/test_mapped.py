@@ -91,7 +91,7 @@ def test_what_is_large_is_not_compared_unless_asked(student: Path, tmp_path: Pat
         export_source(source, "onnx", "float32", tmp_path / "x", options={"compare": value})
     assert [s["compared"] for s in seen] == [False, True, False]
     assert all(s["store"] is not None for s in seen)
-    with pytest.raises(RecipeError, match=r"export\.options\.compare = 'yes': wanted true, false or null"):
+    with pytest.raises(RecipeError, match=r"export\.compare = 'yes': wanted true, false or null"):
         export_source(source, "onnx", "float32", tmp_path / "x", options={"compare": "yes"})
 
 

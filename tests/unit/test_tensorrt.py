@@ -81,7 +81,7 @@ def test_one_profile_spans_all_sizes_where_that_is_asked_for_and_weights_stream_
     [[], {}, "1024", [{"batch": 1}], [{**SIZES[0], "batch": 0}], [{**SIZES[0], "text": 1.5}], [{**SIZES[0], "depth": 1}], [SIZES[0], None]],
 )
 def test_sizes_that_are_none_are_refused(teacher: Any, sizes: Any) -> None:
-    with pytest.raises(RecipeError, match=r"export\.options\.sizes = .*wanted a list of \{batch, height, width, text\}"):
+    with pytest.raises(RecipeError, match=r"export\.sizes = .*wanted a list of \{batch, height, width, text\}"):
         check_sizes(teacher.family.lowered(teacher.model), {"sizes": sizes})
 
 
@@ -95,7 +95,7 @@ def test_every_family_has_a_usual_size(name: str) -> None:
 
 
 def test_another_library_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"export\.options\.library = 'tensorflow': wanted tensorrt or tensorrt_rtx"):
+    with pytest.raises(RecipeError, match=r"export\.library = 'tensorflow': wanted tensorrt or tensorrt_rtx"):
         tensorrt.library("tensorflow")
 
 
