@@ -23,13 +23,14 @@ class DeviceSums:
     """Sums by place.
 
     seconds, crosses: in float32, to which kernels add; of second moments the upper triangle is kept. values: whatever else is summed up, in
-    its own dtype. outers: vectors in float64 whose outer products are still to be added to a second or cross moment.
+    its own dtype. outers: vectors in float64 whose outer products are still to be added to a second or cross moment. held_bytes: of all but those.
     """
 
     seconds: dict[Place, torch.Tensor] = field(default_factory=dict)
     crosses: dict[Place, torch.Tensor] = field(default_factory=dict)
     values: dict[Place, torch.Tensor] = field(default_factory=dict)
     outers: dict[Place, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    held_bytes: int = 0
 
     def add(
         self, second: Place | None, cross: Place | None, x_ND: torch.Tensor, y_NE: torch.Tensor | None, centres: Sequence[torch.Tensor] = ()
@@ -46,6 +47,7 @@ class DeviceSums:
             self.values[place] += value
         else:
             self.values[place] = value.clone()
+            self.held_bytes += value.nbytes
 
     def add_outer(self, place: Place, a_D: torch.Tensor, b_E: torch.Tensor) -> None:
         """Add `a b'` to the moment at a place."""
@@ -53,15 +55,15 @@ class DeviceSums:
 
     def is_full(self, places: Sequence[Place | None], nbytes: int, device: torch.device) -> bool:
         """Whether those of the places that are new, each of so many bytes, would take more memory than sums may have; never where none is held."""
-        new = sum(place is not None and not any(place in kind for kind in self._kinds) for place in places)
-        held = sum(t.nbytes for kind in self._kinds for t in kind.values())
-        if not (new and held and device.type == "cuda"):
+        new = sum(place is not None and not any(place in kind for kind in (self.seconds, self.crosses, self.values)) for place in places)
+        if not (new and self.held_bytes and device.type == "cuda"):
             return False
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return held + new * nbytes > SHARE * (free + held)
+        return self.held_bytes + new * nbytes > SHARE * (free + self.held_bytes)
 
     def taken(self) -> Iterator[tuple[Place, torch.Tensor]]:
         """Every sum, whole; it is let go once the next is asked for."""
+        self.held_bytes = 0
         while self.seconds:
             place, second_DD = self.seconds.popitem()
             yield place, self._with_outers(place, symmetric(second_DD))
@@ -71,10 +73,6 @@ class DeviceSums:
         while self.values:
             yield self.values.popitem()
 
-    @property
-    def _kinds(self) -> tuple[dict[Place, torch.Tensor], ...]:
-        return self.seconds, self.crosses, self.values
-
     def _with_outers(self, place: Place, sums_DE: torch.Tensor) -> torch.Tensor:
         pairs = self.outers.pop(place, [])
         if not pairs:
@@ -82,8 +80,8 @@ class DeviceSums:
         a_KD, b_KE = (torch.stack(vectors) for vectors in zip(*pairs, strict=True))
         return sums_DE.double() + a_KD.T @ b_KE
 
-    @staticmethod
-    def _at(sums: dict[Place, torch.Tensor], place: Place, width: int, other: int, device: torch.device) -> torch.Tensor:
+    def _at(self, sums: dict[Place, torch.Tensor], place: Place, width: int, other: int, device: torch.device) -> torch.Tensor:
         if place not in sums:
             sums[place] = torch.zeros(width, other, dtype=torch.float32, device=device)
+            self.held_bytes += sums[place].nbytes
         return sums[place]

@@ -136,6 +136,23 @@ def test_sums_that_take_too_much_memory_are_let_go_and_come_out_the_same(
     assert all((found.tensors[n] - t).norm() <= 1e-5 * t.norm() for n, t in wanted.tensors.items())
 
 
+@pytest.mark.parametrize(("free", "full"), [(600, False), (100, True)])
+def test_sums_may_take_half_of_what_is_free(free: int, full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted are those that are there and those that would be new; what is there already takes nothing more."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    sums, device = device_sums.DeviceSums(), torch.device("cuda", 0)
+    old, new = ("a", 0, 0), ("b", 0, 0)
+    assert not sums.is_full((old,), 10**12, device)  # nothing there that could be let go
+    sums.add_value(old, torch.zeros(25))
+    assert sums.held_bytes == 100
+    assert not sums.is_full((old,), 100, device)
+    assert sums.is_full((old, new, None), 100, device) == full
+    assert [place for place, _ in sums.taken()] == [old]
+    assert sums.held_bytes == 0
+
+
 def test_distill_takes_its_loss_from_the_kernel(
     source: Source, samples: Samples, taken: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -19,7 +19,19 @@ if find_spec("triton") is None or kernels.interpreted():
 
 MODULES = sorted(p.stem for p in Path(kernels.__file__).parent.glob("*_triton.py"))
 CAPABILITIES = (80, 90, 100)
-REGISTERS = 255
+REGISTERS = {
+    "moments-hopper-fp32": 255,
+    "moments": 240,
+    "difference": 220,
+    "prepare": 40,
+    "loss": 104,
+    "scale": 168,
+    "layer_norm_modulate_backward": 208,
+    "layer_norm_modulate": 112,
+    "gated_residual": 56,
+    "qk_norm_rope": 96,
+}
+"""Of a thread, by the beginning of a variant's name: what Triton 3.7 needs and a tenth more; 255 is all there are."""
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What a program may have. Source: CUDA C++ programming guide, technical specifications by compute capability."""
 ALIGNED = ("width", "stride", "width_x", "width_y", "stride_x", "stride_y", "stride_s", "stride_t", "stride_before")
@@ -55,8 +67,8 @@ def compiled(name: str, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def spilled_bytes(made: Any, capability: int, folder: Path) -> int:
-    """Bytes of registers that go through memory, as the assembler that Triton brings tells."""
+def registers_and_spills(made: Any, capability: int, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of them that go through memory, as the assembler that Triton brings tells."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -66,8 +78,7 @@ def spilled_bytes(made: Any, capability: int, folder: Path) -> int:
     done = subprocess.run(
         [assembler, "-v", f"-arch={arch}", folder / "kernel.ptx", "-o", folder / "kernel.cubin"], capture_output=True, text=True, check=True
     )
-    assert int(re.findall(r"Used (\d+) registers", done.stderr)[0]) <= REGISTERS
-    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+    return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -79,7 +90,9 @@ def test_every_variant_compiles_within_its_bounds(module: str, capability: int, 
         made = compiled(name, capability)
         assert made.metadata.shared <= SHARED_BYTES[capability], name
         assert len(made.asm["cubin"]) > 1000, name
-        assert spilled_bytes(made, capability, tmp_path) == 0, name
+        registers, spilled = registers_and_spills(made, capability, tmp_path)
+        assert registers <= next(bound for kind, bound in REGISTERS.items() if name.startswith(kind)), (name, registers)
+        assert spilled == 0, name
 
 
 def test_on_hopper_moments_are_made_by_its_own_instructions() -> None:
