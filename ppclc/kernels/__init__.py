@@ -83,3 +83,13 @@ def takes(name: str, *tensors: torch.Tensor) -> bool:
     if _chosen == "torch" or (_chosen == "auto" and (name not in AUTO or tensors[0].numel() < LEAST)) or torch.compiler.is_exporting():
         return False
     return all(t.dtype in DTYPES and (t.is_cuda or interpreted()) for t in tensors) and not lacks()
+
+
+def dispatched(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel is to be called as an operator of PyTorch's: where code is compiled, a gradient is wanted, or tensors only stand for others.
+
+    Elsewhere it is called as it is, which takes the host a fraction of the time.
+    """
+    if torch.compiler.is_compiling() or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

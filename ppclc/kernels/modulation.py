@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ppclc.kernels import interpreted, takes
+from ppclc.kernels import dispatched, interpreted, takes
 
 WIDEST = 8192
 """Widest row that a program holds in its registers."""
@@ -24,7 +24,8 @@ def layer_norm_modulate(x_BTD: torch.Tensor, scale: torch.Tensor, shift: torch.T
     if takes("layer_norm_modulate", x_BTD, scale, shift) and x_BTD.shape[-1] <= WIDEST:
         scale_BD, shift_BD = _per_sample(scale, x_BTD), _per_sample(shift, x_BTD)
         if scale_BD is not None and shift_BD is not None:
-            out: torch.Tensor = torch.ops.ppclc.layer_norm_modulate(x_BTD, scale_BD, shift_BD, eps)
+            called = torch.ops.ppclc.layer_norm_modulate if dispatched(x_BTD, scale_BD, shift_BD) else _layer_norm_modulate
+            out: torch.Tensor = called(x_BTD, scale_BD, shift_BD, eps)
             return out
     return layer_norm_modulate_reference(x_BTD, scale, shift, eps)
 
@@ -34,7 +35,8 @@ def gated_residual(x_BTD: torch.Tensor, gate: torch.Tensor, y_BTD: torch.Tensor)
     if takes("gated_residual", x_BTD, gate, y_BTD) and x_BTD.shape == y_BTD.shape:
         gate_BD = _per_sample(gate, x_BTD)
         if gate_BD is not None:
-            out: torch.Tensor = torch.ops.ppclc.gated_residual(x_BTD, gate_BD, y_BTD)
+            called = torch.ops.ppclc.gated_residual if dispatched(x_BTD, gate_BD, y_BTD) else _gated_residual
+            out: torch.Tensor = called(x_BTD, gate_BD, y_BTD)
             return out
     return gated_residual_reference(x_BTD, gate, y_BTD)
 
@@ -100,9 +102,6 @@ def _promoted(first: torch.Tensor, *others: torch.Tensor) -> torch.dtype:
     return dtype
 
 
-@torch.library.custom_op(
-    "ppclc::layer_norm_modulate", mutates_args=(), schema="(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor"
-)
 def _layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     if not _runs(x):
         return layer_norm_modulate_reference(x, scale, shift, eps).to(_promoted(x, scale, shift)).contiguous()
@@ -113,7 +112,15 @@ def _layer_norm_modulate(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tens
     return out
 
 
-@_layer_norm_modulate.register_fake
+_layer_norm_modulate_operator = torch.library.custom_op(
+    "ppclc::layer_norm_modulate",
+    _layer_norm_modulate,
+    mutates_args=(),
+    schema="(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
+)
+
+
+@_layer_norm_modulate_operator.register_fake
 def _(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.empty(x.shape, dtype=_promoted(x, scale, shift), device=x.device)
 
@@ -157,10 +164,9 @@ def _layer_norm_modulate_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.
     return dx, dscale if sums else None, dshift.to(ctx.shift_dtype) if sums else None, None
 
 
-_layer_norm_modulate.register_autograd(_layer_norm_modulate_gradients, setup_context=_keep_for_layer_norm_modulate)
+_layer_norm_modulate_operator.register_autograd(_layer_norm_modulate_gradients, setup_context=_keep_for_layer_norm_modulate)
 
 
-@torch.library.custom_op("ppclc::gated_residual", mutates_args=(), schema="(Tensor x, Tensor gate, Tensor y) -> Tensor")
 def _gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     if not _runs(x):
         return gated_residual_reference(x, gate, y).to(_promoted(x, gate, y)).contiguous()
@@ -171,7 +177,12 @@ def _gated_residual(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> tor
     return out
 
 
-@_gated_residual.register_fake
+_gated_residual_operator = torch.library.custom_op(
+    "ppclc::gated_residual", _gated_residual, mutates_args=(), schema="(Tensor x, Tensor gate, Tensor y) -> Tensor"
+)
+
+
+@_gated_residual_operator.register_fake
 def _(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=_promoted(x, gate, y), device=x.device)
 
@@ -209,4 +220,4 @@ def _gated_residual_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tenso
     return grad.to(ctx.x_dtype), dgate if sums else None, dy
 
 
-_gated_residual.register_autograd(_gated_residual_gradients, setup_context=_keep_for_gated_residual)
+_gated_residual_operator.register_autograd(_gated_residual_gradients, setup_context=_keep_for_gated_residual)

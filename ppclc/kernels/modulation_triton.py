@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from ppclc.kernels import interpreted
+from ppclc.kernels.tuning import launch
 
 CONFIGS = ((64, 1), (32, 1), (64, 2), (32, 2))
 """Bytes of a row that a thread holds and rows of a program that are tried for LayerNorm with modulation: more does not fit its registers."""
@@ -157,29 +158,15 @@ def row_configs(width: int, itemsize: int) -> Configs:
     return tuple(dict.fromkeys((max(1, min(16, size // (32 * held))), rows) for held, rows in CONFIGS))
 
 
-@cache
-def _tuned(kernel: Any, configs: Configs) -> Any:
-    """The kernel with the pair of these that is fastest for a width and dtype."""
-    return triton.autotune([triton.Config({"ROWS": rows}, num_warps=warps) for warps, rows in configs], key=["D"])(kernel)
-
-
 def _launch(kernel: Any, configs: Configs, grid: Callable[[int], tuple[int, ...]], *args: Any, **constants: Any) -> None:
-    """Run a forward kernel, with its rows and warps chosen; `grid` has the programs by the rows of one."""
-    if interpreted():
-        rows = configs[-1][1]
-        kernel[grid(rows)](*args, **constants, ROWS=rows)
-        return
-    with torch.cuda.device(args[0].device):
-        _tuned(kernel, configs)[lambda meta: grid(meta["ROWS"])](*args, **constants)
+    """Run a forward kernel, with its rows and warps chosen by width and dtype; `grid` has the programs by the rows of one."""
+    tried = [({"ROWS": rows}, warps) for warps, rows in (configs[-1:] if interpreted() else configs)]
+    launch(kernel, tried, lambda config: grid(config["ROWS"]), (constants["D"], args[0].dtype), args, constants)
 
 
 def _launch_backward(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, **constants: Any) -> None:
     """Run a backward kernel, whose sums are the same in every run because nothing about it is tuned."""
-    if interpreted():
-        kernel[grid](*args, **constants)
-        return
-    with torch.cuda.device(args[0].device):
-        kernel[grid](*args, **constants, num_warps=warps)
+    launch(kernel, [({}, warps)], lambda _: grid, None, args, constants)
 
 
 def backward_warps(width: int) -> int:

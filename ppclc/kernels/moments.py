@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ppclc.kernels import interpreted, takes
+from ppclc.kernels import dispatched, interpreted, takes
 
 
 def add_moments(
@@ -34,7 +34,8 @@ def add_moments(
     _check(second_DD, cross_DE, x_ND, y_NE)
     rows = [x_ND] if y_NE is None else [x_ND, y_NE]
     if takes("moments", *rows):
-        torch.ops.ppclc.add_moments(second_DD, cross_DE, x_ND, y_NE, mask_N, list(centres))
+        called = torch.ops.ppclc.add_moments if dispatched(*rows) else _add_moments
+        called(second_DD, cross_DE, x_ND, y_NE, mask_N, list(centres))
     else:
         reference(second_DD, cross_DE, x_ND, y_NE, mask_N, centres)
 
@@ -58,7 +59,8 @@ def reference(
 def difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`d = x - before` (N, D) in their dtype, the sum of `x` over rows (D,) and that of all `d^2`, both in float64, in one pass."""
     if takes("moments", x_ND, before_ND):
-        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = torch.ops.ppclc.difference(x_ND, before_ND)
+        called = torch.ops.ppclc.difference if dispatched(x_ND, before_ND) else _difference
+        found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = called(x_ND, before_ND)
         return found
     return difference_reference(x_ND, before_ND)
 
@@ -98,8 +100,7 @@ def _check(second_DD: torch.Tensor | None, cross_DE: torch.Tensor | None, x_ND: 
         raise ValueError(f"add_moments: {len(y_NE)} rows of y in {y_NE.dtype}, {len(x_ND)} of x in {x_ND.dtype}; wanted the same")
 
 
-@torch.library.custom_op("ppclc::add_moments", mutates_args=("second_DD", "cross_DE"))
-def _operator(
+def _add_moments(
     second_DD: torch.Tensor | None,
     cross_DE: torch.Tensor | None,
     x_ND: torch.Tensor,
@@ -115,7 +116,9 @@ def _operator(
         reference(second_DD, cross_DE, x_ND, y_NE, mask_N, centres)
 
 
-@torch.library.custom_op("ppclc::difference", mutates_args=())
+torch.library.custom_op("ppclc::add_moments", _add_moments, mutates_args=("second_DD", "cross_DE"))
+
+
 def _difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if x_ND.is_cuda or interpreted():
         from ppclc.kernels import moments_triton
@@ -124,7 +127,10 @@ def _difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tens
     return difference_reference(x_ND, before_ND)
 
 
-@_difference.register_fake
+_difference_operator = torch.library.custom_op("ppclc::difference", _difference, mutates_args=())
+
+
+@_difference_operator.register_fake
 def _(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     d_ND = torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     return d_ND, x_ND.new_empty(x_ND.shape[1:], dtype=torch.float64), x_ND.new_empty((), dtype=torch.float64)

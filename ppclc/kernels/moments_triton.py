@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ppclc.kernels import interpreted
+from ppclc.kernels.tuning import launch
 
 GROUP = 8
 """Rows of tiles that run beside each other, so that they share columns in the L2 cache."""
@@ -149,21 +150,16 @@ def difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tenso
     sums = torch.empty((parts, width), dtype=torch.float32, device=device)
     # As many as the narrowest pieces need; what wider ones leave over adds nothing.
     energies = torch.zeros((parts * triton.cdiv(width, min(DIFFERENCES)[0]),), dtype=torch.float32, device=device)
-    given = x_ND, before_ND, out, sums, energies, rows, x_ND.stride(0), before_ND.stride(0), width
-    if interpreted():
-        block, together, _ = DIFFERENCES[0]
-        difference_kernel[(parts, triton.cdiv(width, block))](*given, CHUNK=CHUNK, BLOCK=block, TOGETHER=together)
-    else:
-        with torch.cuda.device(device):
-            _tuned_difference()[lambda meta: (parts, triton.cdiv(width, meta["BLOCK"]))](*given, CHUNK=CHUNK)
+    launch(
+        difference_kernel,
+        [({"BLOCK": block, "TOGETHER": together}, warps) for block, together, warps in DIFFERENCES],
+        lambda config: (parts, triton.cdiv(width, config["BLOCK"])),
+        (width, x_ND.dtype),
+        (x_ND, before_ND, out, sums, energies, rows, x_ND.stride(0), before_ND.stride(0)),
+        {"width": width, "CHUNK": CHUNK},
+        zeroed=("energies",),
+    )
     return out, sums.sum(0, dtype=torch.float64), energies.sum(dtype=torch.float64)
-
-
-@cache
-def _tuned_difference() -> Any:
-    """The kernel with the pieces that are fastest for a width and dtype. Whatever is tried gives all of the result."""
-    configs = [triton.Config({"BLOCK": block, "TOGETHER": together}, num_warps=warps) for block, together, warps in DIFFERENCES]
-    return triton.autotune(configs, key=["width"], reset_to_zero=["energies"])(difference_kernel)
 
 
 def run(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from ppclc.kernels import interpreted, takes
+from ppclc.kernels import dispatched, interpreted, takes
 
 
 def qk_norm_rope(
@@ -28,7 +28,8 @@ def qk_norm_rope(
     given = (x_BSHD, weight_D, cos_SP, sin_SP)
     if takes_qk_norm_rope(*given):
         written = torch.empty_like(x_BSHD, memory_format=torch.contiguous_format) if out is None else out
-        torch.ops.ppclc.qk_norm_rope(*given, eps, rounded, written)
+        called = torch.ops.ppclc.qk_norm_rope if dispatched(*given) else _qk_norm_rope
+        called(*given, eps, rounded, written)
         return written
     result = qk_norm_rope_reference(*given, eps, rounded)
     return result if out is None else out.copy_(result)
@@ -58,11 +59,6 @@ def qk_norm_rope_reference(
     return turned.to(x_BSHD.dtype)
 
 
-@torch.library.custom_op(
-    "ppclc::qk_norm_rope",
-    mutates_args=("out",),
-    schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps, bool rounded, Tensor(a!) out) -> ()",
-)
 def _qk_norm_rope(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, rounded: bool, out: torch.Tensor
 ) -> None:
@@ -75,6 +71,14 @@ def _qk_norm_rope(
     qk_norm_rope_triton.qk_norm_rope(dense, weight.contiguous(), cos, sin, eps, rounded, out)
 
 
-@_qk_norm_rope.register_fake
+_operator = torch.library.custom_op(
+    "ppclc::qk_norm_rope",
+    _qk_norm_rope,
+    mutates_args=("out",),
+    schema="(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps, bool rounded, Tensor(a!) out) -> ()",
+)
+
+
+@_operator.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, rounded: bool, out: torch.Tensor) -> None:
     return None

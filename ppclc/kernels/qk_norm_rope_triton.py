@@ -8,7 +8,6 @@ Shape suffixes: B batch, S token, H head, D width of a head, P pair.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ppclc.kernels import interpreted
+from ppclc.kernels.tuning import launch
 
 CONFIGS = ((1, 8), (2, 8), (2, 16), (4, 32))
 """Warps and heads of a tile that are tried, each pair as (num_warps, heads)."""
@@ -68,13 +68,6 @@ def qk_norm_rope_kernel(
         tl.store(out + place, tl.reshape(turned, (HEADS, BLOCK)).to(kind), mask=there)
 
 
-@cache
-def _tuned() -> Any:
-    """The kernel with the pair of `CONFIGS` that is fastest for a number of heads, their width and dtype."""
-    configs = [triton.Config({"HEADS": heads}, num_warps=warps) for warps, heads in CONFIGS]
-    return triton.autotune(configs, key=["H", "D"])(qk_norm_rope_kernel)
-
-
 def qk_norm_rope(
     x_BSHD: torch.Tensor,
     weight_D: torch.Tensor,
@@ -89,11 +82,9 @@ def qk_norm_rope(
     strides = (*x_BSHD.stride()[:3], *cos_SP.stride(), *sin_SP.stride(), *out_BSHD.stride()[:3])
     args = (x_BSHD, weight_D, cos_SP, sin_SP, out_BSHD, *strides, eps)
     constants = {"H": H, "D": D, "BLOCK": triton.next_power_of_2(D), "ROUNDED": rounded}
-    if interpreted():
-        qk_norm_rope_kernel[(S, B)](*args, **constants, HEADS=min(CONFIGS[0][1], triton.next_power_of_2(H)))
-        return
-    with torch.cuda.device(x_BSHD.device):
-        _tuned()[(S, B)](*args, **constants)
+    heads = CONFIGS if not interpreted() else ((CONFIGS[0][0], min(CONFIGS[0][1], triton.next_power_of_2(H))),)
+    configs = [({"HEADS": together}, warps) for warps, together in heads]
+    launch(qk_norm_rope_kernel, configs, lambda _: (S, B), (H, D, x_BSHD.dtype, rounded), args, constants)
 
 
 Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]

@@ -1,0 +1,46 @@
+"""Kernels with the configuration that is fastest for what they are given: tried at the first call, and from then on called without a detour."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from ppclc.kernels import interpreted
+
+_found: dict[tuple[int, Hashable, int], Any] = {}
+
+
+def launch(
+    kernel: Any,
+    configs: Sequence[tuple[Mapping[str, int], int]],
+    grid: Callable[[Mapping[str, int]], tuple[int, ...]],
+    key: Hashable,
+    args: Sequence[Any],
+    constants: Mapping[str, Any],
+    zeroed: Sequence[str] = (),
+) -> None:
+    """Run a kernel; `grid` has the programs by what a configuration sets, each of which is that and a number of warps.
+
+    key: of what the fastest depends on, beside the device. zeroed: arguments that are set to zero before each try. Under the interpreter the first is taken.
+    """
+    if interpreted():
+        values, _ = configs[0]
+        kernel[grid(values)](*args, **constants, **values)
+        return
+    device = args[0].device
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            launch(kernel, configs, grid, key, args, constants, zeroed)
+        return
+    place = (id(kernel), key, device.index)
+    if place not in _found:
+        tried = [triton.Config(dict(values), num_warps=warps) for values, warps in configs]
+        tuner = triton.autotune(tried, key=[], reset_to_zero=list(zeroed) or None)(kernel)
+        tuner[grid](*args, **constants)
+        _found[place] = tuner.best_config
+        return
+    best = _found[place]
+    kernel[grid(best.kwargs)](*args, **constants, **best.kwargs, num_warps=best.num_warps)
