@@ -16,19 +16,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ppclc import plugins
+from ppclc import kernels, plugins
 from ppclc.backends import Backend, Session, Subject, Tensors
 from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line
 from ppclc.families import Family, Lowered
 from ppclc.gpu_state import gpu_state
 from ppclc.graphs import Captured, captured
+from ppclc.kernels import Kernels
 from ppclc.receipts import read_export, runner_of
 from ppclc.records import Benchmark, BenchRow, Export, measured
 from ppclc.roofline import Roofline, Work, measured_roofline, work_of
 from ppclc.timing import Call, Stopwatch, interleaved, stopwatch
 
 VERSION = 3
-TEACHER = "teacher"
+TEACHER, EAGER = "teacher", "eager"
 RESAMPLES = 2000
 UNEVEN = 0.25
 """A run is noisy when p90 lies further than this share above p50, or `DRIFT` between the medians of its halves."""
@@ -49,7 +50,8 @@ class BenchSettings(BaseModel):
     compiled: torch.compile as a second baseline; null: on a GPU alone. cuda_graphs: calls as CUDA graphs too, where the back end has them; null: on a
     GPU. providers: of ONNX Runtime, as [cuda, cpu]; null: the best that there is for the device, without TensorRT. size: of a call, as {height: 64,
     width: 64, text: 512}, image sides in tokens; null: that of the published models on a GPU, a small one on a CPU. device: cpu, cuda, or null for a
-    GPU where there is one.
+    GPU where there is one. kernels: of eager models on a GPU, as a recipe's `kernels`; null: as that says, else auto. torch is what plain diffusers
+    does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -63,6 +65,7 @@ class BenchSettings(BaseModel):
     providers: list[str] | None = None
     size: dict[str, Annotated[int, Field(ge=1)]] | None = None
     device: Literal["cpu", "cuda"] | None = None
+    kernels: Kernels | None = None
 
 
 def peak_resident(run: Callable[[], None]) -> int:
@@ -143,7 +146,13 @@ def session_target(
         raise UnavailableError(f"{backend} runs it on {runs_on}, wanted {device} as everything that it is timed beside")
     shown = (sdpa or f"PyTorch's choice on {device}") if _is_eager(plugin) else ""
     peak = peak_resident if device == "cpu" else peak_on_device
-    return BenchTarget(label, backend, BoundRun(partial(_bound, session, sdpa)), peak, work, shown, session=session.options)
+    told = {**session.options, **({"kernels": _kernels_of(device)} if backend == EAGER else {})}
+    return BenchTarget(label, backend, BoundRun(partial(_bound, session, sdpa)), peak, work, shown, session=told)
+
+
+def _kernels_of(device: str) -> str:
+    """What an eager model's blocks are made of there."""
+    return "torch" if device == "cpu" or kernels.lacks() else kernels.chosen()
 
 
 def _is_eager(plugin: Backend) -> bool:
@@ -364,8 +373,15 @@ def bench_models(
 
     Raises:
         RecipeError: models that do not take the same inputs, a size that is none, or a GPU that is asked for and not there.
-        UnavailableError: a provider that is asked for and not there.
+        UnavailableError: a provider, or kernels, that are asked for and not there.
     """
+    with kernels.switched(settings.kernels or kernels.chosen()):
+        return _bench_models(family, subjects, settings, dtype, progress)
+
+
+def _bench_models(
+    family: Family, subjects: Sequence[Benched], settings: BenchSettings, dtype: str, progress: Progress
+) -> tuple[Benchmark, list[str]]:
     device = device_of(settings)
     size = size_of(settings, subjects[0].lowered, device)
     inputs = {name: tensor.to(device) for name, tensor in subjects[0].lowered.inputs(**size).items()}

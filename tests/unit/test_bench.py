@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppclc import plugins
+from ppclc import kernels, plugins
 from ppclc.backends import Backend
 from ppclc.bench_files import markdown, write_bench
 from ppclc.classes import model_class, random_model
@@ -351,7 +351,7 @@ def test_models_are_timed_at_a_size_that_is_asked_for() -> None:
     assert [(row.target, row.backend, row.cuda_graph) for row in result.rows] == [("teacher", "eager", False), ("student", "eager", False)]
     assert (result.gpu, result.notes) == ({}, notes)
     assert "torch.compile was not timed" in notes[0]
-    assert all(row.session == {"threads": torch.get_num_threads()} for row in result.rows)
+    assert all(row.session == {"threads": torch.get_num_threads(), "kernels": "torch"} for row in result.rows)
 
 
 def test_on_a_gpu_a_call_is_as_large_as_published_models_are_used() -> None:
@@ -491,3 +491,17 @@ def test_settings_that_are_none_are_refused(change: str, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         bench_settings([change])
     assert bench_settings(["bench.runs=7", "bench.sdpa=math"]) == BenchSettings(runs=7, sdpa="math")
+
+
+def test_kernels_are_switched_for_the_bench_alone_and_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = subject_of("qwen_image").model
+    one = Benched("teacher", dict(model.config), model, FAMILY.lowered(model))
+    seen: list[str] = []
+    monkeypatch.setattr(bench, "run_bench", lambda *args, **kwargs: seen.append(kernels.chosen()) or Benchmark(rows=[]))
+    for wanted in (None, "torch"):
+        bench_models(FAMILY, [one], BenchSettings(runs=2, device="cpu", kernels=wanted), "float32", lambda *_: None)
+    assert seen == ["auto", "torch"]
+    assert kernels.chosen() == "auto"
+    if not torch.cuda.is_available():
+        with pytest.raises(UnavailableError, match=r"kernels = 'triton': .*wanted auto or torch here"):
+            bench_models(FAMILY, [one], BenchSettings(runs=2, kernels="triton"), "float32", lambda *_: None)
