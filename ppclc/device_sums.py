@@ -61,17 +61,13 @@ class DeviceSums:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return self.held_bytes + new * nbytes > SHARE * (free + self.held_bytes)
 
-    def taken(self) -> Iterator[tuple[Place, torch.Tensor]]:
-        """Every sum, whole; it is let go once the next is asked for."""
-        self.held_bytes = 0
-        while self.seconds:
-            place, second_DD = self.seconds.popitem()
-            yield place, self._with_outers(place, symmetric(second_DD))
-        while self.crosses:
-            place, cross_DE = self.crosses.popitem()
-            yield place, self._with_outers(place, cross_DE)
-        while self.values:
-            yield self.values.popitem()
+    def taken(self, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[Place, torch.Tensor]]:
+        """Every sum whose name begins so, whole; it is let go once the next is asked for."""
+        for kind, whole in ((self.seconds, symmetric), (self.crosses, _as_is), (self.values, _as_is)):
+            for place in [place for place in kind if place[0].startswith(prefixes)]:
+                sums = kind.pop(place)
+                self.held_bytes -= sums.nbytes
+                yield place, self._with_outers(place, whole(sums))
 
     def _with_outers(self, place: Place, sums_DE: torch.Tensor) -> torch.Tensor:
         pairs = self.outers.pop(place, [])
@@ -85,3 +81,7 @@ class DeviceSums:
             sums[place] = torch.zeros(width, other, dtype=torch.float32, device=device)
             self.held_bytes += sums[place].nbytes
         return sums[place]
+
+
+def _as_is(sums: torch.Tensor) -> torch.Tensor:
+    return sums

@@ -154,10 +154,10 @@ class Moments:
             self.drain()
         self.on_device.add(second, cross, x_ND, y_ND, centres)
 
-    def drain(self) -> None:
-        """Add up what lies on a device, and let it go."""
-        for (key, row, rows), value in self.on_device.taken():
-            self._accumulate(key, value, row if rows else None, rows)
+    def drain(self, prefixes: tuple[str, ...] = ("",)) -> None:
+        """Add up what lies on a device under names that begin so, and let it go."""
+        for (key, row, rows), value in self.on_device.taken(prefixes):
+            self._accumulate(key, value.cpu(), row if rows else None, rows)  # in its own dtype: float64 is twice as much to bring
 
     def add_far(self, stream: str, j: int, window: Mapping[int, torch.Tensor]) -> None:
         """Add rows (N, D) of state j to the far moments, with those of the states before it that are in the window, which has j too.

@@ -23,6 +23,8 @@ VERSION = 4
 BATCH = 64
 FAR_EVERY = 16
 """One batch in so many enters the far moments, which cost as many products a block as the longest interval has blocks."""
+FAR_TOGETHER, WINDOWS_SHARE = 64, 0.25
+"""Batches with far moments that pass a teacher on a GPU together, and what their states may take of the memory that is free there."""
 GROUPED_BYTES = 256 * 2**20
 """Most memory that moments by group may take; beyond it the analysis goes without its stability."""
 Pixels = Annotated[int, Field(ge=1)]
@@ -57,15 +59,28 @@ def calibrate(
 ) -> CalibrationStats:
     """Near and far moments of every block's states by stream, of the modulated text inputs, and of `SiLU(temb)`.
 
-    A resident teacher takes a batch at a time. A streamed one takes as many as it may hold, so that its blocks are read seldom, and its large
-    sums lie in files under `work`.
+    A resident teacher takes a batch at a time; on a GPU of those with far moments several, so that their sums, which have no room there beside one
+    another, are brought to the CPU seldom. A streamed one takes as many as it may hold, so that its blocks are read seldom, and its large sums lie in
+    files under `work`.
     """
     sums = Moments(work if isinstance(teacher, StreamedTeacher) else None)
     found = Calibration(teacher, settings.longest, sums, settings.samples, progress, settings.tokens)
     pieces = drawn_pieces(teacher, samples, settings)
+    if isinstance(teacher, StreamedTeacher):
+        for piece in pieces:
+            found.add([piece, *itertools.islice(pieces, found.held(teacher, piece) - 1)])
+        return found.stats()
+    waiting: list[Piece] = []
     for piece in pieces:
-        together = found.held(teacher, piece) if isinstance(teacher, StreamedTeacher) else 1
-        found.add([piece, *itertools.islice(pieces, together - 1)])
+        if piece.far:
+            waiting.append(piece)
+        else:
+            found.add([piece])
+        if waiting and len(waiting) >= found.far_together(waiting[0]):
+            found.add(waiting)
+            waiting = []
+    if waiting:
+        found.add(waiting)
     return found.stats()
 
 
@@ -125,6 +140,16 @@ class Calibration:
         window = (self.longest + 1) / FAR_EVERY
         return max(1, int(teacher.held_bytes / (len(piece) * teacher.state_bytes(piece.sample) * (2 + window))))
 
+    def far_together(self, piece: Piece) -> int:
+        """Pieces like this one whose windows of states may lie on the teacher's device at once; one on a CPU, where sums are added up at once."""
+        device = self.teacher.device
+        if device.type == "cpu":
+            return 1
+        states = self.teacher.embed(picked(piece.sample, [0])).states
+        passing, kept = (sum(x.nbytes for x in s.values()) for s in (states, self._chosen(states, piece)))
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(1, min(FAR_TOGETHER, int(WINDOWS_SHARE * free / (len(piece) * (2 * passing + (self.longest + 1) * kept)))))
+
     def add(self, pieces: Sequence[Piece]) -> None:
         """Send pieces through the teacher, all of them through a block before the next."""
         masks = [self.teacher.family.mask_of(p.sample[2]) for p in pieces]
@@ -148,6 +173,8 @@ class Calibration:
                 self.moments.settle()
             for n, windows in far.items():
                 self._add_far(number, windows, states[n], sweep.inside.get(n), masks[n], pieces[n])
+            if far and len(pieces) > 1:  # what ends at this state has all that these pieces give
+                self.moments.drain(("far.", "ffn."))
             before = states
             self.seconds += time.perf_counter() - start
             self.progress((self.done + count * number / blocks) / self.samples, "")
@@ -163,7 +190,8 @@ class Calibration:
         if image is None or self.tokens is None or image.shape[1] <= self.tokens:
             return states
         every = -(-image.shape[1] // self.tokens)
-        return {**states, "image": image[:, piece.number % every :: every]}
+        # A copy, so that the whole may be let go.
+        return {**states, "image": image[:, piece.number % every :: every].contiguous()}
 
     def _slices(self, piece: Piece) -> list[tuple[slice, tuple[str, ...]]]:
         """Rows of a piece by the names that they are summed under: the whole; or, grouped, its chunk's and each band's."""

@@ -20,7 +20,7 @@ from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, distill_edits
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import CalibrationStats
-from ppclc.samples import Samples, open_samples
+from ppclc.samples import Samples, open_samples, picked
 from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
 
@@ -134,6 +134,53 @@ def test_sums_that_take_too_much_memory_are_let_go_and_come_out_the_same(
     monkeypatch.setattr(device_sums.DeviceSums, "is_full", lambda self, *places: bool(self.seconds))
     found = moments_of(source, samples, streamed=False)
     assert all((found.tensors[n] - t).norm() <= 1e-5 * t.norm() for n, t in wanted.tensors.items())
+
+
+@pytest.mark.parametrize("thinned", [None, 4])
+def test_batches_with_far_moments_that_pass_together_give_the_same_sums(
+    source: Source, samples: Samples, taken: dict[str, int], thinned: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: near sums stay to the end, far ones are let go after each block."""
+    for module in (moments, calibrate_pass):
+        monkeypatch.setattr(module, "TOGETHER", 0)
+    settings = CalibrateSettings(samples=70, longest=2, seed=4, tokens=thinned)
+    teacher = ResidentTeacher(load_source(source), source.family)
+    with monkeypatch.context() as plain:
+        for module in (moments, ffn_maps):
+            plain.setattr(module, "takes", lambda name, *tensors: False)
+        wanted = calibrate(teacher, samples, settings, quiet)
+    monkeypatch.setattr(moments, "stays", lambda value: True)
+    monkeypatch.setattr(calibrate_pass.Calibration, "far_together", lambda self, piece: 2)
+    drained: list[tuple[str, ...]] = []
+    drain = moments.Moments.drain
+    monkeypatch.setattr(moments.Moments, "drain", lambda self, prefixes=("",): drained.append(prefixes) or drain(self, prefixes))
+    found = calibrate(teacher, samples, settings, quiet)
+    assert drained == [("far.", "ffn.")] * 7 + [("",)]
+    assert found.rows == wanted.rows
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name, tensor in wanted.tensors.items():
+        assert (found.tensors[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("room", [0.5, 7.5, 1000])
+def test_as_many_batches_pass_together_as_there_is_room_for(
+    source: Source, samples: Samples, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of what is free over two states and a window of thinned ones."""
+    teacher = ResidentTeacher(load_source(source), source.family)
+    found = calibrate_pass.Calibration(teacher, 2, moments.Moments(), 1, quiet, tokens=4)
+    piece = next(calibrate_pass.drawn_pieces(teacher, samples, CalibrateSettings(samples=2)))
+    assert found.far_together(piece) == 1  # on a CPU
+    embedded = teacher.embed(picked(piece.sample, [0]))
+    image, text = embedded.states["image"], embedded.states["text"]
+    kept = image[:, :: -(-image.shape[1] // 4)].nbytes + text.nbytes
+    each = len(piece) * (2 * (image.nbytes + text.nbytes) + 3 * kept)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(4 * room * each), 10**9))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    monkeypatch.setattr(teacher, "embed", lambda sample: embedded)
+    monkeypatch.setattr(teacher, "device", torch.device("cuda", 0))
+    assert found.far_together(piece) == max(1, min(calibrate_pass.FAR_TOGETHER, int(room)))
 
 
 @pytest.mark.parametrize(("free", "full"), [(600, False), (100, True)])
