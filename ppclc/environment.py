@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,10 +21,10 @@ def machine(source: Source) -> dict[str, Any]:
     return {"machine": platform.machine(), "processor": platform.processor(), "cores": os.cpu_count(), "threads": set_threads(source)}
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of every library that has a say in the result."""
+def versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python and of every library that has a say in the result, and of others by their names on the index."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *more):
         try:
             found[library] = version(library)
         except PackageNotFoundError:

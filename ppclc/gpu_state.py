@@ -18,15 +18,20 @@ def gpu_state(device: str, ask: Ask | None = None) -> str:
     """One line, as `clocks.sm 1980 MHz, temperature.gpu 41, ...`, of the current GPU; `not told` where nothing answers, empty for a CPU."""
     if device == "cpu":
         return ""
-    ask = ask or _nvidia_smi
+    return ", ".join(f"{name} {value}" for name, value in gpu_fields(ask).items()) or NOT_TOLD
+
+
+def gpu_fields(ask: Ask | None = None) -> dict[str, str]:
+    """What the current GPU does, by `nvidia-smi`'s names; nothing where nothing answers."""
+    ask = ask or nvidia_smi
     for fields in ((*FIELDS, REASONS[0]), (*FIELDS, REASONS[1]), FIELDS):
         values = [value.strip() for value in ask(fields).split(",")]
         if len(values) == len(fields):
-            return ", ".join(f"{name} {value}" for name, value in zip(fields, values, strict=True))
-    return NOT_TOLD
+            return dict(zip(fields, values, strict=True))
+    return {}
 
 
-def _nvidia_smi(fields: Sequence[str]) -> str:
+def nvidia_smi(fields: Sequence[str]) -> str:
     """The values of the current device, between commas; nothing where they cannot be had."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *_named()]
     try:

@@ -20,17 +20,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from benchmarks.gpu.measuring import NotRun, Proof, Row, alive, gpu_state, reclaim, short
+from benchmarks.gpu.measuring import NotRun, Proof, Row, alive, reclaim, short
 from benchmarks.gpu.tables import markdown
 from benchmarks.results_file import RESULTS, processor, unused
 from ppclc.environment import versions
+from ppclc.gpu_state import gpu_fields, nvidia_smi
 from ppclc.models import quiet_libraries
 
 PARTS = {"correctness": 20, "speed": 45, "ladder": 60, "analysis": 30, "engines": 30}
@@ -65,7 +65,7 @@ def machine(device: str) -> Row:
     about = torch.cuda.get_device_properties(0)
     return {
         "gpu": about.name,
-        "driver": driver(),
+        "driver": nvidia_smi(["driver_version"]) or "unknown",
         "capability": f"{about.major}.{about.minor}",
         "gpu_memory_bytes": about.total_memory,
         "multiprocessors": about.multi_processor_count,
@@ -73,25 +73,11 @@ def machine(device: str) -> Row:
     } | found
 
 
-def driver() -> str:
-    """The NVIDIA driver's version, where `nvidia-smi` tells it."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
 def used_versions() -> dict[str, str]:
     """Versions of all that has a say in the result; of the system its name alone."""
-    found = versions() | {"platform": f"{platform.system()} {platform.machine()}"}
+    found = versions(LIBRARIES) | {"platform": f"{platform.system()} {platform.machine()}"}
     if torch.version.cuda:
         found |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -107,7 +93,7 @@ def run_part(proof: Proof, name: str) -> Row:
     """What one part gives; an error, or nothing to run, is told in its place."""
     start = time.perf_counter()
     proof.say(f"== {name}")
-    before = gpu_state() if proof.is_cuda else {}
+    before = gpu_fields() if proof.is_cuda else {}
     found: Row = {}
     try:
         if name == proof.failing:
@@ -121,7 +107,7 @@ def run_part(proof: Proof, name: str) -> Row:
         found |= {"not_run": f"{type(error).__name__}: {short(error)}", "broke": True}
     found["seconds"] = time.perf_counter() - start
     if proof.is_cuda and before:
-        found |= {"before": before, "after": gpu_state()}
+        found |= {"before": before, "after": gpu_fields()}
     if "not_run" in found:
         proof.say(f"{name}: not run: {found['not_run']}")
     return found

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import random
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -283,25 +282,6 @@ def ceiling(proof: Proof, name: str) -> float:
     if not proof.ceilings:
         measure_ceilings(proof)
     return proof.ceilings[name]
-
-
-STATE = {
-    "clocks.sm": "sm_mhz",
-    "clocks.mem": "memory_mhz",
-    "temperature.gpu": "celsius",
-    "power.draw": "watts",
-    "clocks_throttle_reasons.active": "throttled",
-}
-
-
-def gpu_state() -> Row:
-    """Clocks, temperature and power as `nvidia-smi` tells them; nothing where there is none."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader,nounits"]
-    try:
-        line = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip().splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return {}
-    return dict(zip(STATE.values(), [value.strip() for value in line.split(",")], strict=False))
 
 
 def quietly(call: Call) -> Any:
