@@ -33,7 +33,7 @@ from ppclc.teachers import ResidentTeacher
 from ppclc.training import Trainer, TrainingSettings
 
 BLOCKS, LONGEST = 6, 10
-REPEATS, STEPS = 3, 6
+REPEATS, STEPS, MOST_TOGETHER = 3, 6, 16
 PARTS = ("forward", "loss", "backward", "clip", "optimizer")
 
 
@@ -100,25 +100,28 @@ def _no_kernels(proof: Proof) -> list[Row]:
 def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -> list[Row]:
     """A sample through the teacher: forwards alone, with near moments, with near and far ones; milliseconds a block, and shares of the forward."""
     proof.needs(25)
-    blocks = teacher.num_blocks
+    blocks, tokens = teacher.num_blocks, CalibrateSettings().tokens
     sample = size.draw(1, 1)
 
     def forwards() -> None:
         for _, sweep in teacher.sweep([sample], range(blocks + 1)):
             sweep.states.clear()
 
-    def summed(sums: Moments, far: bool) -> None:
-        Calibration(teacher, LONGEST, sums, 1, _quiet, CalibrateSettings().tokens).add([Piece(sample, 0, far)])
+    def summed(sums: Moments, pieces: Sequence[Piece]) -> None:
+        Calibration(teacher, LONGEST, sums, 1, _quiet, tokens).add(pieces)
 
     with kernels(way):
         forward = _median_s(forwards, proof)
         sums = Moments()
-        near = _median_s(partial(summed, sums, False), proof)
+        near = _median_s(partial(summed, sums, [Piece(sample, 0, False)]), proof)
         peak = _peak(proof)
         drain = _drained_s(sums, proof)
         proof.say(f"calibration, {way}: forwards {forward:.3f} s, with near moments {near:.3f} s")
         del sums
-        far = _median_s(partial(summed, Moments(), True), proof, repeats=1)
+        # As many pieces with far moments as pass together, with all that bringing their sums to the CPU takes.
+        one = Piece(sample, 0, True)
+        together = min(MOST_TOGETHER, Calibration(teacher, LONGEST, Moments(), 1, _quiet, tokens).far_together(one))
+        far = _median_s(partial(summed, Moments(), [one] * together), proof, repeats=1) / together
     crosses = sum(min(j, LONGEST) + 1 for j in range(blocks + 1))
     steady = (far - near) / crosses * (LONGEST + 1)  # a block's, once the window is full
     share = ((near - forward) / blocks + steady / FAR_EVERY) / (forward / blocks)
@@ -130,6 +133,7 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
             "near_ms_a_block": 1e3 * (near - forward) / blocks,
             "far_ms_a_block": 1e3 * steady,
             "far_every": FAR_EVERY,
+            "far_together": together,
             "near_share_of_forward": (near - forward) / forward,
             "analysis_share_of_forward": share,
             "tokens_per_s": size.tokens / near,
