@@ -125,8 +125,8 @@ def alive() -> bool:
 
 def reclaim() -> None:
     """Give back all memory of the GPU that nothing holds."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 

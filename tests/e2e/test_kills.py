@@ -163,7 +163,8 @@ def unbroken(recipe: Recipe, lowered_once: None, tmp_path_factory: pytest.TempPa
     return out, dict(POWER.counts)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in range(1, 6))])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(6))
 def test_a_run_killed_in_every_pass_ends_as_if_it_had_not_been(
     recipe: Recipe, unbroken: tuple[Path, dict[int, int]], tmp_path: Path, seed: int
 ) -> None:

@@ -54,7 +54,7 @@ tags:
 """
 
 
-@pytest.fixture(scope="module", params=PIPELINES)
+@pytest.fixture(scope="module", params=[p if p != "flux" else pytest.param(p, marks=pytest.mark.long) for p in PIPELINES])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     where: Path = tmp_path_factory.mktemp("family") / request.param  # tests tell the family by the folder's name
     where.mkdir()

@@ -272,7 +272,7 @@ def together(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LAUNCHERS)
+@pytest.mark.parametrize("kind", ["copies", pytest.param("sharded", marks=pytest.mark.long)])
 def test_two_processes_train_as_one_with_twice_the_batch(kind: str, alone: Path, together: Callable[[str], tuple[Path, str, str]]) -> None:
     """Edits, spread over the ranks, come out as in one process; so does the fine-tune, up to the order of sums."""
     both, out, err = together(kind)
@@ -298,8 +298,9 @@ def workers(launcher: subprocess.Popen[str]) -> list[int]:
     return sorted(p.pid for p in psutil.Process(launcher.pid).children())
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["copies", pytest.param("sharded", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", LAUNCHERS)
 def test_a_stop_on_one_rank_stops_all_and_resumes_to_the_same_bits(
     kind: str, recipe: str, together: Callable[[str], tuple[Path, str, str]], tmp_path: Path
 ) -> None:

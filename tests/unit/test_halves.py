@@ -163,6 +163,7 @@ def damaged(part: str) -> Backend:
     return dataclasses.replace(ONNX, name="faulty", export=export)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_triage_names_the_block_and_its_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a student, whose numbers are its own."""

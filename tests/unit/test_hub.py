@@ -224,6 +224,7 @@ def ppclc(home: Path, address: str, *args: str, **more: str) -> subprocess.Compl
     )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_model_of_the_hub_by_revision_and_variant_online_and_offline(hub: Hub, tmp_path: Path) -> None:
     home = tmp_path / "home"

@@ -18,7 +18,6 @@ if find_spec("triton") is None or kernels.interpreted():
     pytest.skip("compiling takes Triton, and not its interpreter", allow_module_level=True)
 
 MODULES = sorted(p.stem for p in Path(kernels.__file__).parent.glob("*_triton.py"))
-CAPABILITIES = (80, 90, 100)
 REGISTERS = {
     "moments-hopper-fp32": 255,
     "moments": 240,
@@ -81,7 +80,7 @@ def registers_and_spills(made: Any, capability: int, folder: Path) -> tuple[int,
     return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(n, marks=pytest.mark.long) for n in (80, 100))])
 @pytest.mark.parametrize("module", MODULES)
 def test_every_variant_compiles_within_its_bounds(module: str, capability: int, tmp_path: Path) -> None:
     names = [row[0] for row in import_module(f"ppclc.kernels.{module}").variants() if _is_for(row[0], capability)]
