@@ -314,6 +314,8 @@ def bench(
     quiet_libraries()
     settings = bench_settings(changes)
     device = device_of(settings)
+    if settings.kernels:
+        kernels.check(settings.kernels)
     artefacts = {t: read_export(Path(t)) for t in targets if (Path(t) / RECORD).is_file()}
     dtype = dtype or next((e.dtype for e in artefacts.values() if len(artefacts) == len(targets) and not against), "float32")
     if dtype not in DTYPES:

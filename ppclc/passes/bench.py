@@ -42,6 +42,9 @@ Progress = Callable[[float, str], None]
 Sdpa = Literal["flash", "efficient", "cudnn", "math"]
 
 
+Provider = Literal["tensorrt", "nv_tensorrt_rtx", "cuda", "cpu"]
+
+
 class BenchSettings(BaseModel):
     """Section `bench`.
 
@@ -62,7 +65,7 @@ class BenchSettings(BaseModel):
     sdpa: Sdpa | None = None
     compiled: bool | None = None
     cuda_graphs: bool | None = None
-    providers: list[str] | None = None
+    providers: Annotated[list[Provider], Field(min_length=1)] | None = None
     size: dict[str, Annotated[int, Field(ge=1)]] | None = None
     device: Literal["cpu", "cuda"] | None = None
     kernels: Kernels | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ppclc import cli
+from ppclc import cli, kernels
 
 EXPECTED_COMMANDS = {"init", "inspect", "plan", "compress", "slice", "export", "bench", "report", "doctor"}
 EXPECTED_GROUPS = {"lora": {"remap"}}
@@ -206,6 +206,19 @@ def test_a_dtype_that_is_none_is_refused(ppclc: Any, teacher_folder: Path) -> No
     code, _, err = ppclc("bench", str(teacher_folder), "--dtype", "int4")
     assert code == 2
     assert "int4" in err
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_measured(ppclc: Any, tmp_path: Path) -> None:
+    if not kernels.lacks():
+        pytest.skip("they can run here")
+    code, _, err = ppclc("bench", "--random-weights", "qwen_image_12b", "--set", "bench.kernels=triton")
+    assert code == 3
+    assert "kernels = 'triton'" in err
+    assert "block costs" not in err
+    code, _, err = ppclc("compress", "two_digits", "-o", str(tmp_path / "out"), "--set", "kernels=triton")
+    assert code == 3
+    assert "wanted auto or torch here" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_doctor_names_every_back_end(ppclc: Any) -> None:
