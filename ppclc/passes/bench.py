@@ -40,9 +40,8 @@ LONGEST_LOOP_S = 60.0
 LOOPS = 3
 Progress = Callable[[float, str], None]
 Sdpa = Literal["flash", "efficient", "cudnn", "math"]
-
-
 Provider = Literal["tensorrt", "nv_tensorrt_rtx", "cuda", "cpu"]
+"""Those of the back end `onnxruntime`, by its names."""
 
 
 class BenchSettings(BaseModel):
@@ -464,7 +463,7 @@ def _targets(
     for subject in eager:
         subject.model.to(device)
         subject.lowered.module.to(device)
-        for backend in ("eager", "compile") if compiled else ("eager",):
+        for backend in (EAGER, "compile") if compiled else (EAGER,):
             made.add(subject, backend, Path(), works[subject.label])
     if eager and not compiled:
         made.notes.append("torch.compile was not timed: on a CPU it compiles for minutes; bench.compiled: true times it")
@@ -473,8 +472,8 @@ def _targets(
         if is_fair(export, dtype):
             made.add(subject, runner_of(export), folder, works[subject.label])
         else:
-            kernels = "" if export.dtype != dtype else ", for which there are no kernels here"
-            made.notes.append(f"{folder} was not timed: it is in {export.dtype}{kernels}")
+            why = "" if export.dtype != dtype else ", for which there are no kernels here"
+            made.notes.append(f"{folder} was not timed: it is in {export.dtype}{why}")
     return made.targets, made.notes
 
 
@@ -494,7 +493,7 @@ class TargetMaker:
         place = (subject.label, backend, folder, subject.lowered, self.device, sdpa, work)
         options = self._options(plugin)
         name = f"{subject.label} in {backend}" if _is_eager(plugin) else str(folder)
-        asked = backend == "eager" or (self.settings.providers is not None and "providers" in plugin.run_options)
+        asked = backend == EAGER or (self.settings.providers is not None and "providers" in plugin.run_options)
         plain = self._tried(name, asked, lambda: session_target(*place, options))
         if plain is None or not self.graphs or not plugin.graphs:
             return

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import onnx
 import pytest
@@ -14,8 +14,9 @@ import torch
 from onnx import TensorProto, helper
 
 from ppclc.backends import onnxruntime as back_end
-from ppclc.backends.onnxruntime import OnnxRuntimeSession, chosen_providers, load, provider_options
+from ppclc.backends.onnxruntime import PROVIDERS, OnnxRuntimeSession, chosen_providers, load, provider_options
 from ppclc.errors import RecipeError, UnavailableError, VerificationError
+from ppclc.passes.bench import Provider
 
 HERE = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
@@ -129,6 +130,10 @@ def test_the_usual_providers_are_the_best_without_tensorrt() -> None:
     assert chosen_providers(None, ["AzureExecutionProvider", *HERE[2:]]) == HERE[2:]
     assert chosen_providers(["tensorrt", "cuda", "cuda"], HERE) == HERE[:2]
     assert chosen_providers(["nv_tensorrt_rtx"], ["NvTensorRTRTXExecutionProvider"]) == ["NvTensorRTRTXExecutionProvider"]
+
+
+def test_a_recipe_knows_the_providers_that_the_back_end_knows() -> None:
+    assert get_args(Provider) == tuple(PROVIDERS)
 
 
 def test_providers_that_are_none_or_not_here_are_refused() -> None:
