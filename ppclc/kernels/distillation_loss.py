@@ -64,9 +64,10 @@ def _at_least_single(x: torch.Tensor) -> torch.Tensor:
 
 def _loss_and_gradient(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
     if student_ND.is_cuda or interpreted():
-        from ppclc.kernels import distillation_loss_triton
+        from ppclc.kernels import distillation_loss_triton, tuning
 
-        return distillation_loss_triton.run(student_ND, teacher_ND, magnitude, mask_N)
+        with tuning.on_device_of(student_ND):
+            return distillation_loss_triton.run(student_ND, teacher_ND, magnitude, mask_N)
     gradient_ND = _gradient(_at_least_single(student_ND), _at_least_single(teacher_ND), magnitude, mask_N)
     loss = reference(student_ND, teacher_ND, magnitude, mask_N)
     return loss.float(), gradient_ND.to(student_ND.dtype), loss.new_empty(0, dtype=torch.float32)
@@ -87,9 +88,10 @@ def _gradient(s_ND: torch.Tensor, t_ND: torch.Tensor, magnitude: float, mask_N: 
 
 def _scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
     if gradient_ND.is_cuda or interpreted():
-        from ppclc.kernels import distillation_loss_triton
+        from ppclc.kernels import distillation_loss_triton, tuning
 
-        distillation_loss_triton.scale(gradient_ND, factor, share)
+        with tuning.on_device_of(gradient_ND):
+            distillation_loss_triton.scale(gradient_ND, factor, share)
     else:
         gradient_ND.mul_(factor)
 

@@ -109,9 +109,10 @@ def _add_moments(
     centres: list[torch.Tensor],
 ) -> None:
     if x_ND.is_cuda or interpreted():
-        from ppclc.kernels import moments_triton
+        from ppclc.kernels import moments_triton, tuning
 
-        moments_triton.run(second_DD, cross_DE, x_ND, y_NE, mask_N, centres)
+        with tuning.on_device_of(x_ND):
+            moments_triton.run(second_DD, cross_DE, x_ND, y_NE, mask_N, centres)
     else:
         reference(second_DD, cross_DE, x_ND, y_NE, mask_N, centres)
 

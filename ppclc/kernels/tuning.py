@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 
 from ppclc.kernels import interpreted
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A block whose kernels run where a tensor lies: Triton launches on the current device, whatever it is given."""
+    if not tensor.is_cuda or torch.cuda.current_device() == tensor.device.index:
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
 
 _found: dict[tuple[int, Hashable, int], Any] = {}
 
@@ -30,17 +39,13 @@ def launch(
         values, _ = configs[0]
         kernel[grid(values)](*args, **constants, **values)
         return
-    device = args[0].device
-    if torch.cuda.current_device() != device.index:
-        with torch.cuda.device(device):
-            launch(kernel, configs, grid, key, args, constants, zeroed)
-        return
-    place = (id(kernel), key, device.index)
-    if place not in _found:
-        tried = [triton.Config(dict(values), num_warps=warps) for values, warps in configs]
-        tuner = triton.autotune(tried, key=[], reset_to_zero=list(zeroed) or None)(kernel)
-        tuner[grid](*args, **constants)
-        _found[place] = tuner.best_config
-        return
-    best = _found[place]
-    kernel[grid(best.kwargs)](*args, **constants, **best.kwargs, num_warps=best.num_warps)
+    place = (id(kernel), key, args[0].device.index)
+    with on_device_of(args[0]):
+        if place not in _found:
+            tried = [triton.Config(dict(values), num_warps=warps) for values, warps in configs]
+            tuner = triton.autotune(tried, key=[], reset_to_zero=list(zeroed) or None)(kernel)
+            tuner[grid](*args, **constants)
+            _found[place] = tuner.best_config
+            return
+        best = _found[place]
+        kernel[grid(best.kwargs)](*args, **constants, **best.kwargs, num_warps=best.num_warps)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import subprocess
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ppclc import kernels
 
@@ -99,3 +102,17 @@ def test_on_hopper_moments_are_made_by_its_own_instructions() -> None:
     assert "wgmma.mma_async" in ptx
     assert "cp.async.bulk.tensor" in ptx
     assert re.search(r"(red|atom)\.(global|relaxed)[\w.:]*\.v4", ptx)  # sums leave four at a time
+
+
+@pytest.mark.parametrize(("lies_on", "wanted"), [(0, []), (1, [1])])
+def test_kernels_run_where_their_tensors_lie(lies_on: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device 0 is the current one; a tensor on the CPU, which the interpreter takes, asks for nothing."""
+    from ppclc.kernels import tuning
+
+    made: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: made.append(device.index) or nullcontext())
+    tensor: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", lies_on))
+    with tuning.on_device_of(tensor), tuning.on_device_of(torch.zeros(1)):
+        pass
+    assert made == wanted
