@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Before numpy and torch are there: two threads on two busy cores are many times slower than one.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -26,6 +27,8 @@ from ppclc.models import block_state
 from ppclc.plan import CompressionPlan
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, which would hand that on to every command under test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(
     "ppclc", deadline=None, max_examples=60, database=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
