@@ -37,6 +37,11 @@ class TargetSettings(BaseModel):
     vram_gb: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
     latency_ms: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is a target at all."""
+        return any(value is not None for value in self.model_dump().values())
+
 
 RANK_TOLERANCE = 1e-3
 """Largest squared relative velocity error that an automatic modulation rank may cost, where the recipe does not say."""

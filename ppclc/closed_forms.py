@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ppclc.detection import Span
 from ppclc.errors import PlanError
 from ppclc.ffn_maps import ffn_map
-from ppclc.moments import Far, Near, ridge_solution, symmetric_eigenvectors
+from ppclc.moments import CPU, Far, Near, ridge_solution, symmetric_eigenvectors
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 
 Bank = dict[str, dict[str, torch.Tensor]]
 ADAPTED_STREAMS = ("image", "text")
+FIXED = "of a plan that is fixed by hand only what its own edits need is calibrated; wanted this edit in the recipe's plan"
 KEPT_PROBES = 16
 """Matrices that probes keep at least: CKA goes over each of them as often as an interval may have blocks."""
 
@@ -48,7 +50,7 @@ class Probes:
 
     def chain(self, u: int, last: int) -> list[torch.Tensor]:
         """`A` (D, D) of the probes u+1..k one after the other, for k = u..last; the identity first."""
-        made = [torch.eye(len(self.near.mean(0)), dtype=torch.float64)]
+        made = [torch.eye(len(self.near.mean(0)), dtype=torch.float64, device=self.near.device)]
         for k in range(u + 1, last + 1):
             made.append(made[-1] + made[-1] @ self.step(k, last - u))
         return made
@@ -66,6 +68,7 @@ def cka_map(probes: Probes, longest: int, far: Far | None = None) -> torch.Tenso
     for u in range(length):
         last = min(u + longest, length) - 1
         own = far.cross(u + 1, u + 1) if far else probes.near.second(u + 1)
+        row = []
         for k, a in enumerate(probes.chain(u, last), start=u):
             through = own @ a
             if far is None:
@@ -73,43 +76,72 @@ def cka_map(probes: Probes, longest: int, far: Far | None = None) -> torch.Tenso
             else:
                 joint, other = far.cross(k + 1, u + 1) @ a, far.cross(k + 1, k + 1)
             norm = other.norm() * (a.T @ through).norm()
-            table[u, k] = joint.square().sum() / norm if norm > 0 else 1.0
+            row.append(torch.where(norm > 0, joint.square().sum() / norm, 1.0))
+        table[u, u : last + 1] = torch.stack(row).to(table)
     return table
 
 
 def linear_map(far: Far, i: int, j: int, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`A` (D, D) and `b` (D,) with `X_i A + b ~ X_j`, fitted on the difference so that the ridge pulls towards the identity."""
     own = far.cross(i, i)
-    a = torch.eye(len(own), dtype=own.dtype) + ridge_solution(own, far.cross(i, j) - own, ridge)
+    a = torch.eye(len(own), dtype=own.dtype, device=own.device) + ridge_solution(own, far.cross(i, j) - own, ridge)
     return a, far.mean(j) - far.mean(i) @ a
 
 
-def far_of(stats: CalibrationStats, stream: str) -> Far:
+def far_of(stats: CalibrationStats, stream: str, device: torch.device = CPU) -> Far:
     """The far moments of a stream: `image`, `text`, or `text_input`."""
-    return Far(stats.tensors, stream, stats.rows[f"far.{stream}"])
+    return Far(stats.tensors, stream, stats.rows.get(f"far.{stream}", 0), device)
 
 
-def text_maps(stats: CalibrationStats, ridge: float, block: tuple[int, int], reference: tuple[int, int]) -> dict[str, torch.Tensor]:
+def text_maps(stats: CalibrationStats, ridge: float, block: Span, reference: Span) -> dict[str, torch.Tensor]:
     """Closed-form maps of a text-stream edit: `text_in` between modulated inputs, `text_out` between text outputs.
 
     `block` and `reference` are (first, last) of the student block's teacher blocks. Ridge least squares.
 
     Raises:
-        PlanError: the two are farther apart than the moments reach.
+        PlanError: the two are farther apart than the moments reach, or there are none of them.
     """
-    pairs = {"text_in": ("text_input", reference[0], block[0]), "text_out": ("text", reference[1] + 1, block[1] + 1)}
+    _check_text(stats, block, reference)
     maps = {}
-    for name, (stream, i, j) in pairs.items():
-        far = far_of(stats, stream)
-        if not far.has(i, j):
-            raise PlanError(
-                f"plan.text_stream: block {block[0]} is {j - i} blocks from its reference {reference[0]}; "
-                f"calibrate.longest = {stats.longest}: wanted at least that"
-            )
-        a, b = linear_map(far, i, j, ridge)
+    for name, (stream, i, j) in _text_pairs(block, reference).items():
+        a, b = linear_map(far_of(stats, stream), i, j, ridge)
         maps[f"{name}.weight"] = a.T.float().contiguous()
         maps[f"{name}.bias"] = b.float()
     return maps
+
+
+def _text_pairs(block: Span, reference: Span) -> dict[str, tuple[str, int, int]]:
+    """By map the kind of states that it is between, and their numbers."""
+    return {"text_in": ("text_input", reference[0], block[0]), "text_out": ("text", reference[1] + 1, block[1] + 1)}
+
+
+def _ends(plan: CompressionPlan, block: int) -> Span:
+    """First and last of the teacher blocks that a kept block stands for."""
+    interval = plan.interval_at(block)
+    return block, interval.last if interval else block
+
+
+def check_calibrated(plan: CompressionPlan, stats: CalibrationStats) -> None:
+    """Raise PlanError for text streams and networks of a plan that the calibration has no moments of."""
+    for edit in plan.text_stream:
+        _check_text(stats, _ends(plan, edit.block), _ends(plan, edit.reference))
+    for ffn in plan.ffn:
+        if f"ffn.{ffn.stream}.square.{ffn.block}" not in stats.tensors:
+            raise PlanError(f"plan.ffn: block {ffn.block}, stream {ffn.stream}: it has no moments: {FIXED}")
+
+
+def _check_text(stats: CalibrationStats, block: Span, reference: Span) -> None:
+    for stream, i, j in _text_pairs(block, reference).values():
+        if not far_of(stats, stream).has(i, j):
+            raise PlanError(_unrelated(stats, f"plan.text_stream: block {block[0]} is {{}} blocks from its reference {reference[0]}", i, j))
+
+
+def _unrelated(stats: CalibrationStats, what: str, i: int, j: int) -> str:
+    """Why there are no moments of two states: they are too far apart, or the calibration was of a plan that had no use for them."""
+    told = f"{what.format(j - i)}; calibrate.longest = {stats.longest}"
+    if j - i > stats.longest:
+        return f"{told}: wanted at least that"
+    return f"{told}, but {FIXED}"
 
 
 def check_reach(plan: CompressionPlan, longest: int) -> None:
@@ -138,8 +170,7 @@ def interval_adapters(stats: CalibrationStats, ridge: float, first: int, start: 
         far = far_of(stats, stream)
         if not far.has(first, start):
             raise PlanError(
-                f"plan.adapters: block {start} is {start - first} blocks from the interval's first, {first}; "
-                f"calibrate.longest = {stats.longest}: wanted at least that"
+                _unrelated(stats, f"plan.adapters: block {start} is {{}} blocks from the interval's first, {first}", first, start)
             )
         a, b = linear_map(far, first, start, ridge)
         maps[f"{stream}_adapter.weight"] = a.T.float().contiguous()
@@ -154,11 +185,15 @@ def modulation_basis(stats: CalibrationStats) -> dict[str, torch.Tensor]:
 
 
 def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan) -> Bank:
-    """Everything in the bank that needs no training: modulation basis, text maps and linear FFNs of a plan."""
+    """Everything in the bank that needs no training: modulation basis, text maps and linear FFNs of a plan.
+
+    Raises:
+        PlanError: edits that the calibration has no moments of.
+    """
+    check_calibrated(plan, stats)
     bank = {"modulation": modulation_basis(stats)} if "temb" in stats.rows else {}
     for edit in plan.text_stream:
-        spans = [(b, i.last if (i := plan.interval_at(b)) else b) for b in (edit.block, edit.reference)]
-        bank[plan.text_key(edit.block)] = text_maps(stats, ridge, spans[0], spans[1])
+        bank[plan.text_key(edit.block)] = text_maps(stats, ridge, _ends(plan, edit.block), _ends(plan, edit.reference))
     for ffn in plan.ffn:
         bank[plan.ffn_key(ffn.block, ffn.stream)] = ffn_map(stats.tensors, stats.rows, ffn.block, ffn.stream, ridge)
     return bank

@@ -15,7 +15,7 @@ from ppclc import kernels
 from ppclc.bank import joined, needed
 from ppclc.cards import Card, write_card
 from ppclc.classes import count_parameters, model_outline, student_config
-from ppclc.closed_forms import check_reach
+from ppclc.closed_forms import check_calibrated, check_reach
 from ppclc.devices import Ranks, alone_here
 from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
@@ -35,6 +35,7 @@ from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.pipelines import surround
 from ppclc.plan import CompressionPlan
+from ppclc.reach import reach_of
 from ppclc.receipts import is_intact
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
@@ -141,14 +142,16 @@ def reported(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
 
 def calibrate(run: Run, progress: Callable[[float, str], None]) -> None:
     """Moments of the teacher's states."""
-    settings, samples = run.recipe.calibrate, run.samples("choose")
+    recipe, samples = run.recipe, run.samples("choose")
+    settings, targeted = recipe.calibrate, recipe.target.is_given
+    reach = reach_of(run.source.family, run.source.config, recipe.plan, targeted, recipe.analyze.reading)
     run.stats = run.store.make(
         CalibrationStats,
         "calibrate",
         calibrate_pass.VERSION,
-        settings.moments() | {"source": samples.identity},
+        settings.moments() | {"source": samples.identity} | ({"reach": reach.identity} if reach.identity else {}),
         (run.base,),
-        lambda work: calibrate_pass.calibrate(run.by_blocks, samples, settings, progress, work),
+        lambda work: calibrate_pass.calibrate(run.by_blocks, samples, settings, progress, work, reach),
     )
 
 
@@ -159,6 +162,7 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
         run.plan = _edited_plan(run, made(run.analysis).plan)
         student_config(run.source.family, run.source.config, run.plan)
         check_reach(run.plan, made(run.stats).longest)
+        check_calibrated(run.plan, made(run.stats))
         if run.ranks.is_main and not run.store.frozen:
             run.write_recipe()
 

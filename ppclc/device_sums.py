@@ -5,8 +5,10 @@ Shape suffixes: N rows, D and E widths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -85,3 +87,51 @@ class DeviceSums:
 
 def _as_is(sums: torch.Tensor) -> torch.Tensor:
     return sums
+
+
+class HostCopies:
+    """Sums on their way to the CPU, brought and taken there by a thread while the GPU goes on; one lot at a time, whose memory goes as it is read."""
+
+    def __init__(self) -> None:
+        self._lot: Future[None] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._stream: Any = None
+
+    def bring(self, sums: Iterable[tuple[Place, torch.Tensor]], take: Callable[[Place, torch.Tensor], None]) -> None:
+        """Begin with a lot, once the one before is done: each sum is handed to `take`, in memory that is the next one's after."""
+        self.wait()
+        lot = list(sums)
+        if not lot:
+            return
+        self._thread = self._thread or ThreadPoolExecutor(1, "sums")
+        cuda = next((value.device for _, value in lot if value.is_cuda), None)
+        ready = None if cuda is None else torch.cuda.current_stream(cuda).record_event()
+        self._lot = self._thread.submit(self._bring, lot, take, cuda, ready)
+
+    def wait(self) -> None:
+        """Wait for what is under way. Raises what went wrong with it."""
+        lot, self._lot = self._lot, None
+        if lot is not None:
+            lot.result()
+
+    def _bring(
+        self, lot: list[tuple[Place, torch.Tensor]], take: Callable[[Place, torch.Tensor], None], cuda: torch.device | None, ready: Any
+    ) -> None:
+        if cuda is not None and self._stream is None:
+            self._stream = torch.cuda.Stream(cuda)
+        if cuda is not None:
+            self._stream.wait_event(ready)
+        lot.reverse()
+        while lot:
+            place, value = lot.pop()
+            take(place, self._on_cpu(value))
+
+    def _on_cpu(self, value: torch.Tensor) -> torch.Tensor:
+        """By memory that the bus reads and writes at its full speed, and on a stream of its own, so that nothing else is waited for."""
+        if not value.is_cuda:
+            return value
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            host.copy_(value, non_blocking=True)
+        self._stream.synchronize()
+        return host

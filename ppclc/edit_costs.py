@@ -23,6 +23,7 @@ from ppclc.closed_forms import closed_form_bank, far_of, linear_map
 from ppclc.families import STREAMS, Bank, States
 from ppclc.ffn_maps import ffn_map
 from ppclc.models import student_block
+from ppclc.moments import solving_device
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample
@@ -73,6 +74,7 @@ class EditCosts:
         self.embedded = [teacher.embed(sample) for sample in self.samples]
         self.count = sum(len(sample[0]) for sample in samples)
         self.timesteps = torch.cat([sample[1] for sample in samples])
+        self.solving = solving_device(teacher.device)
         self.together = 1
         if isinstance(teacher, StreamedTeacher):
             held = sum(x.nbytes for e in self.embedded for x in e.states.values())
@@ -238,7 +240,7 @@ class EditCosts:
         group = self.teacher.group(block)
 
         def fitted() -> Map:
-            made = ffn_map(self.stats.tensors, self.stats.rows, block, stream, self.ridge)
+            made = ffn_map(self.stats.tensors, self.stats.rows, block, stream, self.ridge, self.solving)
             return made["weight"], made["bias"]
 
         def run(own: Callable[[], nn.Module], states: States, shared: Mapping[str, Any]) -> States:
@@ -292,7 +294,7 @@ class EditCosts:
         """The linear map between two states of a stream."""
 
         def fitted() -> Map:
-            a, b = linear_map(far_of(self.stats, stream), i, j, self.ridge)
+            a, b = linear_map(far_of(self.stats, stream, self.solving), i, j, self.ridge)
             return a.float(), b.float()
 
         return self._kept_map((stream, i, j), fitted)

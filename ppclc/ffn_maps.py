@@ -18,7 +18,7 @@ import torch
 
 from ppclc.kernels import takes
 from ppclc.kernels.moments import difference
-from ppclc.moments import Moments, ridge_solution, rows_of
+from ppclc.moments import CPU, Moments, ridge_solution, rows_of
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -97,9 +97,11 @@ def linear_map(
     return weight.contiguous(), added_mean - weight @ mid_mean
 
 
-def ffn_map(tensors: Tensors, rows: Mapping[str, int], block: int, stream: str, ridge: float) -> dict[str, torch.Tensor]:
-    """`weight` and `bias` of one edit as the bank holds them, float32, from what FfnMoments summed up."""
+def ffn_map(
+    tensors: Tensors, rows: Mapping[str, int], block: int, stream: str, ridge: float, device: torch.device = CPU
+) -> dict[str, torch.Tensor]:
+    """`weight` and `bias` of one edit as the bank holds them, float32, from what FfnMoments summed up; solved on a device."""
     names = ("square", "cross", "sum", "added")
-    square, cross, mid_sum, added_sum = (tensors[f"ffn.{stream}.{n}.{block}"] for n in names)
+    square, cross, mid_sum, added_sum = (tensors[f"ffn.{stream}.{n}.{block}"].to(device) for n in names)
     weight, bias = linear_map(square, cross, mid_sum, added_sum, rows[f"ffn.{stream}"], ridge)
     return {"weight": weight.float().contiguous(), "bias": bias.float()}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ppclc.device_sums import DeviceSums, Place
+from ppclc.device_sums import DeviceSums, HostCopies, Place
 from ppclc.kernels import takes
 from ppclc.kernels.moments import difference
 
@@ -26,10 +26,16 @@ TOGETHER = 2**24
 """States of up to so many numbers are stacked, which saves operators; larger ones are taken a block at a time."""
 LARGE_BYTES = 2**20
 """Sums from this size on lie in files, where a folder is given."""
+CPU = torch.device("cpu")
 BANDS = 4
 """Bands of equal width that timesteps in 0..1 fall into."""
 CHUNKS = 8
 """Groups that batches fall into by turns, to be resampled."""
+
+
+def solving_device(device: torch.device) -> torch.device:
+    """Where closed forms of a teacher on a device are solved: there, if it is a CUDA device, whose float64 is that of the CPU and faster."""
+    return device if device.type == "cuda" else CPU
 
 
 def rows_of(states_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
@@ -76,19 +82,22 @@ def _near_of_one(x_ND: torch.Tensor, before_ND: torch.Tensor | None) -> dict[str
 
 @dataclass
 class Moments:
-    """Running sums by name, float64 on the CPU, and the rows that went into each stream.
+    """Running sums by name, on the CPU, and the rows that went into each stream. In float64; those that kernels add up in float32, which are these too.
 
     With a `folder`, large sums lie in files there that the system maps: it writes them back as it needs the memory. Near moments
     that are added one state at a time wait in `pending`, on the device where they were computed, until `settle`; what kernels add up lies in
-    `on_device` until `drain`. `firsts`: of each stream the state that its rows are counted at.
+    `on_device` until `drain`. by_block: whether a block comes once for many samples, so that its sums are drained once it is settled.
+    `firsts`: of each stream the state that its rows are counted at.
     """
 
     folder: Path | None = None
+    by_block: bool = False
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     firsts: dict[str, int] = field(default_factory=dict)
     pending: dict[Place, torch.Tensor] = field(default_factory=dict)
     on_device: DeviceSums = field(default_factory=DeviceSums)
+    copies: HostCopies = field(default_factory=HostCopies)
 
     def add_near(self, stream: str, states: Sequence[torch.Tensor], prefixes: Iterable[str] = ("",)) -> None:
         """Add rows (N, D) of one stream, every state of it, to the near moments under every prefix.
@@ -154,10 +163,15 @@ class Moments:
             self.drain()
         self.on_device.add(second, cross, x_ND, y_ND, centres)
 
-    def drain(self, prefixes: tuple[str, ...] = ("",)) -> None:
-        """Add up what lies on a device under names that begin so, and let it go."""
-        for (key, row, rows), value in self.on_device.taken(prefixes):
-            self._accumulate(key, value.cpu(), row if rows else None, rows)  # in its own dtype: float64 is twice as much to bring
+    def drain(self, prefixes: tuple[str, ...] = ("",), wait: bool = True) -> None:
+        """Add up what lies on a device under names that begin so, and let it go; without waiting, in a thread that other sums are not touched beside."""
+        self.copies.bring(self.on_device.taken(prefixes), self._take)
+        if wait:
+            self.copies.wait()
+
+    def _take(self, place: Place, value: torch.Tensor) -> None:
+        key, row, rows = place
+        self._accumulate(key, value, row if rows else None, rows)
 
     def add_far(self, stream: str, j: int, window: Mapping[int, torch.Tensor]) -> None:
         """Add rows (N, D) of state j to the far moments, with those of the states before it that are in the window, which has j too.
@@ -199,7 +213,8 @@ class Moments:
 
     def _accumulate(self, key: str, value: torch.Tensor, row: int | None, rows: int) -> None:
         if key not in self.tensors:
-            self.tensors[key] = self._zeros(key, value.shape if row is None else (rows, *value.shape))
+            dtype = torch.float32 if value.dtype == torch.float32 else torch.float64
+            self.tensors[key] = self._zeros(value.shape if row is None else (rows, *value.shape), dtype)
         place = self.tensors[key] if row is None else self.tensors[key][row]
         place += value.to(place)
 
@@ -208,16 +223,16 @@ class Moments:
         for (key, row, rows), value in self.pending.items():
             self.accumulate(key, value, row, rows)
         self.pending.clear()
-        if self.folder is not None:  # a teacher whose blocks come one by one is done with this one for a while
+        if self.by_block:  # a teacher whose blocks come one by one is done with this one for a while
             self.drain()
 
-    def _zeros(self, key: str, shape: Sequence[int]) -> torch.Tensor:
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         count = math.prod(shape)
-        if self.folder is None or 8 * count < LARGE_BYTES:
-            return torch.zeros(*shape, dtype=torch.float64)
+        if self.folder is None or dtype.itemsize * count < LARGE_BYTES:
+            return torch.zeros(*shape, dtype=dtype)
         path = self.folder / f"{len(self.tensors)}.sum"
         path.unlink(missing_ok=True)  # one that is there would be taken as it is
-        return torch.from_file(str(path), shared=True, size=count, dtype=torch.float64).view(*shape)
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
 
 
 def stays(value: torch.Tensor) -> bool:
@@ -232,38 +247,43 @@ def small(states: Sequence[torch.Tensor]) -> bool:
 
 @dataclass(frozen=True)
 class Near:
-    """Centred near moments of one stream, ready to be solved."""
+    """Centred near moments of one stream, in float64 on a device, ready to be solved there."""
 
     tensors: Tensors
     stream: str
     rows: int
     num_blocks: int
+    device: torch.device = CPU
 
     def mean(self, i: int) -> torch.Tensor:
         """Mean (D,) of state i."""
-        return self.tensors[f"{self.stream}.sum"][i] / self.rows
+        return self._row("sum", i) / self.rows
 
     def second(self, i: int) -> torch.Tensor:
         """Centred `x' x` (D, D) of state i."""
-        return self.tensors[f"{self.stream}.second"][i] - self.rows * torch.outer(self.mean(i), self.mean(i))
+        return self._row("second", i) - self.rows * torch.outer(self.mean(i), self.mean(i))
 
     def residual(self, i: int) -> torch.Tensor:
         """Centred `x' d` (D, D) of block i's input and step."""
-        return self.tensors[f"{self.stream}.residual"][i] - self.rows * torch.outer(self.mean(i), self.mean(i + 1) - self.mean(i))
+        return self._row("residual", i) - self.rows * torch.outer(self.mean(i), self.mean(i + 1) - self.mean(i))
 
     def step(self, i: int) -> float:
         """Centred energy of block i's step."""
-        energy = self.tensors[f"{self.stream}.step"][i] - self.rows * (self.mean(i + 1) - self.mean(i)).square().sum()
+        energy = self._row("step", i) - self.rows * (self.mean(i + 1) - self.mean(i)).square().sum()
         return max(0.0, energy.item())
+
+    def _row(self, name: str, i: int) -> torch.Tensor:
+        return self.tensors[f"{self.stream}.{name}"][i].to(self.device)
 
 
 @dataclass(frozen=True)
 class Far:
-    """Centred far moments of one stream."""
+    """Centred far moments of one stream, in float64 on a device."""
 
     tensors: Tensors
     stream: str
     rows: int
+    device: torch.device = CPU
 
     def has(self, i: int, j: int) -> bool:
         """Whether states i and j are near enough for their cross moment to have been kept."""
@@ -271,22 +291,30 @@ class Far:
 
     def mean(self, i: int) -> torch.Tensor:
         """Mean (D,) of state i."""
-        return self.tensors[f"far.{self.stream}.sum.{i}"] / self.rows
+        return self.tensors[f"far.{self.stream}.sum.{i}"].to(self.device) / self.rows
 
     def cross(self, i: int, j: int) -> torch.Tensor:
         """Centred cross moment (D, D) of states i and j."""
         a, b = min(i, j), max(i, j)
-        centred = self.tensors[f"far.{self.stream}.cross.{a}.{b}"] - self.rows * torch.outer(self.mean(a), self.mean(b))
+        products = self.tensors[f"far.{self.stream}.cross.{a}.{b}"].to(self.device)
+        centred = products - self.rows * torch.outer(self.mean(a), self.mean(b))
         return centred if i <= j else centred.T
 
 
-def near_of(tensors: Tensors, rows: Mapping[str, int], stream: str, num_blocks: int, weights: Mapping[str, float] | None = None) -> Near:
+def near_of(
+    tensors: Tensors,
+    rows: Mapping[str, int],
+    stream: str,
+    num_blocks: int,
+    weights: Mapping[str, float] | None = None,
+    device: torch.device = CPU,
+) -> Near:
     """The near moments of a stream: all of them, or a weighted sum of the groups whose prefixes are given."""
     if weights is None:
-        return Near(tensors, stream, rows[stream], num_blocks)
+        return Near(tensors, stream, rows[stream], num_blocks, device)
     suffixes = [k for k in tensors if k.startswith(f"{stream}.")]
     summed = {k: torch.stack([w * tensors[p + k] for p, w in weights.items()]).sum(0) for k in suffixes}
-    return Near(summed, stream, round(sum(w * rows[p + stream] for p, w in weights.items())), num_blocks)
+    return Near(summed, stream, round(sum(w * rows[p + stream] for p, w in weights.items())), num_blocks, device)
 
 
 def symmetric_eigenvectors(second_DD: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ class Record(BaseModel):
 
 
 class CalibrationStats(Record):
-    """Second moments of a teacher's states, in float64, as `ppclc.moments` names them.
+    """Second moments of a teacher's states, as `ppclc.moments` names them: in float64, or in float32 where kernels on a GPU summed them up.
 
     State i is the input of block i (i = `num_blocks`: the output of the last). Near moments of streams
     `image`, `text` and `temb` (of `SiLU(temb)`, one row a forward), far ones of `image`, `text` and

@@ -27,15 +27,16 @@ from ppclc.detection import group_ranges, removed_by
 from ppclc.devices import cores
 from ppclc.edit_costs import kept_choices
 from ppclc.families import STREAMS, Family
-from ppclc.moments import BANDS, CHUNKS
+from ppclc.moments import TOGETHER
 from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction, activation_bytes
+from ppclc.reach import MomentCounts, moment_counts, reach_of
 from ppclc.recipe import Recipe
 from ppclc.samples import TRAJECTORY_STEPS
 from ppclc.selection import Span
 from ppclc.sources import Source
-from ppclc.teachers import HELD_BLOCKS, HELD_BYTES
+from ppclc.teachers import HELD_BLOCKS, HELD_BYTES, PASSING_BYTES
 
 SMALL_PARAMETERS = 200_000_000
 """Models up to this size are built to be timed; of larger ones the operations are counted."""
@@ -121,7 +122,14 @@ class Work:
     @property
     def targeted(self) -> bool:
         """Whether the analysis is to reach a target, and so weighs what is left free."""
-        return any(value is not None for value in self.recipe.target.model_dump().values())
+        return self.recipe.target.is_given
+
+    @cached_property
+    def moments(self) -> MomentCounts:
+        """What the calibration keeps."""
+        recipe, family, config = self.recipe, self.source.family, self.source.config
+        reach = reach_of(family, config, recipe.plan, self.targeted, recipe.analyze.reading)
+        return moment_counts(family, config, recipe.calibrate.longest, reach)
 
     @cached_property
     def draw_s(self) -> float:
@@ -145,48 +153,13 @@ def calibrate_seconds(work: Work) -> float:
     """The teacher on every sample, and the products of its states."""
     settings = work.recipe.calibrate
     family, width = work.source.family, width_of(work.source.config)
-    size, made = default_size(family), moments(family, work.source.config, settings.longest)
+    size, made = default_size(family), work.moments
     tokens = {"image": size["height"] * size["width"], "text": size["text"]}
     every = sum(rows * made.near * (2 if made.groups > 1 else 1) for rows in tokens.values())
     some = tokens["image"] * made.far["image"] + tokens["text"] * (made.far["text"] + made.far["text_input"])
     some += sum(rows * made.ffn[stream] for stream, rows in tokens.items())
-    products = MOMENT_OVERHEAD * (every + some / far_every(settings.samples))
+    products = MOMENT_OVERHEAD * (every + some / calibrate.far_every(settings.samples))
     return settings.samples * (work.speeds.teacher_s + work.draw_s + 2 * products * width**2 / work.speeds.products_per_s)
-
-
-def far_every(samples: int) -> int:
-    """One batch in so many enters the far moments."""
-    return max(1, min(calibrate.FAR_EVERY, -(-samples // BATCH) // 4))
-
-
-@dataclass(frozen=True)
-class MomentCounts:
-    """Square matrices of a calibration, and as `far` and `ffn` those of a share of the batches.
-
-    near: of each stream, once; groups: how often these are kept, whole and by band and chunk. ffn: by stream.
-    """
-
-    near: int
-    groups: int
-    far: Mapping[str, int]
-    ffn: Mapping[str, int]
-
-
-def moments(family: Family, config: Mapping[str, Any], longest: int) -> MomentCounts:
-    """What `calibrate` keeps of a teacher."""
-    blocks, width, texted = family.num_blocks(config), width_of(config), len(family.text_blocks(config))
-
-    def pairs(states: int) -> int:
-        return sum(min(longest, states - 1 - i) + 1 for i in range(states))
-
-    streams = len(STREAMS)
-    grouped = 8 * streams * 2 * (blocks + 1) * width**2 * (BANDS + CHUNKS) <= calibrate.GROUPED_BYTES
-    return MomentCounts(
-        near=2 * blocks + 1,
-        groups=1 + (BANDS + CHUNKS if grouped else 0),
-        far={"image": pairs(blocks + 1), "text": pairs(blocks + 1), "text_input": pairs(texted)},
-        ffn={s: 2 * sum(s in family.ffn_streams(config, b) for b in range(blocks)) for s in STREAMS},
-    )
 
 
 def analyze_seconds(work: Work) -> float:
@@ -373,7 +346,8 @@ def peak_bytes(work: Work) -> int:
     size = default_size(family)
     weights = _tensor_bytes(work.teacher, dtype)
     start = LIBRARY_BYTES + (TASK_BYTES if work.judged else 0)
-    calibration = weights + 2 * _state_bytes(work, min(BATCH, recipe.calibrate.samples)) + 2 * moment_bytes(work)
+    sums = moment_bytes(work)
+    calibration = weights + _passing_bytes(work) + (0 if calibrate.lies_in_files(sums) else 2 * sums)
     probes = _state_bytes(work, recipe.analysis.probes)
     through_distill = weights
     if (
@@ -425,6 +399,16 @@ def _state_bytes(work: Work, batch: int) -> int:
     return batch * tokens * width_of(work.source.config) * (work.blocks + 1) * DTYPES[work.recipe.model.dtype].itemsize
 
 
+def _passing_bytes(work: Work) -> int:
+    """States of the calibration: small ones of all blocks, of which copies are made; of large ones two and a window, and no more samples than fit."""
+    samples, states = min(BATCH, work.recipe.calibrate.samples), work.blocks + 1
+    every = _state_bytes(work, samples)
+    if every <= TOGETHER * DTYPES[work.recipe.model.dtype].itemsize:
+        return 2 * every
+    one = _state_bytes(work, 1) // states
+    return one * min(samples, max(1, PASSING_BYTES // one)) * (3 + min(work.recipe.calibrate.longest, work.blocks))
+
+
 def _shallow(family: Family, config: Mapping[str, Any], blocks: int = 2) -> dict[str, Any]:
     return dict(config) | {g.count_key: blocks for g in family.groups}
 
@@ -472,12 +456,11 @@ def _by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, 
 def moment_bytes(work: Work) -> int:
     """Bytes of the calibration's record."""
     width, streams = width_of(work.source.config), len(STREAMS)
-    made = moments(work.source.family, work.source.config, work.recipe.calibrate.longest)
-    matrices = streams * made.near * made.groups + sum(made.far.values()) + sum(made.ffn.values()) + 1
+    made = work.moments
     # Sums: of every state, by group and for the far moments; of both sides of a network; of the time embedding.
     states = work.blocks + 1
-    vectors = streams * states * (made.groups + 1) + work.blocks + sum(made.ffn.values()) + 1
-    return 8 * (matrices * width**2 + vectors * width + streams * work.blocks * made.groups)
+    vectors = streams * states * made.groups + made.far_states + sum(made.ffn.values()) + 1
+    return 8 * (made.matrices * width**2 + vectors * width + streams * work.blocks * made.groups)
 
 
 def disk_bytes(work: Work) -> int:

@@ -167,7 +167,7 @@ class Teacher:
     ) -> None:
         self.family, self.config, self.dtype, self.device = family, config, dtype, torch.device(device)
         self.num_blocks = family.num_blocks(config)
-        self._skeleton = skeleton
+        self.skeleton = skeleton
 
     def sweep(
         self,
@@ -221,21 +221,21 @@ class Teacher:
 
     def embed(self, sample: Sample, skeleton: Skeleton | None = None) -> Embedded:
         """What enters the blocks of this teacher for a sample, or those of a student whose skeleton is given."""
-        return (skeleton or self._skeleton).embed((), self._inputs(sample))
+        return (skeleton or self.skeleton).embed((), self._inputs(sample))
 
     def finish(self, sample: Sample, states: States, skeleton: Skeleton | None = None) -> torch.Tensor:
         """The velocity (B, S, C) of a sample from the last block's states, as `flow.predict` gives it, of this teacher or of a student."""
-        velocity: torch.Tensor = (skeleton or self._skeleton).finish(states, (), self._inputs(sample))[0]
+        velocity: torch.Tensor = (skeleton or self.skeleton).finish(states, (), self._inputs(sample))[0]
         return velocity[:, : sample[0].shape[1]].to(sample[0])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward gives, without gradients; a streamed teacher reads all of its blocks for it."""
-        embedded = self._skeleton.embed(args, kwargs)
+        embedded = self.skeleton.embed(args, kwargs)
         current = [embedded.states]
         for block in range(self.num_blocks):
             self._run(block, current, [embedded.shared])
         self.release()
-        return self._skeleton.finish(current[0], args, kwargs)
+        return self.skeleton.finish(current[0], args, kwargs)
 
     def state_bytes(self, sample: Sample) -> int:
         """Bytes of the states of one of the samples, both streams."""
@@ -291,7 +291,7 @@ class Teacher:
 
     def group(self, block: int) -> Group:
         """The group that a block is of."""
-        return self._skeleton.slots[block].group
+        return self.skeleton.slots[block].group
 
 
 class ResidentTeacher(Teacher):
@@ -347,7 +347,7 @@ class StreamedTeacher(Teacher):
         model = empty_model(source.family, source.config, str(source.folder / "config.json")).eval().requires_grad_(False)
         self._files.check({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
         super().__init__(source.family, source.config, Skeleton(model, source.family), DTYPES[dtype], self.device)
-        outside = self._skeleton.model
+        outside = self.skeleton.model
         outside.load_state_dict({name: self._files[name] for name in outside.state_dict()}, strict=True, assign=True)
         self._modules = blocks_of(model, source.family)  # without memory, but for the one that is held
         self._empty = [module.state_dict() for module in self._modules]

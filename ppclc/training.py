@@ -106,19 +106,23 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad()
-        told: dict[str, float] = {}
+        found: list[tuple[str, torch.Tensor]] = []
         parts = list(losses)
         for n, part in enumerate(parts, start=1):
             with gradients_settle(self.called, last=n == len(parts)):
                 with self.autocast():
                     terms = part(self.called)
                 torch.stack([t / len(parts) for t in terms.values()]).sum().backward()
-            for name, term in terms.items():
-                told[name] = told.get(name, 0.0) + term.item() / len(parts)
+            found += [(name, term.detach()) for name, term in terms.items()]
         norm = whole(self.clip())  # of all ranks' gradients: all find the same
-        if not math.isfinite(norm.item()):
+        # Read at once: each look at a number waits for the device.
+        *values, length = torch.stack([*(t.to(norm) for _, t in found), norm]).tolist()
+        told: dict[str, float] = {}
+        for (name, _), value in zip(found, values, strict=True):
+            told[name] = told.get(name, 0.0) + value / len(parts)
+        if not math.isfinite(length):
             raise RecipeError(
-                f"{self.name}: loss {sum(told.values()):.4g} with a gradient of norm {norm.item():.4g} at step {len(self.losses) + 1} of "
+                f"{self.name}: loss {sum(told.values()):.4g} with a gradient of norm {length:.4g} at step {len(self.losses) + 1} of "
                 f"{self.steps}, learning rate {self.rate:.3g}: the training diverged; wanted a smaller learning rate, or more warmup"
             )
         self.optimizer.step()

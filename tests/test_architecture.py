@@ -55,7 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("closed_forms", "local_edits", "trials"),
     ("local_phase", "refits"),
     ("budget", "edit_costs", "supernet"),
-    ("search",),
+    ("reach", "search"),
     ("backends",),
     ("exported",),
     ("scenes",),

@@ -25,7 +25,7 @@ from ppclc.families import Family
 from ppclc.local_edits import BatchStates, Teaching, Weights, interval_edit
 from ppclc.local_phase import batch_states
 from ppclc.moments import Moments
-from ppclc.passes.calibrate import FAR_EVERY, CalibrateSettings, Calibration, Piece, by_timestep
+from ppclc.passes.calibrate import CalibrateSettings, Calibration, Piece, by_timestep, far_every
 from ppclc.plan import CompressionPlan
 from ppclc.published import published_config
 from ppclc.samples import Sample, moved
@@ -33,7 +33,8 @@ from ppclc.teachers import ResidentTeacher
 from ppclc.training import Trainer, TrainingSettings
 
 BLOCKS, LONGEST = 6, 10
-REPEATS, STEPS, MOST_TOGETHER = 3, 6, 16
+REPEATS, STEPS = 3, 6
+SAMPLES, MOST_TOGETHER = 64, 12
 PARTS = ("forward", "loss", "backward", "clip", "optimizer")
 
 
@@ -98,10 +99,14 @@ def _no_kernels(proof: Proof) -> list[Row]:
 
 
 def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -> list[Row]:
-    """A sample through the teacher: forwards alone, with near moments, with near and far ones; milliseconds a block, and shares of the forward."""
-    proof.needs(25)
-    blocks, tokens = teacher.num_blocks, CalibrateSettings().tokens
-    sample = size.draw(1, 1)
+    """Samples through the teacher: forwards alone, with near moments, with near and far ones; milliseconds a block and sample, and shares of the forward.
+
+    As many samples together as `calibrate` takes, and of those with far moments as large a share as it has by default.
+    """
+    proof.needs(30)
+    blocks, tokens, every = teacher.num_blocks, CalibrateSettings().tokens, far_every(CalibrateSettings().samples)
+    sample = teacher.parts(size.draw(SAMPLES, 1))[0]
+    samples = len(sample[1])
 
     def forwards() -> None:
         for _, sweep in teacher.sweep([sample], range(blocks + 1)):
@@ -109,6 +114,7 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
 
     def summed(sums: Moments, pieces: Sequence[Piece]) -> None:
         Calibration(teacher, LONGEST, sums, 1, _quiet, tokens).add(pieces)
+        sums.copies.wait()
 
     with kernels(way):
         forward = _median_s(forwards, proof)
@@ -124,32 +130,30 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
         far = _median_s(partial(summed, Moments(), [one] * together), proof, repeats=1) / together
     crosses = sum(min(j, LONGEST) + 1 for j in range(blocks + 1))
     steady = (far - near) / crosses * (LONGEST + 1)  # a block's, once the window is full
-    share = ((near - forward) / blocks + steady / FAR_EVERY) / (forward / blocks)
+    share = ((near - forward) / blocks + steady / every) / (forward / blocks)
     reclaim()
     return [
         {
             "blocks": blocks,
-            "forward_ms_a_block": 1e3 * forward / blocks,
-            "near_ms_a_block": 1e3 * (near - forward) / blocks,
-            "far_ms_a_block": 1e3 * steady,
-            "far_every": FAR_EVERY,
+            "samples": samples,
+            "forward_ms_a_block": 1e3 * forward / blocks / samples,
+            "near_ms_a_block": 1e3 * (near - forward) / blocks / samples,
+            "far_ms_a_block": 1e3 * steady / samples,
+            "far_every": every,
             "far_together": together,
             "near_share_of_forward": (near - forward) / forward,
             "analysis_share_of_forward": share,
-            "tokens_per_s": size.tokens / near,
+            "tokens_per_s": samples * size.tokens / near,
             "near_brought_to_cpu_s": drain,
             "peak_bytes": peak,
         }
     ]
 
 
-def _drained_s(sums: Moments, proof: Proof) -> float | None:
-    """Seconds to bring to the CPU what a whole calibration leaves on the device; None where nothing stays there."""
-    drain = getattr(sums, "drain", None)
-    if not callable(drain):
-        return None
+def _drained_s(sums: Moments, proof: Proof) -> float:
+    """Seconds to bring to the CPU what a whole calibration leaves on the device."""
     start = time.perf_counter()
-    drain()
+    sums.drain()
     synchronize(proof.device)
     return time.perf_counter() - start
 

@@ -90,6 +90,11 @@ def dispatched(*tensors: torch.Tensor) -> bool:
 
     Elsewhere it is called as it is, which takes the host a fraction of the time.
     """
-    if torch.compiler.is_compiling() or not all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors):
+    if torch.compiler.is_compiling() or not all(map(plain, tensors)):
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds numbers itself, and stands for no other."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)

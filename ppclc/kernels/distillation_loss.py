@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ppclc.kernels import LEAST_NORM, interpreted, takes
+from ppclc.kernels import LEAST_NORM, interpreted, plain, takes
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WIDEST = 8192
@@ -28,7 +28,7 @@ def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: 
     """
     if not takes("distillation_loss", student_BTD, teacher_BTD) or student_BTD.shape[-1] > WIDEST:
         return reference(student_BTD, teacher_BTD, magnitude, mask_BT)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (plain(student_BTD) and plain(teacher_BTD)):
         width = student_BTD.shape[-1]
         mask_N = None if mask_BT is None else mask_BT.flatten()
         loss: torch.Tensor = torch.ops.ppclc.distillation_loss(

@@ -17,7 +17,7 @@ from ppclc.closed_forms import Probes, cka_map, far_of, modulation_basis
 from ppclc.detection import Span
 from ppclc.edit_costs import EditCosts
 from ppclc.families import STREAMS
-from ppclc.moments import BANDS, CHUNKS, near_of
+from ppclc.moments import BANDS, CHUNKS, near_of, solving_device
 from ppclc.records import Agreement, Analysis, CalibrationStats
 from ppclc.samples import Sample, Samples
 from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
@@ -47,8 +47,9 @@ def analyze(
     """
     family = source.family
     streams = list(STREAMS)
-    probes = {s: Probes(near_of(stats.tensors, stats.rows, s, stats.num_blocks), settings.ridge) for s in streams}
-    far = {s: far_of(stats, s) if settings.reading == "caption" else None for s in streams}
+    device = solving_device(teacher.device)
+    probes = {s: Probes(near_of(stats.tensors, stats.rows, s, stats.num_blocks, device=device), settings.ridge) for s in streams}
+    far = {s: far_of(stats, s, device) if settings.reading == "caption" else None for s in streams}
     maps = {s: cka_map(p, stats.longest, far[s]) for s, p in probes.items()}
     sizes = family.sizes(source.config)
     detected = {s: detection.first_difference_intervals(m.tolist(), sizes) for s, m in maps.items()}

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ppclc.block_costs import width_of
 from ppclc.families import STREAMS, States
 from ppclc.ffn_maps import FfnMoments
 from ppclc.moments import BANDS, CHUNKS, TOGETHER, Moments, rows_of
+from ppclc.reach import EVERYTHING, KINDS, Reach, grouped, moment_counts
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample, Samples, SourceKind, picked
 from ppclc.teachers import TEXT_INPUT, Inside, StreamedTeacher, Teacher
@@ -23,10 +26,10 @@ VERSION = 4
 BATCH = 64
 FAR_EVERY = 16
 """One batch in so many enters the far moments, which cost as many products a block as the longest interval has blocks."""
-FAR_TOGETHER, WINDOWS_SHARE = 64, 0.25
-"""Batches with far moments that pass a teacher on a GPU together, and what their states may take of the memory that is free there."""
-GROUPED_BYTES = 256 * 2**20
-"""Most memory that moments by group may take; beyond it the analysis goes without its stability."""
+FAR_TOGETHER, WINDOWS_SHARE = 64, 0.5
+"""Batches with far moments that pass a teacher on a GPU together, and what their states may take of the memory that near sums leave free there."""
+MEMORY_SHARE = 0.25
+"""Sums that would take more than so much of the memory that is free lie in files."""
 Pixels = Annotated[int, Field(ge=1)]
 
 
@@ -55,17 +58,25 @@ class CalibrateSettings(BaseModel):
 
 
 def calibrate(
-    teacher: Teacher, samples: Samples, settings: CalibrateSettings, progress: Callable[[float, str], None], work: Path | None = None
+    teacher: Teacher,
+    samples: Samples,
+    settings: CalibrateSettings,
+    progress: Callable[[float, str], None],
+    work: Path | None = None,
+    reach: Reach = EVERYTHING,
 ) -> CalibrationStats:
-    """Near and far moments of every block's states by stream, of the modulated text inputs, and of `SiLU(temb)`.
+    """Near moments of every block's states by stream, and of `SiLU(temb)`; far ones within `reach`, of the modulated text inputs and networks too.
 
     A resident teacher takes a batch at a time; on a GPU of those with far moments several, so that their sums, which have no room there beside one
-    another, are brought to the CPU seldom. A streamed one takes as many as it may hold, so that its blocks are read seldom, and its large sums lie in
-    files under `work`.
+    another, are brought to the CPU seldom. A streamed one takes as many as it may hold, so that its blocks are read seldom. Its large sums lie in
+    files under `work`, and so do those that memory has no room for.
     """
-    sums = Moments(work if isinstance(teacher, StreamedTeacher) else None)
-    found = Calibration(teacher, settings.longest, sums, settings.samples, progress, settings.tokens)
-    pieces = drawn_pieces(teacher, samples, settings)
+    streamed = isinstance(teacher, StreamedTeacher)
+    counts = moment_counts(teacher.family, teacher.config, settings.longest, reach)
+    in_files = streamed or lies_in_files(8 * counts.matrices * width_of(teacher.config) ** 2)
+    sums = Moments(work if in_files else None, by_block=streamed)
+    found = Calibration(teacher, settings.longest, sums, settings.samples, progress, settings.tokens, reach)
+    pieces = drawn_pieces(teacher, samples, settings, reach)
     if isinstance(teacher, StreamedTeacher):
         for piece in pieces:
             found.add([piece, *itertools.islice(pieces, found.held(teacher, piece) - 1)])
@@ -84,6 +95,11 @@ def calibrate(
     return found.stats()
 
 
+def lies_in_files(nbytes: int) -> bool:
+    """Whether sums of so many bytes lie in files that the system maps, and not in memory."""
+    return bool(nbytes > MEMORY_SHARE * psutil.virtual_memory().available)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Samples that pass the teacher together, in rising order of their timesteps: a batch, or a part of one.
@@ -100,17 +116,19 @@ class Piece:
         return len(self.sample[1])
 
 
-def drawn_pieces(teacher: Teacher, samples: Samples, settings: CalibrateSettings) -> Iterator[Piece]:
+def drawn_pieces(teacher: Teacher, samples: Samples, settings: CalibrateSettings, reach: Reach = EVERYTHING) -> Iterator[Piece]:
     """All samples of a calibration, drawn a batch at a time."""
     generator = torch.Generator().manual_seed(settings.seed)
-    batches = -(-settings.samples // BATCH)
-    # A few batches at least, spread over the run: far moments must be of full rank.
-    far_every = max(1, min(FAR_EVERY, batches // 4))
-    count = itertools.count()
-    for n in range(batches):
-        sample = by_timestep(samples.draw(min(BATCH, settings.samples - n * BATCH), generator))
+    every, count = far_every(settings.samples), itertools.count()
+    for n, first in enumerate(range(0, settings.samples, BATCH)):
+        sample = by_timestep(samples.draw(min(BATCH, settings.samples - first), generator))
         for part in teacher.parts(sample):
-            yield Piece(part, n % CHUNKS, n % far_every == 0, next(count))
+            yield Piece(part, n % CHUNKS, n % every == 0 and not reach.is_empty, next(count))
+
+
+def far_every(samples: int) -> int:
+    """One batch in so many enters the far moments: a few at least, spread over the run, for these must be of full rank."""
+    return max(1, min(FAR_EVERY, -(-samples // BATCH) // 4))
 
 
 def by_timestep(sample: Sample) -> Sample:
@@ -129,8 +147,10 @@ class Calibration:
         samples: int,
         progress: Callable[[float, str], None],
         tokens: int | None = None,
+        reach: Reach = EVERYTHING,
     ) -> None:
-        self.tokens = tokens
+        self.tokens, self.reach = tokens, reach
+        self.related = Related(reach, longest, teacher.num_blocks + 1)
         self.teacher, self.longest, self.moments, self.ffns = teacher, longest, moments, FfnMoments(moments)
         self.samples, self.progress = samples, progress
         self.seconds, self.done, self.grouped = 0.0, 0, False
@@ -147,21 +167,26 @@ class Calibration:
             return 1
         states = self.teacher.embed(picked(piece.sample, [0])).states
         passing, kept = (sum(x.nbytes for x in s.values()) for s in (states, self._chosen(states, piece)))
+        near = 4 * len(STREAMS) * (2 * self.teacher.num_blocks + 1) * width_of(self.teacher.config) ** 2
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(1, min(FAR_TOGETHER, int(WINDOWS_SHARE * free / (len(piece) * (2 * passing + (self.longest + 1) * kept)))))
+        free -= max(0, near - self.moments.on_device.held_bytes)
+        # Of each its state and the one before, and what the window keeps, of text's inputs too.
+        each = len(piece) * (2 * passing + (self.related.widest + 1) * kept)
+        return max(1, min(FAR_TOGETHER, int(WINDOWS_SHARE * free / each)))
 
     def add(self, pieces: Sequence[Piece]) -> None:
         """Send pieces through the teacher, all of them through a block before the next."""
         masks = [self.teacher.family.mask_of(p.sample[2]) for p in pieces]
-        far = {n: Windows(self.longest) for n, p in enumerate(pieces) if p.far}
+        far = {n: Windows(self.related) for n, p in enumerate(pieces) if p.far}
         whole: list[States] = []  # of small states those of all blocks, which are then summed up at once
         before: list[States] = []
         count, blocks = sum(map(len, pieces)), self.teacher.num_blocks
-        for number, sweep in self.teacher.sweep([p.sample for p in pieces], range(blocks + 1), inside=far):
+        inside = far if self.related.inside else ()
+        for number, sweep in self.teacher.sweep([p.sample for p in pieces], range(blocks + 1), inside=inside):
             start = time.perf_counter()
             states = [self._chosen(s, p) for s, p in zip(sweep.states.pop(number), pieces, strict=True)]
             if number == 0:
-                self.grouped = grouped_bytes(states[0], blocks) <= GROUPED_BYTES
+                self.grouped = grouped(blocks, [x.shape[-1] for x in states[0].values()])
                 for temb in sweep.tembs:
                     if temb is not None:
                         self.moments.add_near("temb", [torch.nn.functional.silu(temb)])
@@ -174,7 +199,7 @@ class Calibration:
             for n, windows in far.items():
                 self._add_far(number, windows, states[n], sweep.inside.get(n), masks[n], pieces[n])
             if far and len(pieces) > 1:  # what ends at this state has all that these pieces give
-                self.moments.drain(("far.", "ffn."))
+                self.moments.drain(("far.", "ffn."), wait=False)
             before = states
             self.seconds += time.perf_counter() - start
             self.progress((self.done + count * number / blocks) / self.samples, "")
@@ -220,16 +245,19 @@ class Calibration:
     ) -> None:
         """Far moments with the state of that number, and of what lies within the block before it."""
         for stream in STREAMS:
-            self.moments.add_far(
-                stream, number, windows.with_state(stream, number, rows_of(states[stream], mask if stream == "text" else None))
-            )
+            self._add_far_of(stream, number, windows, states[stream], mask if stream == "text" else None)
         if inside is None:
             return
         block = number - 1
         if inside.text_input is not None:
-            self.moments.add_far(TEXT_INPUT, block, windows.with_state(TEXT_INPUT, block, rows_of(inside.text_input, mask)))
+            self._add_far_of(TEXT_INPUT, block, windows, inside.text_input, mask)
         for stream, mid in self._chosen(inside.mids, piece).items():
-            self.ffns.add(stream, block, mid, states[stream], mask if stream == "text" else None)
+            if self.reach.has_network(block, stream):
+                self.ffns.add(stream, block, mid, states[stream], mask if stream == "text" else None)
+
+    def _add_far_of(self, kind: str, number: int, windows: Windows, states_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        if number in self.related.last[kind]:
+            self.moments.add_far(kind, number, windows.with_state(kind, number, rows_of(states_BTD, mask_BT)))
 
     def stats(self) -> CalibrationStats:
         """The record of what was summed up."""
@@ -249,20 +277,24 @@ class Calibration:
         )
 
 
+class Related:
+    """Which earlier states every state is related to, by kind. last: of a state that is kept, the last that asks for it."""
+
+    def __init__(self, reach: Reach, longest: int, states: int) -> None:
+        self.before = {kind: {n: reach.before(kind, n, longest) for n in range(states)} for kind in KINDS}
+        self.last = {kind: {i: n for n, there in before.items() for i in there} for kind, before in self.before.items()}
+        self.widest = max(len(there) for before in self.before.values() for there in before.values())
+        self.inside = bool(self.last[TEXT_INPUT]) or reach.networks != frozenset()
+
+
 class Windows:
-    """The last states of each stream, by number: as many as an interval may span, and the one before."""
+    """The states of each kind that later ones are related to, by number."""
 
-    def __init__(self, longest: int) -> None:
-        self.longest, self.streams = longest, dict[str, dict[int, torch.Tensor]]()
+    def __init__(self, related: Related) -> None:
+        self.related, self.kinds = related, dict[str, dict[int, torch.Tensor]]()
 
-    def with_state(self, stream: str, number: int, x_ND: torch.Tensor) -> dict[int, torch.Tensor]:
-        """The window of a stream once the state of that number is in it."""
-        window = {i: x for i, x in self.streams.get(stream, {}).items() if i >= number - self.longest} | {number: x_ND}
-        self.streams[stream] = window
-        return window
-
-
-def grouped_bytes(states: States, blocks: int) -> int:
-    """Memory that near moments take once more for every group."""
-    each = sum(2 * (blocks + 1) * x.shape[-1] ** 2 for x in states.values())
-    return 8 * each * (BANDS + CHUNKS)
+    def with_state(self, kind: str, number: int, x_ND: torch.Tensor) -> dict[int, torch.Tensor]:
+        """What the state of that number is related to, with itself."""
+        window = self.kinds.get(kind, {}) | {number: x_ND}
+        self.kinds[kind] = {i: x for i, x in window.items() if self.related.last[kind][i] > number}
+        return {i: window[i] for i in self.related.before[kind][number]}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import checkpoints, run_costs
+from ppclc import checkpoints, reach, run_costs
 from ppclc.block_costs import default_size
 from ppclc.classes import DTYPES, count_parameters, empty_model, random_model, student_config
 from ppclc.errors import PlanError
@@ -216,20 +216,26 @@ def test_no_export_costs_nothing(family: Family) -> None:
     assert run_costs.export_seconds(demo_work(family)) > 0
 
 
+FIXED = {"intervals": [[1, 2]], "text_stream": [5], "ffn": [{"block": 0, "stream": "image"}]}
+
+
 @pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("section", [{"target": {"parameters": 0.6}}, {"plan": FIXED}], ids=["free", "fixed"])
 def test_moments_take_the_bytes_of_a_calibration(
-    grouped: bool, family: Family, teacher: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+    section: dict[str, Any], grouped: bool, family: Family, teacher: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibrate, "GROUPED_BYTES", 2**28 if grouped else 0)
-    recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "calibrate": {"samples": 1024, "longest": 4}}, "recipe")
+    monkeypatch.setattr(reach, "GROUPED_BYTES", 2**28 if grouped else 0)
+    recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "calibrate": {"samples": 1024, "longest": 4}, **section}, "recipe")
     source = open_source(str(teacher_folder))
     samples = open_samples("noise", source, teacher, "choose")
-    stats = calibrate.calibrate(ResidentTeacher(teacher, family), samples, recipe.calibrate, lambda *_: None)
+    kept = reach.reach_of(family, source.config, recipe.plan, recipe.target.is_given, "equation")
+    assert (kept == reach.EVERYTHING) == ("target" in section)
+    stats = calibrate.calibrate(ResidentTeacher(teacher, family), samples, recipe.calibrate, lambda *_: None, reach=kept)
     plan = CompressionPlan.of(family.name, 6)
     model = predict(family, source.config, plan, "float32")
     speeds = Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1)
     assert run_costs.moment_bytes(Work(recipe, source, plan, model, model, speeds, 1)) == sum(t.nbytes for t in stats.tensors.values())
-    assert run_costs.far_every(1024) == 4
+    assert calibrate.far_every(1024) == 4
 
 
 def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teacher: Any, teacher_folder: Path) -> None:
