@@ -1,4 +1,4 @@
-"""What a block costs on this machine, and each edit saves, measured from a configuration alone.
+"""What a block costs on this machine, or its GPU, and each edit saves, measured from a configuration alone.
 
 Latency depends on a model's configuration and not on its weights. So small models of the same widths
 with random weights are timed, a few blocks deep, and the cost of a block is the slope over depth: two
@@ -12,25 +12,24 @@ import inspect
 import os
 import platform
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppclc import families
 from ppclc.classes import DTYPES, count_parameters, model_outline, random_model, student_config
+from ppclc.devices import device_here, free_bytes
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family
 from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of, write_text
 from ppclc.sources import Source
-from ppclc.timing import Clock, by_clock, interleaved
+from ppclc.timing import Stopwatch, interleaved, stopwatch
 
 VERSION = 3
 SHALLOW, DEEP, DEEPEST = 2, 4, 8
@@ -161,11 +160,20 @@ def default_size(family: Family, batch: int = 1) -> dict[str, int]:
     return {n: parameters[n].default for n in ("height", "width", "text")} | {"batch": batch}
 
 
+def size_on(family: Family, config: Mapping[str, Any], device: str) -> dict[str, int]:
+    """The size that bench runs at on a device unless it is told one: on a GPU that of the published models."""
+    if device == "cpu":
+        return default_size(family)
+    outline = model_outline(family, dict(config) | {g.count_key: SHALLOW for g in family.groups})
+    return dict(family.lowered(outline).usual) | {"batch": 1}
+
+
 def example_call(model: Any, family: Family, config: Mapping[str, Any], size: Mapping[str, int]) -> Call:
-    """A function that runs the model once, without gradients, on random inputs of a size."""
+    """A function that runs the model once, without gradients, on random inputs of a size, where it is."""
     inputs = family.example_inputs(config, **size, generator=torch.Generator().manual_seed(0))
-    dtype = next(model.parameters()).dtype
-    given = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+    of = next(model.parameters())
+    placed = {k: v.to(of.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    given = {k: v.to(of.dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in placed.items()}
 
     def call() -> Any:
         with torch.no_grad():
@@ -178,34 +186,35 @@ def measure(
     family: Family,
     config: Mapping[str, Any],
     dtype: str,
+    device: str = "cpu",
     size: Mapping[str, int] | None = None,
     runs: int = 30,
     progress: Progress | None = None,
     *,
     warmup: int = 3,
     make: Callable[[Mapping[str, Any]], Call] | None = None,
-    clock: Clock = time.perf_counter_ns,
+    watch: Stopwatch | None = None,
 ) -> BlockCosts:
-    """Costs of a teacher's configuration by part: medians of `runs` forwards of each model, interleaved.
+    """Costs of a teacher's configuration by part on a device: medians of `runs` forwards of each model, interleaved.
 
-    `make` turns a configuration into what is timed: by default one forward of a model with random weights.
+    `make` turns a configuration into what is timed: by default one forward of a model with random weights. `watch`: the device's own unless one is given.
 
     Nothing is kept: see `keep`.
 
     Raises:
         UnavailableError: too little memory for models of a few blocks.
     """
-    size = dict(size or default_size(family))
-    deep = depth_that_fits(family, config, dtype)
+    size = dict(size or size_on(family, config, device))
+    deep = depth_that_fits(family, config, dtype, device)
     pool: dict[Any, torch.Tensor] = {}
-    make = make or (lambda c: example_call(random_model(family, c, dtype, pool), family, c, size))
+    make = make or (lambda c: example_call(random_model(family, c, dtype, pool, device), family, c, size))
     probes = _probes(family, config, deep)
     calls = [make(student_config(family, shallow, plan)) for shallow, plan in probes]
     for call in calls:
         for _ in range(warmup):
             call()
-    times = interleaved(calls, runs, random.Random(0), by_clock(clock), progress)
-    return _solve(family, probes, [median(t) / 1e6 for t in times], key_of(family, config, dtype, size), runs)
+    times = interleaved(calls, runs, random.Random(0), watch or stopwatch(device), progress)
+    return _solve(family, probes, [median(t) / 1e6 for t in times], key_of(family, config, dtype, device, size), runs)
 
 
 def _probes(family: Family, config: Mapping[str, Any], deep: int) -> list[tuple[dict[str, Any], CompressionPlan]]:
@@ -235,8 +244,8 @@ def _solve(
     return costs
 
 
-def depth_that_fits(family: Family, config: Mapping[str, Any], dtype: str) -> int:
-    """Blocks of the deeper models, by the teacher's depth and the memory that is free.
+def depth_that_fits(family: Family, config: Mapping[str, Any], dtype: str, device: str = "cpu") -> int:
+    """Blocks of the deeper models, by the teacher's depth and the memory that is free on a device.
 
     Raises:
         UnavailableError: there is not even room for DEEP blocks.
@@ -249,26 +258,31 @@ def depth_that_fits(family: Family, config: Mapping[str, Any], dtype: str) -> in
     block = deeper - shallow
     # Edits change at most half of a block's tensors; those are there twice.
     need = 1.5 * (shallow + block * (DEEP - SHALLOW))
-    room = MEMORY_SHARE * psutil.virtual_memory().available
+    room = MEMORY_SHARE * free_bytes(device)
     if need > room:
+        where = "" if device == "cpu" else " on the GPU"
         raise UnavailableError(
-            f"block costs: {room / 1e9:.1f} GB of memory may be taken, half of what is free; wanted {need / 1e9:.1f} GB to time a few blocks in {dtype}"
+            f"block costs: {room / 1e9:.1f} GB of memory{where} may be taken, half of what is free; wanted {need / 1e9:.1f} GB to time a few blocks in {dtype}"
         )
     fits = SHALLOW + int((min(room / 1.5, DEEPER_BYTES) - shallow) / block)
     return max(DEEP, min(DEEPEST, family.num_blocks(config), fits))
 
 
-def key_of(family: Family, config: Mapping[str, Any], dtype: str, size: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """All that a latency depends on: configuration, dtype, size, and this machine as PyTorch uses it."""
+def key_of(
+    family: Family, config: Mapping[str, Any], dtype: str, device: str = "cpu", size: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """All that a latency depends on: configuration, dtype, size, device, and this machine as PyTorch uses it."""
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name()}
     return {
         "config": {k: list(v) if isinstance(v, tuple) else v for k, v in sorted(config.items()) if not k.startswith("_")},
         "dtype": dtype,
-        "size": dict(size or default_size(family)),
-        "device": "cpu",
+        "size": dict(size or size_on(family, config, device)),
+        "device": device,
         "machine": platform.node(),
         "processor": _processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        **gpu,
     }
 
 
@@ -300,9 +314,11 @@ def keep(costs: BlockCosts) -> Path:
     return path
 
 
-def read(family: Family, config: Mapping[str, Any], dtype: str, size: Mapping[str, int] | None = None) -> BlockCosts | None:
-    """The costs kept for a teacher's configuration on this machine, None where they were not measured."""
-    key = key_of(family, config, dtype, size)
+def read(
+    family: Family, config: Mapping[str, Any], dtype: str, device: str | None = None, size: Mapping[str, int] | None = None
+) -> BlockCosts | None:
+    """The costs kept for a teacher's configuration on this machine, on its GPU where there is one; None where they were not measured."""
+    key = key_of(family, config, dtype, device or device_here(), size)
     try:
         costs = BlockCosts.model_validate_json(cache_file(key).read_text("utf-8"))
     except (OSError, ValueError, ValidationError):
@@ -310,16 +326,17 @@ def read(family: Family, config: Mapping[str, Any], dtype: str, size: Mapping[st
     return costs if costs.key == key else None
 
 
-def require_block_costs(source: Source, dtype: str, key: str = "target.latency_ms", size: Mapping[str, int] | None = None) -> BlockCosts:
-    """The costs kept for a teacher on this machine.
+def require_block_costs(source: Source, dtype: str, key: str = "target.latency_ms") -> BlockCosts:
+    """The costs kept for a teacher on this machine, on its GPU where there is one.
 
     Raises:
         RecipeError: they were not measured; says the command that measures them.
     """
-    costs = read(source.family, source.config, dtype, size)
+    costs = read(source.family, source.config, dtype)
     if costs is None:
+        here = "this machine" if device_here() == "cpu" else "this machine's GPU"
         raise RecipeError(
-            f"{key}: needs the cost of a block of {source.path} in {dtype}, which was not measured on this machine; "
+            f"{key}: needs the cost of a block of {source.path} in {dtype}, which was not measured on {here}; "
             f"run first: {bench_command(source, dtype)}"
         )
     return costs

@@ -19,7 +19,7 @@ from ppclc import block_costs, compiler, kernels, sizes
 from ppclc.bench_files import write_bench
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
 from ppclc.classes import DTYPES, Pool, count_parameters, model_outline, random_model, student_config
-from ppclc.devices import launcher_warning, open_ranks
+from ppclc.devices import free_bytes, launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.environment import accelerator, machine, versions
@@ -342,7 +342,7 @@ def bench(
         display.say(note)
     with display.stage("block costs") as progress:
         for source in _teachers([*whole.values(), *list(bare.values())[:1]]):  # of a recipe's pair the teacher
-            _keep_block_costs(source, dtype, settings.runs, progress, display)
+            _keep_block_costs(source, dtype, device, settings.runs, progress, display)
     pool: Pool = {}  # models that are timed beside each other take the memory of one
     models |= {label: _random_weights(source, dtype, pool, device) for label, source in bare.items()}
     family = next(iter(sources.values())).family
@@ -377,8 +377,8 @@ def _teachers(sources: Iterable[Source]) -> list[Source]:
     return list(found.values())
 
 
-def _keep_block_costs(source: Source, dtype: str, runs: int, progress: Callable[[float, str], None], display: Display) -> None:
-    costs = block_costs.measure(source.family, source.config, dtype, runs=min(runs, BLOCK_RUNS), progress=progress)
+def _keep_block_costs(source: Source, dtype: str, device: str, runs: int, progress: Callable[[float, str], None], display: Display) -> None:
+    costs = block_costs.measure(source.family, source.config, dtype, device, runs=min(runs, BLOCK_RUNS), progress=progress)
     path = block_costs.keep(costs)
     display.say(f"kept what a block of {source.path} costs here: {path}")
 
@@ -411,14 +411,6 @@ def _random_weights(source: Source, dtype: str, pool: Pool, device: str) -> Any:
             "what its blocks cost was measured and kept all the same"
         )
     return random_model(source.family, source.config, dtype, pool, device)
-
-
-def free_bytes(device: str) -> int:
-    """Memory that is free, on the host or on the current GPU."""
-    import psutil
-    import torch
-
-    return int(psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0])
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ppclc.devices import free_bytes
 from ppclc.kernels.moments import add_moments, symmetric
 
 Place = tuple[str, int, int]
@@ -60,8 +61,7 @@ class DeviceSums:
         new = sum(place is not None and not any(place in kind for kind in (self.seconds, self.crosses, self.values)) for place in places)
         if not (new and self.held_bytes and device.type == "cuda"):
             return False
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return self.held_bytes + new * nbytes > SHARE * (free + self.held_bytes)
+        return self.held_bytes + new * nbytes > SHARE * (free_bytes(device) + self.held_bytes)
 
     def taken(self, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[Place, torch.Tensor]]:
         """Every sum whose name begins so, whole; it is let go once the next is asked for."""

@@ -163,6 +163,24 @@ def launcher_warning() -> str | None:
     return None
 
 
+def device_here() -> str:
+    """What models run on unless a recipe says otherwise: a GPU where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def free_bytes(device: Any) -> int:
+    """Memory that is free: the host's, or a GPU's with what PyTorch keeps there for later."""
+    import psutil
+    import torch
+
+    where = torch.device(device)
+    if where.type == "cpu":
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(where)[0] + torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where))
+
+
 def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -23,8 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # ppclc/__init__.py: the version, and public names on first use
     ("errors",),
     ("kernels",),
-    ("device_sums",),
     ("devices", "interrupts", "plan"),
+    ("device_sums",),
     ("records",),
     ("plugins",),
     ("receipts",),

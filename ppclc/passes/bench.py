@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppclc import kernels, plugins
 from ppclc.backends import Backend, Session, Subject, Tensors
+from ppclc.devices import device_here
 from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line
 from ppclc.families import Family, Lowered
 from ppclc.gpu_state import gpu_state
@@ -417,7 +418,7 @@ def _bench_models(
 
 def device_of(settings: BenchSettings) -> str:
     """`cpu` or `cuda`. Raises RecipeError for what takes a GPU where there is none, or where none is to be used."""
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or device_here()
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("bench.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
     if device == "cpu" and settings.cuda_graphs:

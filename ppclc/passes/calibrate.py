@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc.block_costs import width_of
+from ppclc.devices import free_bytes
 from ppclc.families import STREAMS, States
 from ppclc.ffn_maps import FfnMoments
 from ppclc.moments import BANDS, CHUNKS, TOGETHER, Moments, rows_of
@@ -97,7 +97,7 @@ def calibrate(
 
 def lies_in_files(nbytes: int) -> bool:
     """Whether sums of so many bytes lie in files that the system maps, and not in memory."""
-    return bool(nbytes > MEMORY_SHARE * psutil.virtual_memory().available)
+    return nbytes > MEMORY_SHARE * free_bytes("cpu")
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,7 @@ class Calibration:
         states = self.teacher.embed(picked(piece.sample, [0])).states
         passing, kept = (sum(x.nbytes for x in s.values()) for s in (states, self._chosen(states, piece)))
         near = 4 * len(STREAMS) * (2 * self.teacher.num_blocks + 1) * width_of(self.teacher.config) ** 2
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free -= max(0, near - self.moments.on_device.held_bytes)
+        free = free_bytes(device) - max(0, near - self.moments.on_device.held_bytes)
         # Of each its state and the one before, and what the window keeps, of text's inputs too.
         each = len(piece) * (2 * passing + (self.related.widest + 1) * kept)
         return max(1, min(FAR_TOGETHER, int(WINDOWS_SHARE * free / each)))

@@ -14,7 +14,8 @@ import torch
 
 from ppclc import plugins
 from ppclc.backends import aotinductor
-from ppclc.classes import DTYPES, random_model
+from ppclc.block_costs import example_call, measure
+from ppclc.classes import DTYPES, random_model, student_config
 from ppclc.environment import accelerator
 from ppclc.errors import UnavailableError, VerificationError
 from ppclc.families import Lowered
@@ -22,9 +23,10 @@ from ppclc.graphs import captured
 from ppclc.lowering import parity
 from ppclc.passes.bench import Benched, BenchSettings, bench_models, own_stream
 from ppclc.passes.export import export_model
+from ppclc.plan import CompressionPlan
 from ppclc.records import Export
 from ppclc.roofline import measured_roofline
-from ppclc.timing import by_cuda_events
+from ppclc.timing import by_cuda_events, stopwatch
 from tests.contracts.test_families import subject_of
 
 # What libraries warn of on a GPU is theirs, and not what is tested here.
@@ -241,6 +243,24 @@ def test_onnx_runtime_runs_on_the_gpu_or_is_left_out(tmp_path: Path) -> None:
     assert got.device.type == "cuda"
     assert parity(wanted, got).rel_l2 <= LIMITS["float32"]
     assert call().data_ptr() == got.data_ptr()
+
+
+def test_block_costs_on_the_gpu_add_up_to_what_is_measured() -> None:
+    """Within a fifth, of a plan with fewer blocks; in milliseconds of the device."""
+    subject = subject_of("qwen_image", num_layers=6, attention_head_dim=64, num_attention_heads=12, axes_dims_rope=(16, 24, 24))
+    family, config = subject.family, subject.config
+    size = {"batch": 1, "height": 32, "width": 32, "text": 64}
+    costs = measure(family, config, "bfloat16", "cuda", size, runs=20)
+    assert costs.key["device"] == "cuda"
+    plan = CompressionPlan.of(family.name, 6, [(1, 2), (3, 4)])
+    ms = {}
+    for label, cut in (("teacher", CompressionPlan.of(family.name, 6)), ("student", plan)):
+        model = random_model(family, student_config(family, config, cut), "bfloat16", device="cuda")
+        call = example_call(model, family, config, size)
+        watch = stopwatch("cuda")
+        ms[label] = sorted(watch.ns(call) for _ in range(30))[15] / 1e6
+        assert costs.latency_ms(cut, config) == pytest.approx(ms[label], rel=0.2)
+    assert ms["student"] < ms["teacher"]
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed: pip install 'ppclc[tensorrt-rtx]'")

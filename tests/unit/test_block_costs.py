@@ -10,15 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ppclc import block_costs
 from ppclc.block_costs import EDITS, default_size, example_call, measure, require_block_costs
 from ppclc.classes import random_model, student_config
+from ppclc.devices import free_bytes
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family
 from ppclc.plan import CompressionPlan
 from ppclc.sources import Source, open_source
-from ppclc.timing import interleaved
+from ppclc.timing import by_clock, interleaved
 
 MS = 1_000_000
 BASE, BLOCK, CLASS, MAPPED, DEAD = 7 * MS, 40 * MS, 2 * MS, -15 * MS, -4 * MS
@@ -52,6 +54,7 @@ class World:
     def __init__(self, width: int) -> None:
         self.now, self.width = 0, width
         self.made: list[int] = []
+        self.watch = by_clock(lambda: self.now)
 
     def price(self, config: Mapping[str, Any]) -> int:
         """Nanoseconds of a forward."""
@@ -79,7 +82,7 @@ def world() -> World:
 
 
 def test_every_edit_s_cost_is_found_exactly(family: Family, config: dict[str, Any], world: World) -> None:
-    costs = measure(family, config, "float32", make=world.make, clock=lambda: world.now, runs=3)
+    costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=3)
     assert costs.base_ms == pytest.approx(BASE / MS)
     assert costs.block_ms == {"transformer_blocks": pytest.approx(BLOCK / MS)}
     wanted = {"student_class": CLASS, "modulation_rank": RANK, "text_stream": MAPPED, "text_stream_rank": MAPPED_RANK, "dead_code": DEAD}
@@ -91,7 +94,7 @@ def test_every_edit_s_cost_is_found_exactly(family: Family, config: dict[str, An
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_costs_the_sum_of_its_parts(name: str, family: Family, config: dict[str, Any], world: World) -> None:
-    costs = measure(family, config, "float32", make=world.make, clock=lambda: world.now, runs=2)
+    costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=2)
     plan = CompressionPlan.of(family.name, 10, **PLANS[name])
     assert costs.latency_ms(plan, config) == pytest.approx(world.price(student_config(family, config, plan)) / MS)
 
@@ -100,27 +103,27 @@ def test_deep_models_are_timed_as_shallow_ones(
     family: Family, config: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_costs, "DEEPER_BYTES", 0)
-    costs = measure(family, {**config, "num_layers": 600}, "float32", make=world.make, clock=lambda: world.now, runs=2)
+    costs = measure(family, {**config, "num_layers": 600}, "float32", make=world.make, watch=world.watch, runs=2)
     assert max(world.made) == 4
     assert costs.latency_ms(CompressionPlan.of(family.name, 600), {**config, "num_layers": 600}) == pytest.approx((BASE + 600 * BLOCK) / MS)
 
 
 def test_a_model_beyond_memory_is_refused(family: Family, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_costs.psutil, "virtual_memory", lambda: SimpleNamespace(available=200_000))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=200_000))
     with pytest.raises(UnavailableError, match=r"0\.0 GB of memory may be taken, half of what is free; wanted [\d.]+ GB .* in float32"):
         measure(family, config, "float32")
 
 
 def test_costs_are_kept_and_found_again(family: Family, config: dict[str, Any], world: World, tmp_path: Path) -> None:
     assert block_costs.read(family, config, "float32") is None
-    costs = measure(family, config, "float32", make=world.make, clock=lambda: world.now, runs=2)
+    costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=2)
     assert block_costs.read(family, config, "float32") is None
     path = block_costs.keep(costs)
     assert path.parent == tmp_path / "cache"
     assert block_costs.read(family, config, "float32") == costs
     assert block_costs.read(family, config, "bfloat16") is None
     assert block_costs.read(family, {**config, "num_layers": 11}, "float32") is None
-    assert block_costs.read(family, config, "float32", {**default_size(family), "text": 9}) is None
+    assert block_costs.read(family, config, "float32", size={**default_size(family), "text": 9}) is None
     path.write_text("{")
     assert block_costs.read(family, config, "float32") is None
 
@@ -150,9 +153,39 @@ def test_without_costs_the_command_is_told(
     bare = Source("bare", tmp_path, config, family)
     with pytest.raises(RecipeError, match=r"run first: ppclc bench --random-weights bare --dtype bfloat16$"):
         require_block_costs(bare, "bfloat16")
-    costs = measure(family, config, "float32", make=world.make, clock=lambda: world.now, runs=2)
+    costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=2)
     block_costs.keep(costs)
     assert require_block_costs(bare, "float32") == costs
+
+
+def test_a_gpu_s_costs_are_its_own(family: Family, config: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept under its name, at the size of the published models; where there is a GPU they are what a plan goes by."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    on_cpu = measure(family, config, "float32", make=world.make, watch=world.watch, runs=2)
+    monkeypatch.setattr(block_costs, "free_bytes", lambda device: 10**12 if device == "cuda" else 0)
+    on_gpu = measure(family, config, "float32", "cuda", make=world.make, watch=world.watch, runs=2)
+    assert (on_cpu.key["device"], on_cpu.key["size"]) == ("cpu", default_size(family))
+    assert (on_gpu.key["device"], on_gpu.key["gpu"]) == ("cuda", "a GPU")
+    assert on_gpu.key["size"] == {"batch": 1, "height": 64, "width": 64, "text": 512}
+    block_costs.keep(on_gpu)
+    assert block_costs.read(family, config, "float32") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert block_costs.read(family, config, "float32") == on_gpu
+    assert require_block_costs(Source("bare", Path(), config, family), "float32") == on_gpu
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    with pytest.raises(RecipeError, match="not measured on this machine's GPU; run first: ppclc bench --random-weights bare"):
+        require_block_costs(Source("bare", Path(), config, family), "float32")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_free_memory_is_that_of_the_device(device: str, family: Family, config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10 if device == "cpu" else 10**12))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (3, 10**12))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda where: 9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda where: 2)
+    assert free_bytes(device) == 10
+    with pytest.raises(UnavailableError, match="of memory on the GPU may" if device == "cuda" else "of memory may"):
+        block_costs.depth_that_fits(family, config, "float32", device)
 
 
 def test_models_that_are_timed_share_their_weights(family: Family, config: dict[str, Any]) -> None:
