@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ppclc.errors import PpclcError
+from ppclc.errors import PpclcError, memory_lacks
 from ppclc.interrupts import terminate_as_interrupt
 
 app = typer.Typer(
@@ -232,6 +232,12 @@ def main() -> None:
         print("ppclc: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if lacking := memory_lacks(error):
+            way_out = (
+                "wanted a smaller batch (distill.batch, distill.local_batch), distill.gradient_checkpointing, or distill.teacher: streamed"
+            )
+            print(f"ppclc: {lacking}; {way_out}; what is done is kept, and the same command goes on from there", file=sys.stderr)
+            sys.exit(3)
         show = getattr(error, "show", None)
         if show is None:
             raise

@@ -272,9 +272,9 @@ def verify(run: Run, progress: Callable[[float, str], None]) -> None:
 
 def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdict:
     """The verdict on a student; of a user's own pipeline its VAE decodes what both models sample."""
-    dtype, samples = run.recipe.model.dtype, run.samples("judge")
-    with decoder(run.source, run.cache.grid, dtype) if run.cache else nullcontext() as decode:
-        return verify_pass.verify(run.called, model, run.source, outcomes, samples, run.recipe.verify, decode)
+    dtype, samples, device = run.recipe.model.dtype, run.samples("judge"), run.ranks.device
+    with decoder(run.source, run.cache.grid, dtype, device) if run.cache else nullcontext() as decode:
+        return verify_pass.verify(run.called, model, run.source, outcomes, samples, run.recipe.verify, decode, device)
 
 
 def export(run: Run, progress: Callable[[float, str], None]) -> None:

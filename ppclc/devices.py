@@ -170,6 +170,22 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@contextmanager
+def placed(model: Any, device: str) -> Iterator[None]:
+    """A block in which a model is on a device, and on the CPU again after it. What is no module, as a teacher that is read block by block, stays."""
+    import torch
+
+    if device == "cpu" or not isinstance(model, torch.nn.Module):
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to("cpu")
+        torch.cuda.empty_cache()
+
+
 def free_bytes(device: Any) -> int:
     """Memory that is free: the host's, or a GPU's with what PyTorch keeps there for later."""
     import psutil

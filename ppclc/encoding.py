@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 
 from ppclc.cache import LATENTS, MASK, TEXT, Cache, open_cache
 from ppclc.datasets import Picture, is_image, pixels, read_pictures, read_prompts, shards_at
-from ppclc.errors import ModelError, RecipeError, first_line
+from ppclc.devices import free_bytes
+from ppclc.errors import ModelError, RecipeError, first_line, memory_lacks
 from ppclc.families import Encoders
 from ppclc.models import load_part
 from ppclc.records import digest_of, disk_errors, replace_folder, write_tensors
@@ -33,6 +34,8 @@ VERSION = 1
 SHARD_ROWS = 128
 PROMPTS_AT_ONCE = 8
 IMAGES_AT_ONCE = 4
+DEVICE_SHARE = 0.6
+"""Encoders whose weights take more than so much of the memory that is free on a GPU stay on the CPU."""
 SAY_EVERY_S = 10.0
 WANTED = {
     "prompts": "a text file with one prompt a line",
@@ -153,8 +156,8 @@ def _size(resolution: int | list[int], encoders: Encoders, root: Path) -> tuple[
     return (height, width), (height // side, width // side)
 
 
-def cached(found: Cache | Unencoded | None, records: Path, dtype: str, say: Callable[[str], None]) -> Cache | None:
-    """The samples of what was found, encoded into `records` where they are not there yet.
+def cached(found: Cache | Unencoded | None, records: Path, dtype: str, say: Callable[[str], None], device: str = "cpu") -> Cache | None:
+    """The samples of what was found, encoded into `records`, on a device that has room for the encoders, where they are not there yet.
 
     A shard at a time: a stopped run goes on where it was, and what is not whole is never read.
 
@@ -171,8 +174,8 @@ def cached(found: Cache | Unencoded | None, records: Path, dtype: str, say: Call
             work.mkdir(parents=True, exist_ok=True)
         for old in work.glob(".*.draft"):
             old.unlink()
-        _encode_images(found, work, dtype, say)
-        _encode_prompts(found, work, dtype, say)
+        _encode_images(found, work, dtype, say, device)
+        _encode_prompts(found, work, dtype, say, device)
         with disk_errors(folder):
             replace_folder(work, folder)
     return open_cache(str(folder), found.source, found.kind, found.digest(dtype))
@@ -187,37 +190,37 @@ def _starts(count: int, work: Path, *names: str) -> list[int]:
     return [s for s in range(0, count, SHARD_ROWS) if not any(_shard(work, n, s).is_file() for n in names)]
 
 
-def _encode_images(data: Unencoded, work: Path, dtype: str, say: Callable[[str], None]) -> None:
+def _encode_images(data: Unencoded, work: Path, dtype: str, say: Callable[[str], None], device: str) -> None:
     """Latents of every shard, before any text: a damaged image shows before the long part begins."""
     todo = _starts(len(data.pictures), work, "images", "samples")
     if not todo:
         return
-    with _pipeline(data, data.encoders.image_parts, dtype) as pipeline:
+    with pipeline_with(data.root, data.encoders, data.encoders.image_parts, dtype, device) as (pipeline, place):
         progress = _Progress(f"encoding images with {data.root / 'vae'}", len(data.pictures), say)
         for start in todo:
             parts = []
             for some in _blocks(list(data.pictures[start : start + SHARD_ROWS]), IMAGES_AT_ONCE):
                 images = torch.stack([pixels(p, *data.size, data.path) for p in some])
                 with _running(data, data.encoders.image_parts, some[0].name):
-                    latents = data.encoders.encode_images(pipeline, images)
+                    latents = data.encoders.encode_images(pipeline, images.to(place)).cpu()
                 _check(data, LATENTS, latents, some[0].name)
                 parts.append(latents)
                 progress.add(start + sum(map(len, parts)))
             write_tensors(_shard(work, "images", start), {LATENTS: torch.cat(parts)})
 
 
-def _encode_prompts(data: Unencoded, work: Path, dtype: str, say: Callable[[str], None]) -> None:
+def _encode_prompts(data: Unencoded, work: Path, dtype: str, say: Callable[[str], None], device: str) -> None:
     """Text of every shard, beside its latents; the order of prompts and what is encoded together never changes."""
     todo = _starts(len(data.prompts), work, "samples")
     metadata = {"format": "ppclc samples 1", "height": str(data.grid[0]), "width": str(data.grid[1])}
     if todo:
-        with _pipeline(data, data.encoders.text_parts, dtype) as pipeline:
+        with pipeline_with(data.root, data.encoders, data.encoders.text_parts, dtype, device) as (pipeline, _):
             progress = _Progress(f"encoding prompts with {data.root / data.encoders.text_parts[0]}", len(data.prompts), say)
             for start in todo:
                 parts = []
                 for some in _blocks(list(data.prompts[start : start + SHARD_ROWS]), PROMPTS_AT_ONCE):
                     with _running(data, data.encoders.text_parts, repr(some[0])):
-                        parts.append(data.encoders.encode_prompts(pipeline, some))
+                        parts.append({n: t.cpu() for n, t in data.encoders.encode_prompts(pipeline, some).items()})
                     for name in data.source.family.text_tensors:
                         _check(data, name, parts[-1][name], repr(some[0]))
                     progress.add(start + sum(len(p[TEXT]) for p in parts))
@@ -263,14 +266,9 @@ def _check(data: Unencoded, name: str, value: torch.Tensor, first: str) -> None:
 
 
 @contextmanager
-def _pipeline(data: Unencoded, parts: tuple[str, ...], dtype: str) -> Iterator[Any]:
-    """The family's pipeline with these parts alone, which are gone from memory afterwards."""
-    with pipeline_with(data.root, data.encoders, parts, dtype) as pipeline:
-        yield pipeline
-
-
-@contextmanager
-def decoder(source: Source, grid: tuple[int, int], dtype: str) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
+def decoder(
+    source: Source, grid: tuple[int, int], dtype: str, device: str = "cpu"
+) -> Iterator[Callable[[torch.Tensor], torch.Tensor] | None]:
     """A function from latents to images (B, 3, H, W) in 0..1 by the pipeline's own VAE; None where there is no such pipeline."""
     encoders = source.family.encoders
     try:
@@ -280,24 +278,31 @@ def decoder(source: Source, grid: tuple[int, int], dtype: str) -> Iterator[Calla
     if encoders is None or root is None:
         yield None
         return
-    with pipeline_with(root, encoders, encoders.image_parts, dtype) as pipeline:
-        yield lambda latents: encoders.decode(pipeline, latents, grid)
+    with pipeline_with(root, encoders, encoders.image_parts, dtype, device) as (pipeline, place):
+        yield lambda latents: encoders.decode(pipeline, latents.to(place), grid).cpu()
 
 
 @contextmanager
-def pipeline_with(root: Path, encoders: Encoders, parts: tuple[str, ...], dtype: str) -> Iterator[Any]:
-    """A pipeline with these parts alone, which are gone from memory afterwards."""
+def pipeline_with(root: Path, encoders: Encoders, parts: tuple[str, ...], dtype: str, device: str = "cpu") -> Iterator[tuple[Any, str]]:
+    """A pipeline with these parts alone, which are gone from memory afterwards, and where it is: the device, or the CPU where that has no room for them."""
     name = pipeline_class(root)
     kind = getattr(import_module("diffusers"), name if name in encoders.pipeline_classes else encoders.pipeline_classes[0])
     loaded: dict[str, Any] = {part: load_part(root, part, dtype) for part in parts}
+    modules = [part for part in loaded.values() if isinstance(part, torch.nn.Module)]
+    weights = sum(p.nbytes for module in modules for p in module.parameters())
+    place = device if device == "cpu" or weights < DEVICE_SHARE * free_bytes(device) else "cpu"
+    for module in modules:
+        module.to(place)
     needed = [n for n, p in inspect.signature(kind.__init__).parameters.items() if n != "self" and p.default is p.empty]
     pipeline = kind(**{**dict.fromkeys(needed), **loaded})
     try:
         with torch.no_grad():
-            yield pipeline
+            yield pipeline, place
     finally:
-        del pipeline, loaded
+        del pipeline, loaded, modules
         gc.collect()
+        if place != "cpu":
+            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -306,6 +311,8 @@ def _running(data: Unencoded, parts: tuple[str, ...], first: str) -> Iterator[No
     try:
         yield
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as error:
+        if memory_lacks(error):
+            raise
         raise ModelError(
             f"{data.root / parts[0]}: fails from {first} on ({first_line(error)}); does it fit {', '.join(parts[1:]) or 'its config.json'}?"
         ) from error

@@ -48,6 +48,15 @@ class VerificationError(PpclcError):
     exit_code = 1
 
 
+def memory_lacks(error: BaseException) -> str:
+    """What an error says of memory that could not be had, on a GPU or the host; empty where it is about something else."""
+    told = first_line(error)
+    on_gpu = type(error).__name__ == "OutOfMemoryError"
+    if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in told or "not enough memory" in told:
+        return f"{'the GPU' if on_gpu else 'this machine'} has no memory left ({told})"
+    return ""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

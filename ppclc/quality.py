@@ -73,18 +73,13 @@ BANDS = 4
 """Bands of equal width that timesteps in 0..1 are told by."""
 
 
-@torch.no_grad()
-def velocity_distances(
-    teacher: Any, student: Any, samples: Sequence[tuple[torch.Tensor, torch.Tensor, flow.Conditioning]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of every sample (n,), float64: squared distance of the student's velocity from the teacher's, energy of the teacher's, timestep."""
+def velocity_distances(teacher: Sequence[torch.Tensor], student: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every sample (n,), float64: squared distance of the student's velocity from the teacher's, and energy of the teacher's; both by batch."""
     rows = []
-    for x, t, conditioning in samples:
-        wanted = flow.predict(teacher, x, t, conditioning).double().flatten(1)
-        got = flow.predict(student, x, t, conditioning).double().flatten(1)
-        rows.append(torch.stack([(got - wanted).square().sum(1), wanted.square().sum(1), t.double()]))
-    distance, energy, t = torch.cat(rows, dim=1)
-    return distance, energy, t
+    for wanted, got in ((a.double().flatten(1), b.double().flatten(1)) for a, b in zip(teacher, student, strict=True)):
+        rows.append(torch.stack([(got - wanted).square().sum(1), wanted.square().sum(1)]))
+    distance, energy = torch.cat(rows, dim=1)
+    return distance, energy
 
 
 def velocity_table(distance: torch.Tensor, energy: torch.Tensor, timestep: torch.Tensor, seeds: Sequence[int]) -> dict[str, Quality]:
@@ -116,11 +111,9 @@ def velocity_table(distance: torch.Tensor, energy: torch.Tensor, timestep: torch
     return found
 
 
-@torch.no_grad()
-def flow_losses(model: Any, pairs: Sequence[tuple[tuple[torch.Tensor, torch.Tensor, flow.Conditioning], torch.Tensor]]) -> torch.Tensor:
-    """Flow-matching loss (n,) of every sample, float64: mean squared distance from the velocity of its data. Source: arXiv 2210.02747."""
-    losses = [(flow.predict(model, *sample) - target).double().square().flatten(1).mean(1) for sample, target in pairs]
-    return torch.cat(losses)
+def flow_losses(velocities: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Flow-matching loss (n,) of every sample, float64: mean squared distance of a model's velocity from that of the data. Source: arXiv 2210.02747."""
+    return torch.cat([(v - target).double().square().flatten(1).mean(1) for v, target in zip(velocities, targets, strict=True)])
 
 
 PSNR_TOP = 100.0

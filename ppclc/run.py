@@ -85,7 +85,7 @@ class Run:
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
 
     def part(self) -> None:
-        """Leave the other ranks, and bring the teacher back from the device: what follows is for one process, on the CPU."""
+        """Leave the other ranks, and bring the teacher back from the device: what follows is for one process, and most of it on the CPU."""
         self.ranks = self.store.ranks = self.ranks.leave()
         if "teacher" in self.__dict__:
             self.teacher.to("cpu")
@@ -136,7 +136,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     check_by_hand(source, recipe.plan, recipe.calibrate.longest)
     if planned:
         check_target(recipe.plan, budget)
-    cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display)  # before the teacher: both may not fit in memory
+    # Before the teacher is there: both may not fit in memory.
+    cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display, ranks.device)
     run = Run(recipe, name, out, display, source, cache, ranks)
     for note in source.notes if ranks.is_main else ():
         display.say(note)
@@ -160,12 +161,14 @@ def check_mark(out: Path, source: Source, way_out: str) -> Path:
     return mark
 
 
-def cached_samples(found: Cache | Unencoded | None, records: Path, dtype: str, display: Display) -> tuple[Cache | None, list[Stage]]:
+def cached_samples(
+    found: Cache | Unencoded | None, records: Path, dtype: str, display: Display, device: str = "cpu"
+) -> tuple[Cache | None, list[Stage]]:
     """The user's samples, and what encoding them took, which counts as calibration, when they are not there yet."""
     if not isinstance(found, Unencoded) or found.folder(records, dtype).is_dir():
         return cached(found, records, dtype, display.say), []
     with measured("calibrate") as cost:
-        cache = cached(found, records, dtype, display.say)
+        cache = cached(found, records, dtype, display.say, device)
     return cache, cost
 
 

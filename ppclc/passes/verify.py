@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,17 +11,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow, plugins
+from ppclc.block_costs import width_of
+from ppclc.cache import TEXT
+from ppclc.devices import free_bytes, placed
 from ppclc.errors import RecipeError
 from ppclc.judges import open_judges
 from ppclc.quality import BANDS, PSNR_TOP, difference_quality, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
 from ppclc.records import Gate, Measured, Quality, Verdict
-from ppclc.samples import Samples
+from ppclc.samples import Sample, Samples, picked
 from ppclc.sources import Source
 
 VERSION = 3
 PREVIEWS = 24
 SEED, BATCH = 77, 16
 """Of the samples that velocities are compared on; they are drawn so many at a time."""
+STATES = 40
+"""Memory of a sample's forward in 16 bits over that of its states, both streams: four widths in a network, twice, and what attention reads."""
 Progress = Callable[[float, str], None]
 Limit = Annotated[float, Field()] | Annotated[int, Field()]
 
@@ -90,10 +96,11 @@ def verify(
     samples: Samples,
     settings: VerifySettings,
     decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    device: str = "cpu",
 ) -> Verdict:
-    """The verdict: figures for both models, gates, and images from the same noise."""
+    """The verdict: figures for both models, gates, and images from the same noise. device: where models without a task take turns."""
     if source.task is None:
-        return judged_without_task(teacher, student, samples, settings, decode)
+        return judged_without_task(teacher, student, samples, settings, decode, device)
     quality = source.task.compare(measured[0].tensors, measured[1].tensors, settings)
     images = {}
     prompts: list[str] = []
@@ -103,28 +110,70 @@ def verify(
 
 
 def judged_without_task(
-    teacher: Any, student: Any, samples: Samples, settings: VerifySettings, decode: Callable[[torch.Tensor], torch.Tensor] | None
+    teacher: Any,
+    student: Any,
+    samples: Samples,
+    settings: VerifySettings,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None,
+    device: str = "cpu",
 ) -> Verdict:
-    """What can be said of a user's own model: velocity error by band, flow-matching loss where there are images, and both models' images side by side."""
+    """What can be said of a user's own model: velocity error by band, flow-matching loss where there are images, and both models' images side by side.
+
+    The models take turns on the device.
+    """
     generator = torch.Generator().manual_seed(SEED)
     counts = [min(BATCH, settings.samples - i) for i in range(0, settings.samples, BATCH)]
-    drawn = [samples.draw_with_target(count, generator) for count in counts]
-    quality = velocity_table(*velocity_distances(teacher, student, [sample for sample, _ in drawn]), [SEED])
-    pairs = [(sample, target) for sample, target in drawn if target is not None]
-    if pairs:
-        quality["flow_loss"] = paired_quality(
-            flow_losses(teacher, pairs), flow_losses(student, pairs), [SEED], "mean squared velocity", "lower"
-        )
-    if decode is None or not settings.images:
+    with placed(teacher, device):  # which prompts' samples are drawn with
+        drawn = [samples.draw_with_target(count, generator) for count in counts]
+        points = [sample for sample, _ in drawn]
+        noise, given, prompts = samples.previews(settings.images, settings.seeds[0]) if decode and settings.images else (None, {}, [])
+        theirs = answers(teacher, points, noise, given, settings.steps, device, samples.source)
+    with placed(student, device):
+        ours = answers(student, points, noise, given, settings.steps, device, samples.source)
+    distance, energy = velocity_distances(theirs.velocities, ours.velocities)
+    quality = velocity_table(distance, energy, torch.cat([t for _, t, _ in points]).double(), [SEED])
+    if targets := [target for _, target in drawn if target is not None]:
+        teacher_loss, student_loss = (flow_losses(a.velocities, targets) for a in (theirs, ours))
+        quality["flow_loss"] = paired_quality(teacher_loss, student_loss, [SEED], "mean squared velocity", "lower")
+    if decode is None or theirs.latents is None or ours.latents is None:
         return Verdict(quality=quality, gates=gates(quality, settings), prompts=[])
-    noise, given, prompts = samples.previews(settings.images, settings.seeds[0])
-    images = {}
-    for name, model in (("teacher", teacher), ("student", student)):
-        images[name] = torch.cat([decode(x[None]) for x in flow.sample(model, noise, given, given, 1, settings.steps)]).float()
+    latents = {"teacher": theirs.latents, "student": ours.latents}
+    images = {name: torch.cat([decode(x[None]) for x in sampled]).float() for name, sampled in latents.items()}
     quality |= image_table(images["teacher"], images["student"], settings.seeds[:1])
     judged, notes = judge_table(images["teacher"], images["student"], prompts, settings)
     quality |= judged
     return Verdict(quality=quality, gates=gates(quality, settings), prompts=prompts, notes=notes, tensors=images)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model makes of samples: its velocity (B, S, C) on every batch, and latents that it samples from noise, where that was asked for."""
+
+    velocities: list[torch.Tensor]
+    latents: torch.Tensor | None
+
+
+@torch.no_grad()
+def answers(
+    model: Any, points: Sequence[Sample], noise: torch.Tensor | None, given: flow.Conditioning, steps: int, device: str, source: Source
+) -> Answers:
+    """A model's answers, on the CPU; on a GPU no more samples at once than its memory has room for."""
+    velocities = [torch.cat([flow.predict(model, *part) for part in parts_that_fit(sample, device, source)]) for sample in points]
+    if noise is None:
+        return Answers(velocities, None)
+    starts = parts_that_fit((noise, torch.ones(len(noise)), given), device, source)
+    return Answers(velocities, torch.cat([flow.sample(model, x, known, known, 1, steps) for x, _, known in starts]))
+
+
+def parts_that_fit(sample: Sample, device: str, source: Source) -> list[Sample]:
+    """A batch as it is on a CPU; for a GPU in parts of which half of the free memory holds `STATES` states each."""
+    x, t, given = sample
+    if device == "cpu":
+        return [sample]
+    tokens = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3] // 4
+    tokens += sum(v.shape[1] for name, v in given.items() if name == TEXT)
+    rows = max(1, int(free_bytes(device) / 2 / (STATES * 2 * tokens * width_of(source.config))))
+    return [picked(sample, range(i, min(i + rows, len(t)))) for i in range(0, len(t), rows)]
 
 
 def judge_table(
