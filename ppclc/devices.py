@@ -170,17 +170,27 @@ def device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+PLACED_SHARE = 0.85
+"""Of the memory that is free on a GPU, what a model's weights may take there: the rest is for what it computes."""
+
+
 @contextmanager
-def placed(model: Any, device: str) -> Iterator[None]:
-    """A block in which a model is on a device, and on the CPU again after it. What is no module, as a teacher that is read block by block, stays."""
+def placed(model: Any, device: str) -> Iterator[str]:
+    """A block in which a model is on a device, if that has room for its weights, and on the CPU again after it; where it is.
+
+    What is no module, as a teacher that is read block by block, stays where it is.
+    """
     import torch
 
     if device == "cpu" or not isinstance(model, torch.nn.Module):
-        yield
+        yield device
+        return
+    if sum(p.nbytes for p in model.parameters()) > PLACED_SHARE * free_bytes(device):
+        yield "cpu"
         return
     model.to(device)
     try:
-        yield
+        yield device
     finally:
         model.to("cpu")
         torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -194,3 +194,37 @@ class Allocations(TorchDispatchMode):
     def _forget(self, key: int, count: int) -> None:
         self._known.discard(key)
         self.live -= count
+
+
+def by_depth(family: Family, config: Mapping[str, Any], plan: CompressionPlan, measured: Callable[[dict[str, Any]], int]) -> int:
+    """What is measured of a student's configuration, where it is linear in depth: shallow students of like blocks tell it."""
+    rank = (plan.modulation_rank or width_of(config)) if plan.has_width_edits else None
+    low = [2] * len(family.groups)
+
+    def at(
+        first: int, text_stream: tuple[int, ...] = (), ffn: tuple[tuple[int, str], ...] = (), pairs: tuple[tuple[int, int], ...] = ()
+    ) -> int:
+        """With so many blocks in the first group, which is the one that width edits are tried in."""
+        return of([first, *low[1:]], text_stream, ffn, pairs)
+
+    def of(
+        sizes: Sequence[int],
+        text_stream: tuple[int, ...] = (),
+        ffn: tuple[tuple[int, str], ...] = (),
+        pairs: tuple[tuple[int, int], ...] = (),
+    ) -> int:
+        shallow = dict(config) | {g.count_key: size for g, size in zip(family.groups, sizes, strict=True)}
+        like = CompressionPlan.of(family.name, family.num_blocks(shallow), pairs, text_stream, rank, ffn=ffn, adapters=pairs)
+        return measured(student_config(family, shallow, like))
+
+    two, three, mapped = of(low), at(3), len(plan.text_stream)
+    saved = mapped * (three - at(3, (2,))) if mapped else 0
+    for stream in {e.stream for e in plan.ffn}:
+        saved += sum(e.stream == stream for e in plan.ffn) * (three - at(3, (), ((2, stream),)))
+    if plan.adapters:
+        saved += len(plan.adapters) * (three - at(4, pairs=((2, 3),)))
+    total = two - saved
+    for n, count in enumerate(blocks_by_group(family, config, plan).values()):
+        deeper = three if n == 0 else of([*low[:n], 3, *low[n + 1 :]])
+        total += (deeper - two) * (count - 2)
+    return max(0, total)

@@ -119,17 +119,17 @@ def judged_without_task(
 ) -> Verdict:
     """What can be said of a user's own model: velocity error by band, flow-matching loss where there are images, and both models' images side by side.
 
-    The models take turns on the device.
+    The models take turns on the device; one that it has no room for stays on the CPU.
     """
     generator = torch.Generator().manual_seed(SEED)
     counts = [min(BATCH, settings.samples - i) for i in range(0, settings.samples, BATCH)]
-    with placed(teacher, device):  # which prompts' samples are drawn with
+    with placed(teacher, device) as place:  # which prompts' samples are drawn with
         drawn = [samples.draw_with_target(count, generator) for count in counts]
         points = [sample for sample, _ in drawn]
         noise, given, prompts = samples.previews(settings.images, settings.seeds[0]) if decode and settings.images else (None, {}, [])
-        theirs = answers(teacher, points, noise, given, settings.steps, device, samples.source)
-    with placed(student, device):
-        ours = answers(student, points, noise, given, settings.steps, device, samples.source)
+        theirs = answers(teacher, points, noise, given, settings.steps, place, samples.source)
+    with placed(student, device) as place:
+        ours = answers(student, points, noise, given, settings.steps, place, samples.source)
     distance, energy = velocity_distances(theirs.velocities, ours.velocities)
     quality = velocity_table(distance, energy, torch.cat([t for _, t, _ in points]).double(), [SEED])
     if targets := [target for _, target in drawn if target is not None]:

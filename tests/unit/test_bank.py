@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from ppclc import bank as bank_module
-from ppclc import cli, compiler, distilling, run_costs, sizes
+from ppclc import cli, compiler, distilling, run_bytes, run_work, sizes
 from ppclc.bank import EditBank, considered, interval_job, intervals_to_distill, needed, width_job
 from ppclc.budget import PlanSettings
 from ppclc.classes import predicted_parameters
@@ -29,7 +29,8 @@ from ppclc.predictions import predict
 from ppclc.recipe import Recipe, parse_recipe, read_recipe
 from ppclc.records import Distilled, Job, Record, StoredTensors, read_record
 from ppclc.run import Run
-from ppclc.run_costs import Speeds, Work
+from ppclc.run_work import Work
+from ppclc.speeds import Speeds
 
 SMALL: dict[str, Any] = {
     "calibrate": {"samples": 64, "longest": 4},
@@ -339,11 +340,11 @@ def test_what_is_predicted_of_a_whole_bank_is_what_is_distilled(
     work = Work(run.recipe, run.source, run.plan, model, model, Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1), 1)
     chosen = intervals_to_distill(run.analysis, run.plan, run.recipe.distill, run.recipe.plan)
     wanted = {(i.first, i.last) for alone in chosen for i in alone.intervals}
-    assert set(run_costs.distilled_spans(work)) == wanted
+    assert set(run_work.distilled_spans(work)) == wanted
     assert len(wanted) == (12 if budget == 16384 else len(wanted)) <= 12
     few = Work(_planned(run.recipe), run.source, run.plan, model, model, work.speeds, 1)
     assert (
-        run_costs.disk_bytes(work) - run_costs.disk_bytes(few) == (len(wanted) - len(run.plan.intervals)) * run_costs._block_bytes(work)[0]
+        run_bytes.disk_bytes(work) - run_bytes.disk_bytes(few) == (len(wanted) - len(run.plan.intervals)) * run_bytes._block_bytes(work)[0]
     )
 
 

@@ -104,6 +104,7 @@ def test_models_take_turns_on_the_gpu_and_the_verdict_is_the_same(
     wanted = judged_without_task(*models, samples, settings, decode)
     a_sample = verify.STATES * 2 * 32 * (32 + 5)
     monkeypatch.setattr(verify, "free_bytes", lambda device: int(2 * room * a_sample) if device == "cuda" else 0)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 10**9)
     log: list[tuple[str, str]] = []
     teacher, student = (Moved(m, n, log) for m, n in zip(models, ("teacher", "student"), strict=True))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: log.append(("", "empty")))
@@ -122,9 +123,22 @@ def test_models_take_turns_on_the_gpu_and_the_verdict_is_the_same(
 def test_a_model_that_fails_on_the_gpu_comes_back(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[tuple[str, str]] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 10**9)
     model = Moved(models[0], "teacher", log)
     with pytest.raises(RuntimeError, match="broke"), devices.placed(model, "cuda"):
         raise RuntimeError("broke")
+    assert log == [("teacher", "to cuda"), ("teacher", "to cpu")]
+
+
+def test_a_model_that_the_gpu_has_no_room_for_stays_on_the_cpu(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[tuple[str, str]] = []
+    model = Moved(models[0], "teacher", log)
+    weights = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for free, place in ((int(weights / devices.PLACED_SHARE) - 10, "cpu"), (int(weights / devices.PLACED_SHARE) + 10, "cuda")):
+        monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
+        with devices.placed(model, "cuda") as where:
+            assert where == place
     assert log == [("teacher", "to cuda"), ("teacher", "to cpu")]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import checkpoints, reach, run_costs
+from ppclc import checkpoints, reach, run_bytes, run_costs, run_work, speeds
 from ppclc.block_costs import default_size
 from ppclc.classes import DTYPES, count_parameters, empty_model, random_model, student_config
 from ppclc.errors import PlanError
@@ -20,11 +20,15 @@ from ppclc.passes import analyze, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
 from ppclc.recipe import parse_recipe, read_recipe
-from ppclc.run_costs import Speeds, Work
+from ppclc.records import write_tensors
+from ppclc.run_work import Work, sample_size
 from ppclc.samples import open_samples
 from ppclc.search import Lessons
 from ppclc.sources import open_source
+from ppclc.speeds import Speeds
 from ppclc.teachers import ResidentTeacher
+from tests.contracts.test_families import subject_of
+from tests.pipelines import qwen_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS: dict[str, dict[str, Any]] = {
@@ -169,7 +173,7 @@ def demo_work(family: Family, **changes: Any) -> Work:
     source = open_source("builtin:two-digits")
     plan = CompressionPlan.of(family.name, 12, [(4, 5), (6, 7)], [3, 4, 6, 8, 9, 10, 11], 4, True)
     teacher, student = (predict(family, source.config, p, "float32") for p in (CompressionPlan.of(family.name, 12), plan))
-    speeds = Speeds(
+    fixed = Speeds(
         teacher_s=1.6e-3,
         student_s=1.15e-3,
         single_teacher_s=0.0165,
@@ -179,7 +183,7 @@ def demo_work(family: Family, **changes: Any) -> Work:
         products_per_s=1.5e11,
         python=1.0,
     )
-    return Work(recipe, source, plan, teacher, student, speeds, 2)
+    return Work(recipe, source, plan, teacher, student, fixed, 2)
 
 
 REAL_S = {"calibrate": 6.4, "analyze": 47.5, "distill": 202.5, "verify": 135.0, "export": 78.3, "bench": 4.1, "report": 1.8}
@@ -192,14 +196,15 @@ REAL_PEAK_BYTES, REAL_DISK_BYTES = 1_380_962_304, 60_570_000
 
 def test_the_demo_s_costs_are_those_of_its_real_runs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     work = demo_work(family)
-    assert run_costs.start_students(work) == 1
-    monkeypatch.setattr(run_costs, "start_students", lambda _: 0)  # which that run did not try
+    assert run_work.start_students(work) == 1
+    for module in (run_costs, run_bytes):  # which that run did not try
+        monkeypatch.setattr(module, "start_students", lambda _: 0)
     seconds = {name: run_costs.OTHER_S[name] + stage(work) for name, stage in run_costs.STAGES.items()}
     for name, real in REAL_S.items():
         assert seconds[name] == pytest.approx(real, rel=0.3), name
     assert sum(seconds[n] for n in REAL_S) == pytest.approx(sum(REAL_S.values()), rel=0.15)
-    assert run_costs.peak_bytes(work) == pytest.approx(REAL_PEAK_BYTES, rel=0.15)
-    assert run_costs.disk_bytes(work) == pytest.approx(REAL_DISK_BYTES, rel=0.02)
+    assert run_bytes.peak_bytes(work) == pytest.approx(REAL_PEAK_BYTES, rel=0.15)
+    assert run_bytes.disk_bytes(work) == pytest.approx(REAL_DISK_BYTES, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +238,8 @@ def test_moments_take_the_bytes_of_a_calibration(
     stats = calibrate.calibrate(ResidentTeacher(teacher, family), samples, recipe.calibrate, lambda *_: None, reach=kept)
     plan = CompressionPlan.of(family.name, 6)
     model = predict(family, source.config, plan, "float32")
-    speeds = Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1)
-    assert run_costs.moment_bytes(Work(recipe, source, plan, model, model, speeds, 1)) == sum(t.nbytes for t in stats.tensors.values())
+    known = Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1)
+    assert run_bytes.moment_bytes(Work(recipe, source, plan, model, model, known, 1)) == sum(t.nbytes for t in stats.tensors.values())
     assert calibrate.far_every(1024) == 4
 
 
@@ -265,21 +270,66 @@ def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teache
     model = predict(family, source.config, empty, "float32")
     work = Work(recipe, source, empty, model, model, Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1), 1)
     assert run_costs.analyze_forwards(work) == pytest.approx(found.work["spent"], rel=0.2)
-    assert run_costs.trial_students(work) == 0
+    assert run_work.trial_students(work) == 0
 
 
 def test_speeds_are_measured_on_small_models_and_counted_on_large_ones(
     family: Family, teacher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, plan = config_of(teacher), plan_of(family, "all")
-    speeds = run_costs.measure_speeds(family, config, plan, "float32")
-    assert 0 < speeds.teacher_s < speeds.single_teacher_s
-    assert speeds.training > 1
-    monkeypatch.setattr(run_costs, "SMALL_PARAMETERS", 0)
-    counted = run_costs.measure_speeds(family, config, plan, "float32")
-    whole = run_costs.forward_operations(family, config), run_costs.forward_operations(family, student_config(family, config, plan))
+    config, plan, size = config_of(teacher), plan_of(family, "all"), default_size(family)
+    measured = speeds.measure_speeds(family, config, plan, "float32", size)
+    assert 0 < measured.teacher_s < measured.single_teacher_s
+    assert measured.training > 1
+    monkeypatch.setattr(speeds, "SMALL_PARAMETERS", 0)
+    counted = speeds.measure_speeds(family, config, plan, "float32", size)
+    whole = [speeds.forward_operations(family, c, size) for c in (config, student_config(family, config, plan))]
     assert counted.student_s / counted.teacher_s == pytest.approx(whole[1] / whole[0], rel=0.05)
     assert counted.teacher_s == pytest.approx(whole[0] / counted.products_per_s, rel=0.01)
+
+
+def test_a_gpu_s_speed_is_measured_until_it_is_done(family: Family, teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in that is asked to wait before and after every call, after one that warms it up."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: asked.append("wait"))
+    (best,) = speeds._best("cuda", lambda: asked.append("call"), rounds=2)
+    assert asked == ["call", *2 * ["wait", "call", "wait"]]
+    assert best >= 0
+
+
+def sized(folder: Path, family: Family, **calibrate: Any) -> dict[str, int]:
+    recipe = parse_recipe({"model": {"path": str(folder)}, "calibrate": calibrate, "target": {"parameters": 0.5}}, "recipe")
+    return sample_size(recipe, open_source(str(folder)))
+
+
+def test_samples_are_as_large_as_the_recipe_s_data(family: Family, teacher_folder: Path, tmp_path: Path) -> None:
+    """Noise and tasks have a size of their own; of pictures the resolution tells it, by the pipeline's VAE where there is one; encoded samples say it."""
+    size = default_size(family)
+    assert sized(teacher_folder, family) == size
+    assert sized(teacher_folder, family, source="noise", resolution=1024) == size
+    pictures = {"source": "images", "path": str(tmp_path / "not here"), "resolution": [1024, 512]}
+    assert sized(teacher_folder, family, **pictures) == {"batch": 1, "height": 64, "width": 32, "text": 512}
+    qwen_pipeline(subject_of("qwen_image").model).save_pretrained(tmp_path / "pipeline")
+    side = family.encoders.pixels_per_token(json.loads((tmp_path / "pipeline" / "vae" / "config.json").read_text()))
+    found = sized(tmp_path / "pipeline", family, **pictures)
+    assert (found["height"], found["width"]) == (1024 // side, 512 // side)
+    tensors = {"encoder_hidden_states": torch.zeros(4, 7, 16), "latents": torch.zeros(4, 24, 12)}
+    (tmp_path / "cache").mkdir()
+    write_tensors(tmp_path / "cache" / "a.safetensors", tensors, {"height": "4", "width": "6"})
+    cached = {"source": "cached", "path": str(tmp_path / "cache")}
+    assert sized(teacher_folder, family, **cached) == {"batch": 1, "height": 4, "width": 6, "text": 7}
+
+
+def test_larger_samples_cost_more(family: Family, teacher: Any, teacher_folder: Path) -> None:
+    whole = CompressionPlan.of(family.name, 6)
+    model = predict(family, config_of(teacher), whole, "float32")
+    seconds = {}
+    for resolution in (512, 1024):
+        calibrate_ = {"source": "images", "path": "not here", "resolution": resolution}
+        recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "calibrate": calibrate_, "target": {"parameters": 0.5}}, "recipe")
+        seconds[resolution] = run_costs.run_costs(recipe, open_source(str(teacher_folder)), whole, model, model)
+    small, large = seconds[512], seconds[1024]
+    assert large.seconds["calibrate"] > 2 * small.seconds["calibrate"]
+    assert large.peak_bytes > small.peak_bytes
 
 
 def test_sizes_are_those_of_bench(family: Family) -> None:

@@ -1,0 +1,156 @@
+"""What a recipe's passes have before them, as far as it is known before anything runs: samples, moments, edits that are tried and distilled."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ppclc.block_costs import default_size
+from ppclc.budget import allows
+from ppclc.cache import TEXT, open_cache
+from ppclc.detection import Span, group_ranges
+from ppclc.edit_costs import kept_choices
+from ppclc.encoding import kind_at
+from ppclc.errors import PpclcError
+from ppclc.pipelines import pipeline_of
+from ppclc.plan import CompressionPlan
+from ppclc.predictions import Prediction
+from ppclc.reach import MomentCounts, moment_counts, reach_of
+from ppclc.recipe import Recipe
+from ppclc.samples import TRAJECTORY_STEPS
+from ppclc.sources import Source, part_config
+from ppclc.speeds import Speeds
+
+PIXELS, TEXT_TOKENS = 16, 512
+"""Of a token's side, and of a prompt, where neither the pipeline nor encoded samples tell: what published pipelines have, and take at most."""
+SIDE_BY_SIDE = 1.1
+"""What threads that run beside each other lose."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the passes have before them."""
+
+    recipe: Recipe
+    source: Source
+    plan: CompressionPlan
+    teacher: Prediction
+    student: Prediction
+    speeds: Speeds
+    lanes: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the teacher."""
+        return self.plan.num_blocks
+
+    @cached_property
+    def size(self) -> dict[str, int]:
+        """What a sample is made of."""
+        return sample_size(self.recipe, self.source)
+
+    @property
+    def judged(self) -> bool:
+        """Whether the model has a task that judges images."""
+        return self.source.task is not None
+
+    @property
+    def targeted(self) -> bool:
+        """Whether the analysis is to reach a target, and so weighs what is left free."""
+        return self.recipe.target.is_given
+
+    @cached_property
+    def moments(self) -> MomentCounts:
+        """What the calibration keeps."""
+        recipe, family, config = self.recipe, self.source.family, self.source.config
+        reach = reach_of(family, config, recipe.plan, self.targeted, recipe.analyze.reading)
+        return moment_counts(family, config, recipe.calibrate.longest, reach)
+
+    @cached_property
+    def draw_s(self) -> float:
+        """Seconds that a sample takes to be drawn, beside the teacher's own forward."""
+        return TRAJECTORY_STEPS * self.speeds.teacher_s if self.recipe.calibrate.source == "prompts" else 0.0
+
+    def beside(self, *seconds: float) -> float:
+        """Wall time of things that run beside each other in threads of their own."""
+        return max(max(seconds), sum(seconds) / min(self.lanes, len(seconds))) * (SIDE_BY_SIDE if len(seconds) > 1 else 1)
+
+
+def sample_size(recipe: Recipe, source: Source) -> dict[str, int]:
+    """Batch, image grid and text length of a sample: of the user's data as far as can be told before they are encoded, else of a task's and of noise."""
+    wanted, size = recipe.calibrate, default_size(source.family)
+    if wanted.path is None or wanted.source == "noise":
+        return size
+    height, width = (wanted.resolution, wanted.resolution) if isinstance(wanted.resolution, int) else wanted.resolution
+    try:
+        if (kind_at(wanted.path) if wanted.source == "auto" else wanted.source) == "cached":
+            cache = open_cache(wanted.path, source)
+            return size | dict(zip(("height", "width"), cache.grid, strict=True)) | {"text": cache.shards[0].shapes[TEXT][1]}
+    except PpclcError:  # the data are not here: a configuration and a resolution are enough to plan with
+        pass
+    side = _pixels_per_token(source)
+    return size | {"height": max(1, height // side), "width": max(1, width // side), "text": TEXT_TOKENS}
+
+
+def _pixels_per_token(source: Source) -> int:
+    root, encoders = pipeline_of(source), source.family.encoders
+    if root is None or encoders is None or not Path(root).is_dir():
+        return PIXELS
+    try:
+        return encoders.pixels_per_token(part_config(root, encoders.image_parts[0]))
+    except PpclcError:
+        return PIXELS
+
+
+def intervals_of(work: Work) -> list[Span]:
+    """Every interval that the recipe allows, short ones first."""
+    longest = min(work.recipe.calibrate.longest, work.blocks)
+    ranges = group_ranges(work.source.family.sizes(work.source.config))
+    pairs = [(u, v) for first, end in ranges for u in range(first, end) for v in range(u + 1, min(u + longest, end))]
+    spans = [(u, v) for u, v in pairs if allows(work.recipe.plan, u, v)]
+    return sorted(spans, key=lambda s: (s[1] - s[0], s))
+
+
+def interval_forwards(work: Work, u: int, v: int) -> float:
+    """Forwards of one sample that the cost of an interval takes."""
+    return work.recipe.analysis.probes * len(kept_choices(u, v)) * (work.blocks - v) / work.blocks
+
+
+def distilled_spans(work: Work) -> list[Span]:
+    """Intervals that are distilled: the plan's, and with `distill.bank: all` every other one whose cost the budget lets be measured."""
+    own, settings = [(i.first, i.last) for i in work.plan.intervals], work.recipe.analysis
+    measured = work.targeted and work.recipe.plan.intervals == "auto" and settings.strategy == "output_error"
+    if work.recipe.distill.bank == "plan" or not measured:
+        return own
+    spent = itertools.accumulate((interval_forwards(work, *span) for span in intervals_of(work)), initial=0.0)
+    considered = [
+        s
+        for s, after in zip(intervals_of(work), itertools.islice(spent, 1, None), strict=True)
+        if after <= settings.budget - settings.probes
+    ]
+    return list(dict.fromkeys([*own, *considered]))
+
+
+def shares_weights(work: Work) -> bool:
+    """Whether a supernet says which blocks go."""
+    settings = work.recipe.analysis
+    searched = work.targeted and settings.strategy == "output_error" and work.recipe.plan.intervals == "auto"
+    return searched and settings.supernet_steps > 0 and bool(work.plan.intervals)
+
+
+def trial_students(work: Work) -> int:
+    """Students that are trained for a while before one plan is taken: of one depth a supernet leaves one, if no width is free."""
+    settings, wanted = work.recipe.analysis, work.recipe.plan
+    several = "auto" in (wanted.text_stream, wanted.ffn, wanted.modulation_rank) or not shares_weights(work)
+    return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 and several else 0
+
+
+def start_students(work: Work) -> int:
+    """Students of the plan that start from first, middle or last blocks, less the one that was tried with other plans: the search most often found one of these."""
+    settings, plan = work.recipe.analysis, work.plan
+    if not (work.targeted and settings.strategy == "output_error" and settings.trials > 1):
+        return 0
+    lengths = [i.last - i.first for i in plan.intervals if i not in plan.adapters]
+    return min(max(lengths), 2) + (trial_students(work) == 0) if lengths else 0
