@@ -19,7 +19,7 @@ from torch import nn
 from ppclc import flow
 from ppclc.batches import Feed, Share
 from ppclc.curves import Curve
-from ppclc.devices import Ranks, has_spare_core
+from ppclc.devices import Ranks, free_bytes, has_spare_core
 from ppclc.families import Group
 from ppclc.kernels.distillation_loss import state_loss
 from ppclc.local_edits import LocalEdit, Weights
@@ -31,6 +31,8 @@ from ppclc.teachers import StreamedTeacher, Teacher
 from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, train
 
 VERSION = 4
+EDITS_SHARE = 0.6
+"""Of the memory that is free on a GPU, what edits in training may take: the rest is for states and activations."""
 REFIT_BATCHES = 16
 LOCAL_KEYS = {"learning_rate", "seed", *TrainingSettings.model_fields}
 JOINT_KEYS = {
@@ -133,7 +135,10 @@ def distill_edits(
     device: str = "cpu",
     text_blocks: Callable[[int], nn.Module | None] = lambda _: None,
 ) -> Iterator[Distilled]:
-    """A record for each edit, all taught on the same batches, on a device that the teacher is on; one after the other once all are."""
+    """A record for each edit, all taught on the same batches, on a device that the teacher is on; one after the other once all are.
+
+    On a GPU that has no room for all of them beside a teacher that stays there, some at a time, which changes nothing but the teacher's work.
+    """
     local = LocalSettings(
         steps,
         settings.local_samples,
@@ -144,7 +149,42 @@ def distill_edits(
         settings,
     )
     draw = partial(_draw, samples, settings.local_samples, device)
-    return LocalPhase(teacher, draw, edits, works, local, progress, curves, device, text_blocks).run()
+    done = 0
+    while done < len(edits):
+        some = edits[done : done + edits_that_fit(edits[done:], room_for_edits(teacher, device), settings)]
+        told = partial(_told_of_some, progress, done / len(edits), len(some) / len(edits))
+        folders = works[done : done + len(some)]
+        yield from LocalPhase(teacher, draw, some, folders, local, told, curves, device, text_blocks).run()
+        done += len(some)
+
+
+def room_for_edits(teacher: Teacher, device: str) -> float | None:
+    """Bytes that edits may take beside a teacher that stays on a GPU; None where there is no limit: on a CPU, and where they come one by one."""
+    return None if device == "cpu" or isinstance(teacher, StreamedTeacher) else EDITS_SHARE * free_bytes(device)
+
+
+def edits_that_fit(edits: Sequence[LocalEdit], room: float | None, settings: TrainingSettings) -> int:
+    """How many of the first edits there is room for, with all that their training holds; one at least."""
+    if room is None:
+        return len(edits)
+    count, taken = 0, 0
+    for edit in edits:
+        taken += training_bytes(edit.build(), settings)
+        if count and taken > room:
+            break
+        count += 1
+    return count
+
+
+def training_bytes(module: nn.Module, settings: TrainingSettings) -> int:
+    """Bytes of a module in training: weights in float32, of what learns the gradient, the optimizer's two moments, a copy in 16 bits, the average."""
+    moments = 2 if settings.optimizer == "adamw8bit" else 8
+    each = 4 + moments + 2 + (4 if settings.ema else 0)
+    return sum(p.numel() * (4 + each * p.requires_grad) for p in module.parameters())
+
+
+def _told_of_some(progress: Progress, before: float, share: float, done: float, note: str) -> None:
+    progress(before + share * done, note)
 
 
 def finetune(

@@ -15,14 +15,16 @@ from ppclc.families import Family
 from ppclc.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
 from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
 from ppclc.models import apply_plan
+from ppclc.passes import distill
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
+from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats, Distilled
 from ppclc.refits import refitted, text_blocks
 from ppclc.samples import Sample, Samples, open_samples
 from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
-from ppclc.training import CHECKPOINT, TrainingSettings
+from ppclc.training import CHECKPOINT, Trainer, TrainingSettings
 
 NAME = "qwen_image"
 STEPS = 8
@@ -303,3 +305,55 @@ def test_a_teacher_in_half_precision_teaches_in_every_precision(
         losses.append(made.losses[0][1])
         assert all(t.dtype == model.dtype for t in made.tensors.values())
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+@pytest.mark.parametrize("fit", [1, 2, 4])
+def test_edits_that_do_not_fit_beside_each_other_learn_some_at_a_time_to_the_same_bits(
+    fit: int,
+    resident: Teacher,
+    stats: CalibrationStats,
+    samples: Samples,
+    wanted: dict[str, Distilled],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edits, shares, waves = edits_of(resident, stats), list[float](), list[int]()
+    settings = DistillSettings(steps=STEPS, local_batch=4, learning_rate=3e-3, checkpoint_every=3, seed=5)
+    largest = max(distill.training_bytes(e.build(), settings) for e in edits)
+    monkeypatch.setattr(distill, "room_for_edits", lambda teacher, device: fit * largest)
+    works = [tmp_path / e.key for e in edits]
+    for work in works:
+        work.mkdir()
+    run = LocalPhase.run
+    monkeypatch.setattr(LocalPhase, "run", lambda self: waves.append(len(self.edits)) or run(self))
+    made = distill.distill_edits(resident, edits, STEPS, samples, settings, lambda done, _: shares.append(done), works)
+    assert same({d.edit: d for d in made}, wanted)
+    assert sum(waves) == len(edits)
+    assert waves[0] >= fit
+    assert len(waves) > 1 or fit == 4
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1)
+
+
+def test_training_takes_what_its_tensors_take() -> None:
+    """Weights, gradients, the optimizer's moments and the average, as they are after a step; what does not learn is there once."""
+    module = torch.nn.Sequential(torch.nn.Linear(50, 40), torch.nn.Linear(40, 30).requires_grad_(False))
+    settings = TrainingSettings(ema=0.9)
+    trainer = Trainer(module, 2, 1e-3, settings)
+    trainer.step([lambda m: {"loss": m(torch.ones(3, 50)).square().mean()}])
+    learned = [p for p in module.parameters() if p.requires_grad]
+    held = sum(p.nbytes for p in module.parameters()) + sum(p.grad.nbytes for p in learned if p.grad is not None)
+    held += sum(v.nbytes for p in learned for v in trainer.optimizer.state[p].values() if v.dim()) + sum(
+        a.nbytes for a in trainer.average.values()
+    )
+    halves = 2 * sum(p.numel() for p in learned)  # of a forward in 16 bits
+    assert distill.training_bytes(module, settings) == held + halves
+
+
+def test_there_is_no_limit_on_a_cpu_nor_where_edits_come_one_by_one(
+    resident: Teacher, streamed: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill, "free_bytes", lambda device: 1000)
+    assert distill.room_for_edits(resident, "cpu") is None
+    assert distill.room_for_edits(streamed, "cuda") is None
+    assert distill.room_for_edits(resident, "cuda") == 600
