@@ -18,7 +18,8 @@ import torch
 
 from benchmarks.results_file import write_results
 from ppclc import plugins
-from ppclc.passes.bench import run_bench, session_target
+from ppclc.bench_targets import session_target
+from ppclc.passes.bench import run_bench
 from ppclc.roofline import work_of
 from tests.contracts.test_backends import ROLES, SMALL, in_dtype, lower
 

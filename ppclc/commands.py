@@ -7,8 +7,6 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,30 @@ from rich.table import Table
 
 from ppclc import block_costs, compiler, kernels, sizes
 from ppclc.bench_files import write_bench
+from ppclc.bench_subjects import asked_for, random_models, subjects_of
 from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
-from ppclc.classes import DTYPES, Pool, count_parameters, model_outline, random_model, student_config
-from ppclc.devices import free_bytes, launcher_warning, open_ranks
+from ppclc.classes import count_parameters, model_outline
+from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
 from ppclc.environment import accelerator, machine, versions
-from ppclc.errors import OutputError, RecipeError, UnavailableError
-from ppclc.families import Lowered
+from ppclc.errors import OutputError, RecipeError
 from ppclc.lora import remap
 from ppclc.lowering import gpu
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
-from ppclc.passes.bench import Benched, bench_models, device_of
+from ppclc.passes.bench import bench_models, device_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
-from ppclc.published import open_outline, published
+from ppclc.published import open_outline
 from ppclc.receipts import RECORD, read_export
 from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
-from ppclc.records import digest_of, write_text
+from ppclc.records import write_text
+from ppclc.run import newest_out
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
-from ppclc.sources import BUILTIN, Source, check_teacher, open_configuration, open_source
+from ppclc.sources import BUILTIN, Source, check_teacher, open_source
 
 HEAD = ("teacher", "student", "plan", "gates")
 """What `compress` and `slice` print of a report."""
@@ -246,14 +245,6 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
     return [*lines, f"report: {out / 'report.html'}"]
 
 
-def newest_out() -> Path:
-    """The output folder below `out/` whose student was made last. Raises RecipeError when there is none."""
-    found = [p.parents[2] for p in Path("out").glob("*/model/transformer/config.json")]
-    if not found:
-        raise RecipeError("no student below out/ yet; give a MODEL, or run first: ppclc compress two_digits")
-    return max(found, key=lambda f: (f / "model" / "transformer").stat().st_mtime)  # the folder above changes with its card
-
-
 def export(
     model: str | None,
     backend: str,
@@ -316,101 +307,28 @@ def bench(
     device = device_of(settings)
     if settings.kernels:
         kernels.check(settings.kernels)
-    artefacts = {t: read_export(Path(t)) for t in targets if (Path(t) / RECORD).is_file()}
-    dtype = dtype or next((e.dtype for e in artefacts.values() if len(artefacts) == len(targets) and not against), "float32")
-    if dtype not in DTYPES:
-        raise RecipeError(f"--dtype {dtype}: wanted one of {', '.join(DTYPES)}")
-    exports: dict[str, list[Path]] = {t: [Path(t)] for t in artefacts}
-    if not targets and not random_weights:
-        newest = newest_out()
-        recipe = read_recipe(newest / "recipe.yaml")
-        labels = {"teacher": against or recipe.model.path, "student": str(newest / "model")}
-        exports = {
-            "teacher": [] if against else [p.parent for p in newest.glob("records/teacher-*/export.json")],
-            "student": [p.parent for p in newest.glob("export/*/export.json")],
-        }
-    else:
-        labels = ({"teacher": against} if against else {}) | {t: t for t in targets}
-    whole = {label: open_source(path) for label, path in labels.items() if label not in artefacts}
-    sources = {label: whole.get(label) or open_configuration(str(Path(labels[label]) / "transformer")) for label in labels}
-    bare = _bare(random_weights, dtype) if random_weights else {}
-    set_threads(next(iter({**sources, **bare}.values())))
-    models = {label: load_source(source, dtype) for label, source in whole.items()}
-    sources |= bare
+    asked = asked_for(targets, against, random_weights, dtype)
+    set_threads(next(iter(asked.sources.values())))
+    models = {label: load_source(source, asked.dtype) for label, source in asked.whole.items()}
     display = Display(2, verbosity)
-    for note in [note for source in sources.values() for note in source.notes]:
+    for note in [note for source in asked.sources.values() for note in source.notes]:
         display.say(note)
     with display.stage("block costs") as progress:
-        for source in _teachers([*whole.values(), *list(bare.values())[:1]]):  # of a recipe's pair the teacher
-            _keep_block_costs(source, dtype, device, settings.runs, progress, display)
-    pool: Pool = {}  # models that are timed beside each other take the memory of one
-    models |= {label: _random_weights(source, dtype, pool, device) for label, source in bare.items()}
-    family = next(iter(sources.values())).family
-    if others := [label for label, source in sources.items() if source.family is not family]:
-        raise RecipeError(f"bench: {others[0]} is of {sources[others[0]].family.name}, wanted {family.name} as the others are")
-    subjects = [
-        Benched(label, source.config, models.get(label), _lowered(source, models.get(label), dtype), exports.get(label, []))
-        for label, source in sources.items()
-    ]
+        for source in asked.teachers:
+            costs = block_costs.measure(
+                source.family, source.config, asked.dtype, device, runs=min(settings.runs, BLOCK_RUNS), progress=progress
+            )
+            display.say(f"kept what a block of {source.path} costs here: {block_costs.keep(costs)}")
+    models |= random_models(asked, device)
     with display.stage("bench") as progress:
-        result, notes = bench_models(family, subjects, settings, dtype, progress)
+        result, notes = bench_models(asked.family, subjects_of(asked, models), settings, asked.dtype, progress)
     for note in [*notes, *(f"noisy run: {row.target} in {row.place}: {row.noise}" for row in result.rows if row.noise)]:
         display.say(note)
     if out is not None:
-        about = {**machine(next(iter(sources.values()))), **accelerator(), **versions()}
+        about = {**machine(next(iter(asked.sources.values()))), **accelerator(), **versions()}
         for path in write_bench(result, about, out):
             display.say(f"wrote {path}")
     return [row.model_dump(mode="json") for row in result.rows]
-
-
-def _lowered(source: Source, model: Any, dtype: str) -> Lowered:
-    """A model as it is run; of an artefact alone, its inputs."""
-    return source.family.lowered(model_outline(source.family, source.config).to(DTYPES[dtype]) if model is None else model)
-
-
-def _teachers(sources: Iterable[Source]) -> list[Source]:
-    """Those that plans are made for, each configuration once."""
-    found: dict[str, Source] = {}
-    for source in sources:
-        if not source.family.is_edited(source.config):
-            found.setdefault(digest_of(source.config), source)
-    return list(found.values())
-
-
-def _keep_block_costs(source: Source, dtype: str, device: str, runs: int, progress: Callable[[float, str], None], display: Display) -> None:
-    costs = block_costs.measure(source.family, source.config, dtype, device, runs=min(runs, BLOCK_RUNS), progress=progress)
-    path = block_costs.keep(costs)
-    display.say(f"kept what a block of {source.path} costs here: {path}")
-
-
-def _bare(name: str, dtype: str) -> dict[str, Source]:
-    """What is to be timed with random weights: a configuration by its own name, or a recipe's teacher and student.
-
-    Raises:
-        ModelError, RecipeError: there is no such configuration, published model or recipe.
-    """
-    if Path(name).expanduser().exists() and not name.endswith((".yaml", ".yml")):
-        return {name: open_configuration(name)}
-    if name in published():
-        return {name: open_outline(name)}
-    recipe = read_recipe(find_recipe(name))
-    teacher = open_outline(*recipe.model.place)
-    cut = even_plan(teacher, recipe.target, recipe.plan, dtype)
-    student = replace(teacher, path=name, config=student_config(teacher.family, teacher.config, cut), notes=())
-    return {"teacher": teacher, "student": student}
-
-
-def _random_weights(source: Source, dtype: str, pool: Pool, device: str) -> Any:
-    """The model of a configuration with random weights, shared by `pool`, on a device. Raises UnavailableError when it does not fit there."""
-    outline = model_outline(source.family, source.config).state_dict()
-    need = sum(t.numel() for n, t in outline.items() if (n, tuple(t.shape)) not in pool) * DTYPES[dtype].itemsize
-    free = free_bytes(device)
-    if need > free:
-        raise UnavailableError(
-            f"{source.path}: {free / 1e9:.1f} GB of memory are free{' on the GPU' * (device != 'cpu')}, wanted {need / 1e9:.1f} GB more for its weights; "
-            "what its blocks cost was measured and kept all the same"
-        )
-    return random_model(source.family, source.config, dtype, pool, device)
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

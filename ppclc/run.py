@@ -12,7 +12,7 @@ from ppclc.cache import FEW, Cache
 from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
-from ppclc.errors import OutputError
+from ppclc.errors import OutputError, RecipeError
 from ppclc.judges import open_judges
 from ppclc.models import load_source, set_threads
 from ppclc.passes import export as export_pass
@@ -176,3 +176,11 @@ def made(value: Any) -> Any:
     """What a pass has made; a mistake of ours where it has not run yet."""
     assert value is not None, "a pass ran before the one that it reads"
     return value
+
+
+def newest_out() -> Path:
+    """The output folder below `out/` whose student was made last. Raises RecipeError when there is none."""
+    found = [p.parents[2] for p in Path("out").glob("*/model/transformer/config.json")]
+    if not found:
+        raise RecipeError("no student below out/ yet; give a MODEL, or run first: ppclc compress two_digits")
+    return max(found, key=lambda f: (f / "model" / "transformer").stat().st_mtime)  # the folder above changes with its card

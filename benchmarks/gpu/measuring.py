@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ppclc.bench_targets import pinned
 from ppclc.kernels import lacks, switched
 
 L2_BYTES = 50 * 2**20
@@ -292,6 +293,5 @@ def quietly(call: Call) -> Any:
 
 def pinned_or_not(sdpa: str | None) -> Any:
     """A block in which PyTorch's attention is that one, or its own choice."""
-    from ppclc.passes.bench import pinned
 
     return nullcontext() if sdpa is None else pinned(sdpa)  # type: ignore[arg-type]

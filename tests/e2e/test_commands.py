@@ -6,7 +6,6 @@ import importlib.util
 import json
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -179,8 +178,7 @@ def test_bench_of_random_weights_needs_a_configuration_alone(as_file: bool, ppcl
 
 
 def test_random_weights_beyond_memory_are_refused(ppclc: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppclc.commands._keep_block_costs", lambda *_: None)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10, total=10**10))
+    monkeypatch.setattr("ppclc.bench_subjects.free_bytes", lambda device: 10)
     code, _, err = ppclc("bench", "--random-weights", str(teacher_folder), "--runs", "2")
     assert code == 3
     assert "0.0 GB of memory are free, wanted 0.0 GB more for its weights; what its blocks cost was measured" in err

@@ -14,6 +14,7 @@ import torch
 
 from ppclc import plugins
 from ppclc.backends import aotinductor
+from ppclc.bench_targets import own_stream
 from ppclc.block_costs import example_call, measure
 from ppclc.classes import DTYPES, random_model, student_config
 from ppclc.environment import accelerator
@@ -21,7 +22,7 @@ from ppclc.errors import UnavailableError, VerificationError
 from ppclc.families import Lowered
 from ppclc.graphs import captured
 from ppclc.lowering import parity
-from ppclc.passes.bench import Benched, BenchSettings, bench_models, own_stream
+from ppclc.passes.bench import Benched, BenchSettings, bench_models
 from ppclc.passes.export import export_model
 from ppclc.plan import CompressionPlan
 from ppclc.records import Export

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppclc import kernels, plugins
+from ppclc import bench_targets, kernels, plugins
 from ppclc.backends import Backend
 from ppclc.bench_files import markdown, write_bench
+from ppclc.bench_targets import BenchTarget, BoundRun, session_target
 from ppclc.classes import model_class, random_model
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family, qwen_image
@@ -25,15 +26,12 @@ from ppclc.passes import bench
 from ppclc.passes.bench import (
     Benched,
     BenchSettings,
-    BenchTarget,
-    BoundRun,
     TargetMaker,
     bench_models,
     device_of,
     noise,
     ratio,
     run_bench,
-    session_target,
     size_of,
 )
 from ppclc.recipe import bench_settings
@@ -419,16 +417,16 @@ def test_a_graph_that_cannot_be_captured_leaves_the_plain_call(monkeypatch: pyte
     def refuse(bind: Any, inputs: Any) -> Any:
         raise UnavailableError("cannot be captured as a CUDA graph: it waits")
 
-    monkeypatch.setattr(bench, "captured", refuse)
+    monkeypatch.setattr(bench_targets, "captured", refuse)
     maker = made_by(Fake(graphs="captured"), monkeypatch, cuda_graphs=True)
     assert [t.cuda_graph for t in maker.targets] == [False]
     assert maker.notes == ["out/x as a CUDA graph was not timed: cannot be captured as a CUDA graph: it waits"]
 
 
 def test_a_replay_s_memory_is_that_of_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "captured", lambda bind, inputs: Captured(SimpleNamespace(replay=lambda: None), inputs, bind(inputs)(), 900))
-    monkeypatch.setattr(bench, "peak_on_device", lambda run: run() or 100)
-    monkeypatch.setattr(bench, "held_by_others", lambda: 50)
+    monkeypatch.setattr(bench_targets, "captured", lambda bind, inputs: Captured(SimpleNamespace(replay=lambda: None), inputs, bind(inputs)(), 900))
+    monkeypatch.setattr(bench_targets, "peak_on_device", lambda run: run() or 100)
+    monkeypatch.setattr(bench_targets, "held_by_others", lambda: 50)
     maker = made_by(Fake(graphs="captured"), monkeypatch, cuda_graphs=True)
     plain, graph = maker.targets
     assert graph.peak(lambda: None) == 950

@@ -15,8 +15,8 @@ from onnx import TensorProto, helper
 
 from ppclc.backends import onnxruntime as back_end
 from ppclc.backends.onnxruntime import PROVIDERS, OnnxRuntimeSession, chosen_providers, load, provider_options
+from ppclc.bench_targets import Provider
 from ppclc.errors import RecipeError, UnavailableError, VerificationError
-from ppclc.passes.bench import Provider
 
 HERE = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
 
