@@ -424,7 +424,9 @@ def test_a_graph_that_cannot_be_captured_leaves_the_plain_call(monkeypatch: pyte
 
 
 def test_a_replay_s_memory_is_that_of_its_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_targets, "captured", lambda bind, inputs: Captured(SimpleNamespace(replay=lambda: None), inputs, bind(inputs)(), 900))
+    monkeypatch.setattr(
+        bench_targets, "captured", lambda bind, inputs: Captured(SimpleNamespace(replay=lambda: None), inputs, bind(inputs)(), 900)
+    )
     monkeypatch.setattr(bench_targets, "peak_on_device", lambda run: run() or 100)
     monkeypatch.setattr(bench_targets, "held_by_others", lambda: 50)
     maker = made_by(Fake(graphs="captured"), monkeypatch, cuda_graphs=True)
