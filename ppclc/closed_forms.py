@@ -191,7 +191,7 @@ def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPla
         PlanError: edits that the calibration has no moments of.
     """
     check_calibrated(plan, stats)
-    bank = {"modulation": modulation_basis(stats)} if "temb" in stats.rows else {}
+    bank = {"modulation": modulation_basis(stats)} if plan.modulation_rank is not None and "temb" in stats.rows else {}
     for edit in plan.text_stream:
         bank[plan.text_key(edit.block)] = text_maps(stats, ridge, _ends(plan, edit.block), _ends(plan, edit.reference))
     for ffn in plan.ffn:

@@ -39,8 +39,9 @@ from ppclc.reach import reach_of
 from ppclc.receipts import is_intact
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
+from ppclc.room import check_finetune
 from ppclc.run import Run, check_mark, made, prepare
-from ppclc.search import Lessons
+from ppclc.search import AnalyzeSettings, Lessons
 from ppclc.sources import Source, check_teacher, open_source
 
 SCALE_BATCHES, SCALE_BATCH = 8, 8
@@ -163,20 +164,33 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
         student_config(run.source.family, run.source.config, run.plan)
         check_reach(run.plan, made(run.stats).longest)
         check_calibrated(run.plan, made(run.stats))
+        if not run.store.frozen:
+            check_finetune(run.recipe, run.source, run.plan, run.ranks)
         if run.ranks.is_main and not run.store.frozen:
             run.write_recipe()
 
 
 def choose(run: Run, progress: Callable[[float, str], None]) -> None:
     """Probes, candidates, and the plan that meets the target."""
+    settings = run.analysis_settings
+    try:
+        run.analysis = _chosen(run, settings, progress)
+    except OutputError:
+        # One that is read again may be of a machine with room for more, or for less.
+        if not run.store.frozen:
+            raise
+        run.analysis = _chosen(run, run.recipe.analysis if settings != run.recipe.analysis else settings.untrained(), progress)
+
+
+def _chosen(run: Run, settings: AnalyzeSettings, progress: Callable[[float, str], None]) -> Analysis:
     recipe, stats = run.recipe, made(run.stats)
-    sections = (recipe.analysis, recipe.target, recipe.plan)
+    sections = (settings, recipe.target, recipe.plan)
     lessons = Lessons(recipe.distill.batch, recipe.distill.finetune_learning_rate)
-    run.analysis = run.store.make(
+    return run.store.make(
         Analysis,
         "analyze",
         analyze_pass.VERSION,
-        [*(s.model_dump() for s in sections), *([asdict(lessons)] if sections[0].learns else [])],
+        [*(s.model_dump() for s in sections), *([asdict(lessons)] if settings.learns else [])],
         (stats,),
         lambda _: analyze_pass.analyze(
             run.by_blocks, run.source, stats, run.samples("train"), *sections, recipe.model.dtype, progress, lessons

@@ -196,6 +196,15 @@ def placed(model: Any, device: str) -> Iterator[str]:
         torch.cuda.empty_cache()
 
 
+def total_bytes(device: Any) -> int:
+    """All memory of the host, or of a GPU."""
+    import psutil
+    import torch
+
+    where = torch.device(device)
+    return int(psutil.virtual_memory().total if where.type == "cpu" else torch.cuda.get_device_properties(where).total_memory)
+
+
 def free_bytes(device: Any) -> int:
     """Memory that is free: the host's, or a GPU's with what PyTorch keeps there for later."""
     import psutil

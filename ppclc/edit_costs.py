@@ -20,6 +20,7 @@ from torch import nn
 
 from ppclc.classes import empty_model, student_config
 from ppclc.closed_forms import closed_form_bank, far_of, linear_map
+from ppclc.devices import free_bytes
 from ppclc.families import STREAMS, Bank, States
 from ppclc.ffn_maps import ffn_map
 from ppclc.models import student_block
@@ -35,6 +36,8 @@ Span = tuple[int, int]
 Progress = Callable[[float], None]
 TRIED_WHOLE = 3
 """Intervals up to this long are tried with each of their blocks as the one that stays, longer ones with first, middle and last."""
+STATES_SHARE = 0.3
+"""Of the free memory, what the probes' states before all blocks may take."""
 KEPT_BYTES = 2**29
 """Most bytes of linear maps that are kept for further detours."""
 
@@ -186,7 +189,7 @@ class EditCosts:
         return [self._against(under_way[n], d.skeleton) for n, d in enumerate(detours)]
 
     def _keep(self, block: int, later: int, states: list[States]) -> None:
-        """Keep the teacher's states for detours to come: a streamed one's at one block beside the first, since they are many."""
+        """Keep the teacher's states for detours to come: where not those of all blocks are there, at one block beside the first."""
         if block == later and block not in self._states:
             self._states = {0: self._states[0], block: list(states)}
 
@@ -202,8 +205,10 @@ class EditCosts:
         return torch.cat([_energy(v - wanted) for v, wanted in zip(velocities, self.velocities, strict=True)])
 
     def _teacher_velocities(self) -> list[torch.Tensor]:
-        """The teacher's own, and of a resident one the states before every block."""
-        resident = isinstance(self.teacher, ResidentTeacher)
+        """The teacher's own, and of a resident one the states before every block, where memory has room for them."""
+        each = sum(x.nbytes for states in self._states[0] for x in states.values())
+        room = STATES_SHARE * free_bytes(self.teacher.device)
+        resident = isinstance(self.teacher, ResidentTeacher) and (self.length + 1) * each <= room
         for number, sweep in self.teacher.sweep(self.samples, range(self.length + 1)):
             states = sweep.states.pop(number)
             if resident:

@@ -45,9 +45,9 @@ class FfnMoments:
         """Rows that were added, by stream."""
         return self.moments.rows
 
-    def add(self, stream: str, block: int, mid_BTD: torch.Tensor, output_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None) -> None:
-        """Add one batch of one block: its mid and its output. Rows where the mask is zero do not enter."""
-        mid_ND, output_ND = rows_of(mid_BTD, mask_BT), rows_of(output_BTD, mask_BT)
+    def add(self, stream: str, block: int, mid_BTD: torch.Tensor, output_BTD: torch.Tensor, kept: torch.Tensor | None = None) -> None:
+        """Add one batch of one block: its mid and its output. kept: as `rows_of` takes it, of the rows that enter."""
+        mid_ND, output_ND = rows_of(mid_BTD, kept), rows_of(output_BTD, kept)
         self.moments.count(f"ffn.{stream}", block, len(mid_ND))
         if takes("moments", mid_ND, output_ND):
             self._add_by_kernel(stream, block, mid_ND, output_ND)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ppclc.local_edits import BatchStates, LocalEdit
 from ppclc.records import Distilled
 from ppclc.samples import Sample
 from ppclc.teachers import StreamedTeacher, Sweep, Teacher
-from ppclc.training import CHECKPOINT, Progress, Terms, Trainer, TrainingSettings, generator_state, steps_done
+from ppclc.training import CHECKPOINT, Progress, Saving, Terms, Trainer, TrainingSettings, generator_state, steps_done
 
 M_MMAP_THRESHOLD, LARGE_BYTES = -3, 2**20
 """glibc's name of the option, and the size from which memory is the system's own."""
@@ -101,13 +102,14 @@ class LocalPhase:
             for edit in self.edits:
                 self._trainer(edit)
             self.text_blocks = {number: self.text_blocks(number) for number in self._wanted[1]}.get
+        saving = Saving(self.settings.every)
         with noted_interrupts() as interrupt:
             at = first
             for chunk in self._feed().chunks(generator, steps - first):
                 self._learn(chunk, at, interrupt)
                 at += len(chunk)
-                if not self.streamed and (interrupt.asked or (at < steps and at % self.settings.every == 0)):
-                    self._save(chunk[-1].state, at)
+                if not self.streamed and (interrupt.asked or (at < steps and saving.due(at))):
+                    saving.timed(partial(self._save, chunk[-1].state, at))
                 if interrupt.asked:
                     raise KeyboardInterrupt
                 self.progress(at / steps, self._note())

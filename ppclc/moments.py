@@ -11,6 +11,7 @@ Shape suffixes: B batch, T token, N rows, D width.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from ppclc.device_sums import DeviceSums, HostCopies, Place
 from ppclc.kernels import takes
 from ppclc.kernels.moments import difference
+from ppclc.records import disk_errors
 
 Tensors = Mapping[str, torch.Tensor]
 TOGETHER = 2**24
@@ -38,9 +40,20 @@ def solving_device(device: torch.device) -> torch.device:
     return device if device.type == "cuda" else CPU
 
 
-def rows_of(states_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
-    """Tokens as rows (N, D); those where the mask is zero are left out."""
-    return states_BTD.reshape(-1, states_BTD.shape[-1]) if mask_BT is None else states_BTD[mask_BT.bool()]
+def rows_of(states_BTD: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    """Tokens as rows (N, D): all, or those where a mask (B, T) is not zero, or those whose numbers (N,) among all rows are given.
+
+    A mask on a GPU, or for what lies there, is waited for; numbers are not.
+    """
+    rows = states_BTD.reshape(-1, states_BTD.shape[-1])
+    if kept is None:
+        return rows
+    return rows[kept] if kept.dim() == 1 else states_BTD[kept.bool()]
+
+
+def numbers_of(mask_BT: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """The rows that a mask keeps, as numbers on a device; None where it keeps all."""
+    return None if mask_BT is None else mask_BT.flatten().nonzero().flatten().to(device)
 
 
 def product(x_ND: torch.Tensor, y_NE: torch.Tensor) -> torch.Tensor:
@@ -232,7 +245,15 @@ class Moments:
             return torch.zeros(*shape, dtype=dtype)
         path = self.folder / f"{len(self.tensors)}.sum"
         path.unlink(missing_ok=True)  # one that is there would be taken as it is
+        with disk_errors(path), path.open("wb") as file:  # a mapped page that the disk has no room for would be a signal, and no error
+            allocate(file.fileno(), dtype.itemsize * count)
         return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
+
+
+def allocate(descriptor: int, nbytes: int) -> None:
+    """Give a file its room on the disk, where the system can; raises OSError where there is none."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
 
 
 def stays(value: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from ppclc.models import Shared
 from ppclc.moments import ridge_solution
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit
 from ppclc.samples import Sample
-from ppclc.teachers import Sweep, Teacher, ffn_inputs_kept
+from ppclc.teachers import ResidentTeacher, Sweep, Teacher, ffn_inputs_kept
 
 Maps = dict[str, dict[str, torch.Tensor]]
 
@@ -46,7 +46,8 @@ def refitted(
     texts = [e for e in plan.text_stream if plan.interval_at(e.block) or plan.interval_at(e.reference)]
     moments = {plan.ffn_key(e.block, e.stream): FfnMoments() for e, _ in ffns}
     pairs = {plan.text_key(e.block): PairMoments() for e in texts}
-    for some in _chunks(samples, together) if ffns or texts else ():
+    parts = [part for sample in samples for part in teacher.parts(sample)] if isinstance(teacher, ResidentTeacher) else samples
+    for some in _chunks(parts, together) if ffns or texts else ():
         masks = [teaching.family.mask_of(sample[2]) for sample in some]
         ends = {e.reference: 0 for e in texts} | {e.block: 0 for e in texts}
         left: list[tuple[FfnEdit, Interval] | TextStreamEdit] = [*ffns, *texts]

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import budget_of, check_by_hand, check_target
+from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
 from ppclc.cache import FEW, Cache
 from ppclc.devices import Ranks
 from ppclc.display import Display
@@ -36,7 +36,9 @@ from ppclc.records import (
     measured,
     write_text,
 )
+from ppclc.room import analysis_here, check_finetune
 from ppclc.samples import Samples, open_samples
+from ppclc.search import AnalyzeSettings
 from ppclc.sources import Source, check_teacher, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.training import check_optimizer
@@ -79,6 +81,11 @@ class Run:
         if self.recipe.distill.teacher == "streamed":
             return StreamedTeacher(self.source, self.recipe.model.dtype, self.ranks.device)
         return ResidentTeacher(self.teacher.to(self.ranks.device), self.source.family)
+
+    @cached_property
+    def analysis_settings(self) -> AnalyzeSettings:
+        """Section `analyze` as teacher and device allow it."""
+        return analysis_here(self.recipe, self.source, self.ranks.device)
 
     def write_recipe(self) -> None:
         """`recipe.yaml`, with every default filled in: what the folder's plan was made by."""
@@ -142,8 +149,11 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     for note in source.notes if ranks.is_main else ():
         display.say(note)
     check_optimizer(recipe.distill)
-    if recipe.distill.teacher == "streamed" and recipe.analyze.learns and ranks.is_main:
-        display.say("warning: a streamed teacher is not trained: no supernet and no trials, the plan is chosen by untrained costs alone")
+    if recipe.analyze.learns and recipe.target.is_given and not run.analysis_settings.learns and ranks.is_main:
+        what = "a streamed teacher is not trained" if recipe.distill.teacher == "streamed" else "there is no memory to train whole models"
+        display.say(f"warning: {what}: no supernet and no trials, the plan is chosen by untrained costs alone")
+    if planned and recipe.plan.intervals != "auto":
+        check_finetune(recipe, source, even_plan(source, recipe.target, recipe.plan, recipe.model.dtype), ranks)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():

@@ -39,7 +39,7 @@ def peak_bytes(work: Work) -> int:
     start = LIBRARY_BYTES + (TASK_BYTES if work.judged else 0)
     sums = moment_bytes(work)
     calibration = weights + _passing_bytes(work) + (0 if calibrate.lies_in_files(sums) else 2 * sums)
-    probes = _state_bytes(work, recipe.analysis.probes)
+    probes = _state_bytes(work, work.analysis.probes)
     through_distill = weights
     if (
         recipe.distill.teacher == "streamed"

@@ -81,7 +81,7 @@ def calibrate_seconds(work: Work) -> float:
 
 def analyze_seconds(work: Work) -> float:
     """The teacher's forwards that the analysis spends on costs, what its trainings are taught and judged by, the supernet, then trials."""
-    settings = work.recipe.analysis
+    settings = work.analysis
     tried = trial_students(work) or start_students(work)
     steps = max(settings.supernet_steps if shares_weights(work) else 0, settings.trial_steps if tried else 0)
     judging = settings.probes * TRAJECTORY_STEPS if steps else 0
@@ -92,7 +92,7 @@ def analyze_seconds(work: Work) -> float:
 
 def analyze_forwards(work: Work) -> float:
     """Forwards of one sample, in whole teachers: intervals under the budget, every text run, rank and network, the probes themselves."""
-    settings, wanted, blocks, free = work.recipe.analysis, work.recipe.plan, work.blocks, work.targeted
+    settings, wanted, blocks, free = work.analysis, work.recipe.plan, work.blocks, work.targeted
     longest = min(work.recipe.calibrate.longest, blocks)
     forwards = 1.0
     if wanted.text_stream == "auto" and free:
@@ -121,7 +121,7 @@ def _supernet_seconds(work: Work) -> float:
     """Its steps one after the other, then sets of blocks judged beside each other."""
     if not shares_weights(work):
         return 0.0
-    settings, speeds = work.recipe.analysis, work.speeds
+    settings, speeds = work.analysis, work.speeds
     sample_s = speeds.teacher_s * len(work.plan.kept) / work.blocks
     trained = settings.supernet_steps * work.recipe.distill.batch * speeds.training
     return sample_s * (trained + settings.supernet_sets * settings.probes * TRAJECTORY_STEPS * _beside(work))
@@ -129,7 +129,7 @@ def _supernet_seconds(work: Work) -> float:
 
 def _trial_seconds(work: Work) -> float:
     """Students beside each other, the worse half dropping out after every round, each judged at the start and after its rounds."""
-    left, steps, settings = trial_students(work), work.recipe.analysis.trial_steps, work.recipe.analysis
+    left, steps, settings = trial_students(work), work.analysis.trial_steps, work.analysis
     trained, judged, before = 0.0, float(left), 0.0
     for share in trials.ROUNDS if left else ():
         trained, judged, before = trained + left * (share - before) * steps, judged + left, share

@@ -11,6 +11,7 @@ from ppclc.block_costs import default_size
 from ppclc.budget import allows
 from ppclc.cache import TEXT, open_cache
 from ppclc.detection import Span, group_ranges
+from ppclc.devices import device_here
 from ppclc.edit_costs import kept_choices
 from ppclc.encoding import kind_at
 from ppclc.errors import PpclcError
@@ -19,7 +20,9 @@ from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction
 from ppclc.reach import MomentCounts, moment_counts, reach_of
 from ppclc.recipe import Recipe
+from ppclc.room import analysis_here
 from ppclc.samples import TRAJECTORY_STEPS
+from ppclc.search import AnalyzeSettings
 from ppclc.sources import Source, part_config
 from ppclc.speeds import Speeds
 
@@ -45,6 +48,11 @@ class Work:
     def blocks(self) -> int:
         """Blocks of the teacher."""
         return self.plan.num_blocks
+
+    @cached_property
+    def analysis(self) -> AnalyzeSettings:
+        """Section `analyze` as teacher and device allow it."""
+        return analysis_here(self.recipe, self.source, device_here())
 
     @cached_property
     def size(self) -> dict[str, int]:
@@ -81,11 +89,11 @@ class Work:
 def sample_size(recipe: Recipe, source: Source) -> dict[str, int]:
     """Batch, image grid and text length of a sample: of the user's data as far as can be told before they are encoded, else of a task's and of noise."""
     wanted, size = recipe.calibrate, default_size(source.family)
-    if wanted.path is None or wanted.source == "noise":
+    if source.task is not None or wanted.source == "noise" or (wanted.source == "auto" and wanted.path is None):
         return size
     height, width = (wanted.resolution, wanted.resolution) if isinstance(wanted.resolution, int) else wanted.resolution
     try:
-        if (kind_at(wanted.path) if wanted.source == "auto" else wanted.source) == "cached":
+        if wanted.path and (kind_at(wanted.path) if wanted.source == "auto" else wanted.source) == "cached":
             cache = open_cache(wanted.path, source)
             return size | dict(zip(("height", "width"), cache.grid, strict=True)) | {"text": cache.shards[0].shapes[TEXT][1]}
     except PpclcError:  # the data are not here: a configuration and a resolution are enough to plan with
@@ -115,12 +123,12 @@ def intervals_of(work: Work) -> list[Span]:
 
 def interval_forwards(work: Work, u: int, v: int) -> float:
     """Forwards of one sample that the cost of an interval takes."""
-    return work.recipe.analysis.probes * len(kept_choices(u, v)) * (work.blocks - v) / work.blocks
+    return work.analysis.probes * len(kept_choices(u, v)) * (work.blocks - v) / work.blocks
 
 
 def distilled_spans(work: Work) -> list[Span]:
     """Intervals that are distilled: the plan's, and with `distill.bank: all` every other one whose cost the budget lets be measured."""
-    own, settings = [(i.first, i.last) for i in work.plan.intervals], work.recipe.analysis
+    own, settings = [(i.first, i.last) for i in work.plan.intervals], work.analysis
     measured = work.targeted and work.recipe.plan.intervals == "auto" and settings.strategy == "output_error"
     if work.recipe.distill.bank == "plan" or not measured:
         return own
@@ -135,21 +143,21 @@ def distilled_spans(work: Work) -> list[Span]:
 
 def shares_weights(work: Work) -> bool:
     """Whether a supernet says which blocks go."""
-    settings = work.recipe.analysis
+    settings = work.analysis
     searched = work.targeted and settings.strategy == "output_error" and work.recipe.plan.intervals == "auto"
     return searched and settings.supernet_steps > 0 and bool(work.plan.intervals)
 
 
 def trial_students(work: Work) -> int:
     """Students that are trained for a while before one plan is taken: of one depth a supernet leaves one, if no width is free."""
-    settings, wanted = work.recipe.analysis, work.recipe.plan
+    settings, wanted = work.analysis, work.recipe.plan
     several = "auto" in (wanted.text_stream, wanted.ffn, wanted.modulation_rank) or not shares_weights(work)
     return settings.trials if work.targeted and settings.strategy == "output_error" and settings.trials > 1 and several else 0
 
 
 def start_students(work: Work) -> int:
     """Students of the plan that start from first, middle or last blocks, less the one that was tried with other plans: the search most often found one of these."""
-    settings, plan = work.recipe.analysis, work.plan
+    settings, plan = work.analysis, work.plan
     if not (work.targeted and settings.strategy == "output_error" and settings.trials > 1):
         return 0
     lengths = [i.last - i.first for i in plan.intervals if i not in plan.adapters]

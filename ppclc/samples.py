@@ -18,6 +18,7 @@ import torch
 
 from ppclc import flow
 from ppclc.batches import WHOLE, Share
+from ppclc.block_costs import default_size
 from ppclc.cache import LATENTS, MASK, TEXT, Cache
 from ppclc.errors import RecipeError
 from ppclc.sources import Source
@@ -50,6 +51,15 @@ class Samples:
     def identity(self) -> str:
         """The kind, and the digest of the data where it is a user's: what a record that is made of it depends on."""
         return f"{self.kind}-{self.cache.digest}" if self.cache else self.kind
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a sample, both streams."""
+        if self.cache is not None:
+            height, width = self.cache.grid
+            return height * width + int(self.cache.shards[0].shapes[TEXT][1])
+        size = default_size(self.source.family)
+        return size["height"] * size["width"] + size["text"]
 
     def draw(self, count: int, generator: torch.Generator, share: Share = WHOLE) -> Sample:
         """The next `count` samples, timesteps spread evenly over 0..1, t = 1 included; of them, the rows of a share."""
@@ -133,11 +143,11 @@ class Samples:
     @torch.no_grad()
     def _trajectory(self, noise: torch.Tensor, conditioning: flow.Conditioning, stop: torch.Tensor) -> Sample:
         """Points of the teacher's trajectories from that noise, each after `stop` (B,) of its steps."""
-        x, at = noise, noise.clone()
-        for i in range(int(stop.max()) + 1):
-            at = torch.where((stop == i).reshape(-1, *[1] * (x.dim() - 1)), x, at)
-            t = torch.full((len(x),), 1 - i / TRAJECTORY_STEPS)
-            x = x - flow.predict(self.teacher, x, t, conditioning) / TRAJECTORY_STEPS
+        at = noise.clone()
+        for i in range(int(stop.max())):
+            rows = (stop > i).nonzero().flatten()
+            x, t, given = picked((at, torch.full((len(at),), 1 - i / TRAJECTORY_STEPS), conditioning), rows.tolist())
+            at[rows] = x - flow.predict(self.teacher, x, t, given) / TRAJECTORY_STEPS
         return at, 1 - stop / TRAJECTORY_STEPS, conditioning
 
 

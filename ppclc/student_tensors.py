@@ -175,7 +175,7 @@ def _modulation(
     weight, bias = cut(weight), None if bias is None else cut(bias)
     if plan.modulation_rank is None:
         return weight if kind == "weight" or bias is None else bias
-    basis, mean = _basis(plan, bank)
+    basis, mean = (x.to(weight.device) for x in _basis(plan, bank))
     # Rows at a time: a weight may be large, and the basis' dtype wide.
     onto = basis if kind == "weight" else mean
     shift = torch.empty((len(weight), *onto.shape[1:]), dtype=onto.dtype, device=weight.device)

@@ -26,6 +26,7 @@ from ppclc.families import Family
 from ppclc.models import left_out
 from ppclc.quality import SampledDistance
 from ppclc.selection import Removed
+from ppclc.training import autocast
 from ppclc.trials import WARMUP, Lesson
 
 Dropped = tuple[int, ...]
@@ -44,7 +45,9 @@ class Supernet:
     """A copy of the teacher that learns its velocity with blocks left out."""
 
     def __init__(self, teacher: Any, family: Family, learning_rate: float) -> None:
-        self.model, self.family, self.learning_rate = copy.deepcopy(teacher).requires_grad_(True).train(), family, learning_rate
+        self.family, self.learning_rate, self.dtype = family, learning_rate, teacher.dtype
+        # In float32: small steps are lost on weights in half precision.
+        self.model = copy.deepcopy(teacher).float().requires_grad_(True).train()
 
     def train(self, taught: Sequence[Lesson], pick: Callable[[], Dropped], progress: Callable[[float, str], None]) -> None:
         """One step a lesson, each with the blocks left out that `pick` names."""
@@ -54,7 +57,9 @@ class Supernet:
                 group["lr"] = self.learning_rate * min(1.0, (step + 1) / WARMUP)
             optimizer.zero_grad()
             with left_out(self.model, self.family, set(pick())):
-                nn.functional.mse_loss(flow.predict(self.model, *sample), wanted).backward()
+                with autocast(self.model, self.dtype):
+                    loss = nn.functional.mse_loss(flow.predict(self.model, *sample), wanted)
+                loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             progress((step + 1) / len(taught), "shared weights")
@@ -71,7 +76,7 @@ class Supernet:
         def one(dropped: Dropped) -> torch.Tensor:
             model = models.pop()
             try:
-                with left_out(model, self.family, dropped):
+                with left_out(model, self.family, dropped), autocast(model, self.dtype):
                     return distance.each(model)
             finally:
                 models.append(model)

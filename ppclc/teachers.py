@@ -24,6 +24,7 @@ from torch import nn
 
 from ppclc import flow
 from ppclc.classes import DTYPES, empty_model
+from ppclc.devices import free_bytes
 from ppclc.families import Family, Group, States
 from ppclc.models import ALIGNMENT, Shared, block_state, blocks_of, groups_of
 from ppclc.samples import Sample, picked
@@ -33,6 +34,8 @@ from ppclc.weight_files import WeightFiles
 TEXT_INPUT = "text_input"
 HELD_BLOCKS, HELD_BYTES = 2, 2**28
 """States that are held while a streamed teacher's blocks are read: of as many bytes as so many blocks have, or of so many where blocks are small."""
+HELD_SHARE = 0.3
+"""Of the memory that is free on a GPU, what states may take there, if that is more."""
 PASSING_BYTES = 2**28
 """Most bytes of a state of samples that pass a block together, where the caller does not care for the size of batches."""
 
@@ -353,6 +356,8 @@ class StreamedTeacher(Teacher):
         self._empty = [module.state_dict() for module in self._modules]
         block_bytes = max(sum(t.numel() for t in empty.values()) for empty in self._empty) * self.dtype.itemsize
         self.held_bytes = max(HELD_BYTES, HELD_BLOCKS * block_bytes)
+        if self.device.type == "cuda":  # whose memory holds nothing else of the teacher
+            self.held_bytes = max(self.held_bytes, int(HELD_SHARE * free_bytes(self.device)))
         for module in (outside, *self._modules):  # buffers that no file holds
             module._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self.device))
         self._held: int | None = None

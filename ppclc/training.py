@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
@@ -34,6 +35,8 @@ Terms = Mapping[str, torch.Tensor]
 """A loss by its weighted terms, which add up to it."""
 CHECKPOINT = "checkpoint.safetensors"
 LOG_EVERY = 10
+SAVING_SHARE = 0.05
+"""Most of the time that checkpoints may take: those of large models are left out until the time for one has come again."""
 ALONE = Ranks()
 BETAS = (0.9, 0.95)
 """Source: arXiv 2511.16156, training set-up; weight decay as well."""
@@ -138,9 +141,7 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """The forward's context: float32 weights, products in `precision`."""
-        wanted = self.precision
-        device = next(iter(self.module.parameters())).device.type
-        return torch.autocast(device, torch.bfloat16 if wanted == torch.float32 else wanted, enabled=wanted != torch.float32)
+        return autocast(self.module, self.precision)
 
     @torch.no_grad()
     def _follow(self) -> None:
@@ -220,6 +221,30 @@ class Trainer:
         return read_at(held["generator"])
 
 
+def autocast(module: nn.Module, wanted: torch.dtype) -> torch.autocast:
+    """A context in which products of a module, whose weights are float32, are made in a dtype."""
+    device = next(iter(module.parameters())).device.type
+    return torch.autocast(device, torch.bfloat16 if wanted == torch.float32 else wanted, enabled=wanted != torch.float32)
+
+
+class Saving:
+    """When checkpoints are due: every so many steps, and no sooner than writing the last one is a small share of the time since."""
+
+    def __init__(self, every: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.every, self.clock, self.ended, self.took = every, clock, clock(), 0.0
+
+    def due(self, done: int) -> bool:
+        """Whether one is due after so many steps."""
+        return done % self.every == 0 and self.took <= SAVING_SHARE * (self.clock() - self.ended)
+
+    def timed(self, save: Callable[[], None]) -> None:
+        """Write one."""
+        start = self.clock()
+        save()
+        self.ended = self.clock()
+        self.took = self.ended - start
+
+
 def train(
     trainer: Trainer,
     feed: Feed,
@@ -242,6 +267,7 @@ def train(
     if state is not None:
         generator.set_state(state)
     drawn_curve = curve(len(trainer.losses)) if curve else None
+    saving = Saving(every)
     with closing(drawn_curve) if drawn_curve else nullcontext(), noted_interrupts() as interrupt:
         for chunk in feed.chunks(generator, trainer.steps - len(trainer.losses)):
             for step in chunk:
@@ -250,8 +276,8 @@ def train(
                 done, stop = len(trainer.losses), trainer.ranks.any(interrupt.asked)
                 if drawn_curve:
                     drawn_curve.add(done, terms, rate)
-                if stop or (done < trainer.steps and done % every == 0):
-                    trainer.save(path, step.state)
+                if stop or (done < trainer.steps and done % every == 0 and trainer.ranks.any(saving.due(done))):
+                    saving.timed(partial(trainer.save, path, step.state))
                 if stop:
                     trainer.ranks.wait()  # a launcher ends all once one has left: not before every file is whole
                     raise KeyboardInterrupt
@@ -281,6 +307,12 @@ def _is_of(key: str, prefix: str, name: str) -> bool:
 
 def _key(key: str, prefix: str, name: str) -> str:
     return key[len(prefix) : -len(name) - 1]
+
+
+def state_bytes(settings: TrainingSettings) -> int:
+    """Bytes a parameter that learns takes beside its weight in float32: gradient, both moments, a copy in 16 bits, the average."""
+    moments = 2 if settings.optimizer == "adamw8bit" else 8
+    return 4 + moments + 2 + (4 if settings.ema else 0)
 
 
 def check_optimizer(settings: TrainingSettings) -> None:

@@ -23,6 +23,7 @@ from ppclc.models import apply_plan
 from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
 from ppclc.samples import TRAJECTORY_STEPS, Sample, Samples
+from ppclc.training import autocast
 
 WARMUP = 10
 ROUNDS = (0.4, 0.7, 1.0)
@@ -75,12 +76,15 @@ class Trial:
     done: int = 0
     student: Any = None
     optimizer: Any = None
+    dtype: torch.dtype = torch.float32
     errors: list[tuple[int, float]] = field(default_factory=list)
 
     def prepare(self, teacher: Any) -> None:
         """Build the student, untrained, unless it is there. Not to be called from several threads at once."""
         if self.student is None:
             self.student = apply_plan(teacher, self.plan, self.bank).requires_grad_(True).train()
+            self.dtype = self.student.dtype
+            self.student = self.student.float()  # small steps are lost on weights in half precision
             self.optimizer = torch.optim.AdamW(
                 self.student.parameters(), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.02, fused=True
             )
@@ -89,19 +93,24 @@ class Trial:
     def advance(self, taught: Sequence[Lesson], to: int, judge: Callable[[Any], float]) -> None:
         """Train up to a step, and judge there; before the first step too. The error is the least so far: a cut that costs nothing needs no training."""
         if not self.errors:
-            self.errors.append((0, judge(self.student)))
+            self._judge(0, judge)
         for step in range(self.done, to):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1.0, (step + 1) / WARMUP)
             sample, wanted = taught[step]
-            loss = nn.functional.mse_loss(flow.predict(self.student, *sample), wanted)
+            with autocast(self.student, self.dtype):
+                loss = nn.functional.mse_loss(flow.predict(self.student, *sample), wanted)
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             self.optimizer.step()
         self.done = to
-        self.errors.append((to, judge(self.student)))
+        self._judge(to, judge)
         self.error = min(error for _, error in self.errors)
+
+    def _judge(self, step: int, judge: Callable[[Any], float]) -> None:
+        with autocast(self.student, self.dtype):
+            self.errors.append((step, judge(self.student)))
 
     def release(self) -> None:
         """Let the student go; another round begins from the start."""

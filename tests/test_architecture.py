@@ -63,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes",),
     ("bank",),
     ("bench_files", "display", "drawing", "recipe"),
+    ("room",),
     ("cards", "environment", "run", "speeds"),
     ("run_work",),
     ("run_bytes",),

@@ -17,7 +17,7 @@ from ppclc import kernels, plugins
 from ppclc.backends import Backend, Tensors
 from ppclc.bench_targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
 from ppclc.devices import device_here
-from ppclc.errors import PpclcError, RecipeError, first_line
+from ppclc.errors import PpclcError, RecipeError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
 from ppclc.gpu_state import gpu_state
 from ppclc.kernels import Kernels
@@ -300,6 +300,21 @@ def size_of(settings: BenchSettings, lowered: Lowered, device: str) -> dict[str,
     return {"batch": settings.batch, **settings.size}
 
 
+def _moved(subject: Benched, device: str) -> str:
+    """Put a model on the device; why it could not be, with the model on the CPU again, empty where it is there."""
+    try:
+        subject.model.to(device)
+        subject.lowered.module.to(device)
+    except Exception as error:
+        if not (lacking := memory_lacks(error)):
+            raise
+        subject.model.to("cpu")
+        subject.lowered.module.to("cpu")
+        _give_back(device)
+        return lacking
+    return ""
+
+
 def _give_back(device: str) -> None:
     """Memory that PyTorch keeps for later goes back to the device, where other runtimes may want it."""
     if device != "cpu":
@@ -313,8 +328,9 @@ def _targets(
     made = TargetMaker(inputs, settings, device)
     eager = [s for s in subjects if s.model is not None]
     for subject in eager:
-        subject.model.to(device)
-        subject.lowered.module.to(device)
+        if lacking := _moved(subject, device):
+            made.notes.append(f"{subject.label} was not timed: {lacking}, beside what is timed already")
+            continue
         for backend in (EAGER, "compile") if compiled else (EAGER,):
             made.add(subject, backend, Path(), works[subject.label])
     if eager and not compiled:

@@ -16,7 +16,7 @@ from ppclc.block_costs import width_of
 from ppclc.devices import free_bytes
 from ppclc.families import STREAMS, States
 from ppclc.ffn_maps import FfnMoments
-from ppclc.moments import BANDS, CHUNKS, TOGETHER, Moments, rows_of
+from ppclc.moments import BANDS, CHUNKS, TOGETHER, Moments, numbers_of, rows_of
 from ppclc.reach import EVERYTHING, KINDS, Reach, grouped, moment_counts
 from ppclc.records import CalibrationStats
 from ppclc.samples import Sample, Samples, SourceKind, picked
@@ -136,6 +136,18 @@ def by_timestep(sample: Sample) -> Sample:
     return picked(sample, torch.argsort(sample[1]).tolist())
 
 
+@dataclass(frozen=True)
+class Text:
+    """Which text of a piece counts: its mask (B, T), None for all, and the rows that it keeps, by number, where the teacher is."""
+
+    mask: torch.Tensor | None
+    kept: torch.Tensor | None
+
+    def of(self, samples: slice) -> torch.Tensor | None:
+        """What `rows_of` takes for some of the samples."""
+        return self.kept if samples == slice(None) or self.mask is None else self.mask[samples]
+
+
 class Calibration:
     """Moments in the making: pieces are sent through the teacher, and what they pass is summed up."""
 
@@ -153,6 +165,7 @@ class Calibration:
         self.related = Related(reach, longest, teacher.num_blocks + 1)
         self.teacher, self.longest, self.moments, self.ffns = teacher, longest, moments, FfnMoments(moments)
         self.samples, self.progress = samples, progress
+        self.together: dict[int, int] = {}
         self.seconds, self.done, self.grouped = 0.0, 0, False
 
     def held(self, teacher: StreamedTeacher, piece: Piece) -> int:
@@ -165,6 +178,11 @@ class Calibration:
         device = self.teacher.device
         if device.type == "cpu":
             return 1
+        if len(piece) not in self.together:
+            self.together[len(piece)] = self._far_together(piece, device)
+        return self.together[len(piece)]
+
+    def _far_together(self, piece: Piece, device: torch.device) -> int:
         states = self.teacher.embed(picked(piece.sample, [0])).states
         passing, kept = (sum(x.nbytes for x in s.values()) for s in (states, self._chosen(states, piece)))
         near = 4 * len(STREAMS) * (2 * self.teacher.num_blocks + 1) * width_of(self.teacher.config) ** 2
@@ -175,7 +193,7 @@ class Calibration:
 
     def add(self, pieces: Sequence[Piece]) -> None:
         """Send pieces through the teacher, all of them through a block before the next."""
-        masks = [self.teacher.family.mask_of(p.sample[2]) for p in pieces]
+        texts = [self._text_of(p) for p in pieces]
         far = {n: Windows(self.related) for n, p in enumerate(pieces) if p.far}
         whole: list[States] = []  # of small states those of all blocks, which are then summed up at once
         before: list[States] = []
@@ -193,10 +211,10 @@ class Calibration:
                 whole.append(states[0])
             else:
                 for n, piece in enumerate(pieces):
-                    self._add_near(number, piece, states[n], before[n] if before else None, masks[n])
+                    self._add_near(number, piece, states[n], before[n] if before else None, texts[n])
                 self.moments.settle()
             for n, windows in far.items():
-                self._add_far(number, windows, states[n], sweep.inside.get(n), masks[n], pieces[n])
+                self._add_far(number, windows, states[n], sweep.inside.get(n), texts[n].kept, pieces[n])
             if far and len(pieces) > 1:  # what ends at this state has all that these pieces give
                 self.moments.drain(("far.", "ffn."), wait=False)
             before = states
@@ -204,7 +222,7 @@ class Calibration:
             self.progress((self.done + count * number / blocks) / self.samples, "")
         start = time.perf_counter()
         if whole:
-            self._add_whole(pieces[0], whole, masks[0])
+            self._add_whole(pieces[0], whole, texts[0])
         self.seconds += time.perf_counter() - start
         self.done += count
 
@@ -226,37 +244,41 @@ class Calibration:
         found = enumerate(zip([0, *ends], ends, strict=False))
         return [(slice(a, b), (f"chunk.{piece.chunk}.", f"band.{i}.")) for i, (a, b) in found if b > a]
 
-    def _add_near(self, number: int, piece: Piece, states: States, before: States | None, mask: torch.Tensor | None) -> None:
+    def _text_of(self, piece: Piece) -> Text:
+        mask = self.teacher.family.mask_of(piece.sample[2])
+        return Text(mask, numbers_of(mask, self.teacher.device))
+
+    def _add_near(self, number: int, piece: Piece, states: States, before: States | None, text: Text) -> None:
         for rows, prefixes in self._slices(piece):
             for stream in STREAMS:
-                kept = mask[rows] if mask is not None and stream == "text" else None
+                kept = text.of(rows) if stream == "text" else None
                 last = None if before is None else rows_of(before[stream][rows], kept)
                 self.moments.add_near_one(stream, number, self.teacher.num_blocks + 1, rows_of(states[stream][rows], kept), last, prefixes)
 
-    def _add_whole(self, piece: Piece, states: Sequence[States], mask: torch.Tensor | None) -> None:
+    def _add_whole(self, piece: Piece, states: Sequence[States], text: Text) -> None:
         for rows, prefixes in self._slices(piece):
             for stream in STREAMS:
-                kept = mask[rows] if mask is not None and stream == "text" else None
+                kept = text.of(rows) if stream == "text" else None
                 self.moments.add_near(stream, [rows_of(s[stream][rows], kept) for s in states], prefixes)
 
     def _add_far(
-        self, number: int, windows: Windows, states: States, inside: Inside | None, mask: torch.Tensor | None, piece: Piece
+        self, number: int, windows: Windows, states: States, inside: Inside | None, kept: torch.Tensor | None, piece: Piece
     ) -> None:
         """Far moments with the state of that number, and of what lies within the block before it."""
         for stream in STREAMS:
-            self._add_far_of(stream, number, windows, states[stream], mask if stream == "text" else None)
+            self._add_far_of(stream, number, windows, states[stream], kept if stream == "text" else None)
         if inside is None:
             return
         block = number - 1
         if inside.text_input is not None:
-            self._add_far_of(TEXT_INPUT, block, windows, inside.text_input, mask)
+            self._add_far_of(TEXT_INPUT, block, windows, inside.text_input, kept)
         for stream, mid in self._chosen(inside.mids, piece).items():
             if self.reach.has_network(block, stream):
-                self.ffns.add(stream, block, mid, states[stream], mask if stream == "text" else None)
+                self.ffns.add(stream, block, mid, states[stream], kept if stream == "text" else None)
 
-    def _add_far_of(self, kind: str, number: int, windows: Windows, states_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+    def _add_far_of(self, kind: str, number: int, windows: Windows, states_BTD: torch.Tensor, kept: torch.Tensor | None) -> None:
         if number in self.related.last[kind]:
-            self.moments.add_far(kind, number, windows.with_state(kind, number, rows_of(states_BTD, mask_BT)))
+            self.moments.add_far(kind, number, windows.with_state(kind, number, rows_of(states_BTD, kept)))
 
     def stats(self) -> CalibrationStats:
         """The record of what was summed up."""

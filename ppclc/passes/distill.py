@@ -18,6 +18,7 @@ from torch import nn
 
 from ppclc import flow
 from ppclc.batches import Feed, Share
+from ppclc.block_costs import width_of
 from ppclc.curves import Curve
 from ppclc.devices import Ranks, free_bytes, has_spare_core
 from ppclc.families import Group
@@ -28,11 +29,12 @@ from ppclc.models import blocks_of, groups_of
 from ppclc.records import Distilled
 from ppclc.samples import Sample, Samples, moved
 from ppclc.teachers import StreamedTeacher, Teacher
-from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, train
+from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, state_bytes, train
 
 VERSION = 4
-EDITS_SHARE = 0.6
-"""Of the memory that is free on a GPU, what edits in training may take: the rest is for states and activations."""
+EDITS_SHARE, STATES = 0.9, 60
+"""Of the memory that is free on a GPU, what is taken into account; and what a batch takes there in a training step, in states of it: what a block's
+forward keeps for its backward, and the teacher's own beside it."""
 REFIT_BATCHES = 16
 LOCAL_KEYS = {"learning_rate", "seed", *TrainingSettings.model_fields}
 JOINT_KEYS = {
@@ -149,27 +151,32 @@ def distill_edits(
         settings,
     )
     draw = partial(_draw, samples, settings.local_samples, device)
-    done = 0
+    done, passing = 0, samples.tokens * width_of(samples.source.config) * teacher.dtype.itemsize * settings.local_samples
     while done < len(edits):
-        some = edits[done : done + edits_that_fit(edits[done:], room_for_edits(teacher, device), settings)]
+        some = edits[done : done + edits_that_fit(edits[done:], room_for_edits(teacher, device, passing), settings, passing)]
         told = partial(_told_of_some, progress, done / len(edits), len(some) / len(edits))
         folders = works[done : done + len(some)]
         yield from LocalPhase(teacher, draw, some, folders, local, told, curves, device, text_blocks).run()
         done += len(some)
 
 
-def room_for_edits(teacher: Teacher, device: str) -> float | None:
-    """Bytes that edits may take beside a teacher that stays on a GPU; None where there is no limit: on a CPU, and where they come one by one."""
-    return None if device == "cpu" or isinstance(teacher, StreamedTeacher) else EDITS_SHARE * free_bytes(device)
+def room_for_edits(teacher: Teacher, device: str, passing: int) -> float | None:
+    """Bytes that edits may take beside a teacher that stays on a GPU, where a batch's state has `passing` bytes.
+
+    None where there is no limit: on a CPU, and where edits come one by one.
+    """
+    if device == "cpu" or isinstance(teacher, StreamedTeacher):
+        return None
+    return EDITS_SHARE * free_bytes(device) - STATES * passing
 
 
-def edits_that_fit(edits: Sequence[LocalEdit], room: float | None, settings: TrainingSettings) -> int:
-    """How many of the first edits there is room for, with all that their training holds; one at least."""
+def edits_that_fit(edits: Sequence[LocalEdit], room: float | None, settings: TrainingSettings, passing: int) -> int:
+    """How many of the first edits there is room for, with all that their training holds and the states that they read; one at least."""
     if room is None:
         return len(edits)
     count, taken = 0, 0
     for edit in edits:
-        taken += training_bytes(edit.build(), settings)
+        taken += training_bytes(edit.build(), settings) + 2 * len(edit.stops) * passing  # of this batch and the next
         if count and taken > room:
             break
         count += 1
@@ -177,10 +184,8 @@ def edits_that_fit(edits: Sequence[LocalEdit], room: float | None, settings: Tra
 
 
 def training_bytes(module: nn.Module, settings: TrainingSettings) -> int:
-    """Bytes of a module in training: weights in float32, of what learns the gradient, the optimizer's two moments, a copy in 16 bits, the average."""
-    moments = 2 if settings.optimizer == "adamw8bit" else 8
-    each = 4 + moments + 2 + (4 if settings.ema else 0)
-    return sum(p.numel() * (4 + each * p.requires_grad) for p in module.parameters())
+    """Bytes of a module in training: weights in float32, and what those that learn take beside them."""
+    return sum(p.numel() * (4 + state_bytes(settings) * p.requires_grad) for p in module.parameters())
 
 
 def _told_of_some(progress: Progress, before: float, share: float, done: float, note: str) -> None:

@@ -319,8 +319,9 @@ def test_edits_that_do_not_fit_beside_each_other_learn_some_at_a_time_to_the_sam
 ) -> None:
     edits, shares, waves = edits_of(resident, stats), list[float](), list[int]()
     settings = DistillSettings(steps=STEPS, local_batch=4, learning_rate=3e-3, checkpoint_every=3, seed=5)
-    largest = max(distill.training_bytes(e.build(), settings) for e in edits)
-    monkeypatch.setattr(distill, "room_for_edits", lambda teacher, device: fit * largest)
+    passing = samples.tokens * 32 * 4 * 4
+    largest = max(distill.training_bytes(e.build(), settings) + 2 * len(e.stops) * passing for e in edits)
+    monkeypatch.setattr(distill, "room_for_edits", lambda teacher, device, passing: fit * largest)
     works = [tmp_path / e.key for e in edits]
     for work in works:
         work.mkdir()
@@ -354,6 +355,6 @@ def test_there_is_no_limit_on_a_cpu_nor_where_edits_come_one_by_one(
     resident: Teacher, streamed: Teacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distill, "free_bytes", lambda device: 1000)
-    assert distill.room_for_edits(resident, "cpu") is None
-    assert distill.room_for_edits(streamed, "cuda") is None
-    assert distill.room_for_edits(resident, "cuda") == 600
+    assert distill.room_for_edits(resident, "cpu", 1) is None
+    assert distill.room_for_edits(streamed, "cuda", 1) is None
+    assert distill.room_for_edits(resident, "cuda", 2) == 0.9 * 1000 - 2 * distill.STATES
