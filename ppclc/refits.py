@@ -15,7 +15,7 @@ from ppclc.families import Bank
 from ppclc.ffn_maps import FfnMoments, ffn_map
 from ppclc.local_edits import TEXT_INPUT, Teaching
 from ppclc.models import Shared
-from ppclc.moments import ridge_solution
+from ppclc.moments import ridge_solution, solving_device
 from ppclc.plan import CompressionPlan, FfnEdit, Interval, TextStreamEdit
 from ppclc.samples import Sample
 from ppclc.teachers import ResidentTeacher, Sweep, Teacher, ffn_inputs_kept
@@ -78,7 +78,7 @@ def _reads(edit: tuple[FfnEdit, Interval] | TextStreamEdit) -> tuple[int, int]:
 
 
 class PairMoments:
-    """Second moments of two text states (B, T, D), in float64 on the CPU: all that a ridge regression of one on the other takes."""
+    """Second moments of two text states (B, T, D), in float64, on a GPU if they lie there: all that a ridge regression of one on the other takes."""
 
     def __init__(self) -> None:
         self.rows, self.sums, self.own, self.cross = 0, [torch.zeros(())] * 2, torch.zeros(()), torch.zeros(())
@@ -86,7 +86,8 @@ class PairMoments:
     def add(self, own_BTD: torch.Tensor, target_BTD: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """A batch; of its tokens those that the mask does not leave out."""
         kept = slice(None) if mask_BT is None else mask_BT.flatten().bool()
-        x, y = (t.flatten(0, 1)[kept].to("cpu", torch.float64) for t in (own_BTD, target_BTD))
+        place = solving_device(own_BTD.device)
+        x, y = (t.flatten(0, 1)[kept].to(place, torch.float64) for t in (own_BTD, target_BTD))
         self.rows += len(x)
         self.sums = [s + t.sum(0) for s, t in zip(self.sums, (x, y), strict=True)]
         self.own, self.cross = self.own + x.T @ x, self.cross + x.T @ y
@@ -95,8 +96,8 @@ class PairMoments:
         """Weight and bias of the map, pulled towards the identity as in `closed_forms.linear_map`."""
         x, y = (s / self.rows for s in self.sums)
         own, cross = self.own - self.rows * torch.outer(x, x), self.cross - self.rows * torch.outer(x, y)
-        a = torch.eye(len(own), dtype=own.dtype) + ridge_solution(own, cross - own, ridge)
-        return {"text_in.weight": a.T.float().contiguous(), "text_in.bias": (y - x @ a).float()}
+        a = torch.eye(len(own), dtype=own.dtype, device=own.device) + ridge_solution(own, cross - own, ridge)
+        return {"text_in.weight": a.T.float().contiguous().cpu(), "text_in.bias": (y - x @ a).float().cpu()}
 
 
 def _add_ffn(

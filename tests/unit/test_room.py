@@ -30,6 +30,7 @@ from ppclc.published import published_config
 from ppclc.quality import SampledDistance
 from ppclc.recipe import find_recipe, parse_recipe, read_recipe
 from ppclc.records import CalibrationStats
+from ppclc.refits import PairMoments
 from ppclc.room import analysis_here, check_finetune
 from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
 from ppclc.sources import Source, open_source
@@ -137,6 +138,17 @@ def test_a_plan_with_every_edit_is_applied_to_a_model_on_a_gpu(name: str) -> Non
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=DEVICE))
         student = apply_plan(model, plan, bank)
     assert {p.device for p in student.parameters()} == {DEVICE}
+
+
+@pytest.mark.skipif(bool(fake_cuda.lacks()), reason=fake_cuda.lacks())
+def test_text_maps_are_fitted_anew_where_the_states_are() -> None:
+    with fake_cuda.fake_cuda(10**9), fake_cuda.Counted() as found:
+        pairs = PairMoments()
+        for _ in range(2):
+            pairs.add(*(torch.empty(2, 5, 8, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)), None)
+        maps = pairs.text_in(1e-4)
+    assert {tensor.device.type for tensor in maps.values()} == {"cpu"}
+    assert sum(nbytes for _, nbytes in found.to_host) == 4 * (8 * 8 + 8)  # the maps and nothing else
 
 
 def test_trajectories_send_each_sample_as_far_as_it_goes(teacher: Any, noise: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
