@@ -209,7 +209,8 @@ def _build(chosen: Library, path: Path, request: ExportRequest, log: Log) -> byt
     config = _config(chosen, builder, request)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise VerificationError(f"{chosen.name} could not build the engine: {'; '.join(log.problems[-3:]) or 'no reason given'}")
+        way_out = "; wanted bfloat16 or float16 (--dtype): it has no fused attention in float32" if request.dtype == "float32" else ""
+        raise VerificationError(f"{chosen.name} could not build the engine: {'; '.join(log.problems[-3:]) or 'no reason given'}{way_out}")
     _keep_timing(chosen, config, request.options["timing_cache"])
     return bytes(engine)
 

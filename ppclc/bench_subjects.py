@@ -14,7 +14,7 @@ from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family, Lowered
 from ppclc.passes.bench import Benched
 from ppclc.published import open_outline, published
-from ppclc.receipts import RECORD, read_export
+from ppclc.receipts import RECORD, model_digest_of, read_export
 from ppclc.recipe import find_recipe, read_recipe
 from ppclc.records import digest_of
 from ppclc.run import newest_out
@@ -34,6 +34,7 @@ class Asked:
     bare: Mapping[str, Source]
     exports: Mapping[str, list[Path]]
     sources: Mapping[str, Source]
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
@@ -73,10 +74,22 @@ def asked_for(targets: list[str], against: str | None, random_weights: str | Non
     whole = {label: open_source(path) for label, path in labels.items() if label not in artefacts}
     sources = {label: whole.get(label) or open_configuration(str(Path(labels[label]) / "transformer")) for label in labels}
     bare = _bare(random_weights, dtype) if random_weights else {}
-    asked = Asked(dtype, whole, bare, exports, sources | bare)
+    notes = [] if targets or random_weights else _left_out(exports, whole)
+    asked = Asked(dtype, whole, bare, exports, sources | bare, tuple(notes))
     if others := [label for label, source in asked.sources.items() if source.family is not asked.family]:
         raise RecipeError(f"bench: {others[0]} is of {asked.sources[others[0]].family.name}, wanted {asked.family.name} as the others are")
     return asked
+
+
+def _left_out(exports: dict[str, list[Path]], whole: Mapping[str, Source]) -> list[str]:
+    """Take exports of another model than the one that lies in OUT now out of the newest run's, and say so."""
+    told = []
+    for label, folders in exports.items():
+        now = whole[label].digest() if folders else ""
+        for folder in [f for f in folders if model_digest_of(f) != now]:
+            folders.remove(folder)
+            told.append(f"{folder} was not timed: it is of an earlier {label}; ppclc compress makes it again")
+    return told
 
 
 def _bare(name: str, dtype: str) -> dict[str, Source]:

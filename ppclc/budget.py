@@ -76,6 +76,11 @@ class PlanSettings(BaseModel):
     dead_code: bool = True
     protect: list[int] = []
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nothing is left to be chosen."""
+        return "auto" not in (self.intervals, self.text_stream, self.ffn, self.modulation_rank)
+
 
 def layout(source: Source) -> dict[str, Any]:
     """What `selection.Options` wants to know of a model's blocks."""
@@ -165,6 +170,11 @@ def even_plan(source: Source, target: TargetSettings, wanted: PlanSettings, dtyp
         if budget is None or budget.met(plan):
             return plan
     assert budget is not None
+    if wanted.is_fixed:
+        raise RecipeError(
+            f"target.{budget.name}: {selection.figure(budget.limit)} is not reached by the plan that the recipe fixes, which leaves "
+            f"{selection.figure(budget.value(plan))}; wanted a larger target or none, or something that is left free (auto)"
+        )
     raise RecipeError(
         f"target.{budget.name}: {selection.figure(budget.limit)} cannot be reached by the edits that the recipe allows without an analysis; "
         "wanted a larger target, or run: ppclc compress RECIPE --until analyze"
@@ -204,8 +214,8 @@ def check_by_hand(source: Source, wanted: PlanSettings, longest: int) -> None:
 
 def check_target(wanted: PlanSettings, budget: Budget | None) -> None:
     """Raise RecipeError for a recipe that says neither how small the student is to be nor which intervals go."""
-    if budget is None and not isinstance(wanted.intervals, list):
-        raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list")
+    if budget is None and wanted.intervals == "auto":
+        raise RecipeError("target: got nothing, wanted parameters, bytes, vram_gb or latency_ms, or plan.intervals as a list or none")
 
 
 def allows(wanted: PlanSettings, first: int, last: int) -> bool:

@@ -12,6 +12,7 @@ import typer
 from ppclc.errors import PpclcError, memory_lacks
 from ppclc.interrupts import terminate_as_interrupt
 
+INTERRUPTED, TOLD = 130, "ppclc: interrupted; the same command goes on from here"
 app = typer.Typer(
     name="ppclc",
     help="Compress multi-modal diffusion transformers: analyze, distill, slice, export, measure.",
@@ -82,7 +83,7 @@ def plan(recipe: str, changes: Changes = None, out: Out = None, as_json: AsJson 
     if as_json:
         typer.echo(json.dumps(document))
     else:
-        commands.print_plan(document)
+        commands.print_plan(document, commands.leaves_free(recipe, changes or []))
 
 
 @app.command()
@@ -229,8 +230,8 @@ def main() -> None:
         print(f"ppclc: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # typer turns the one into the other
-        print("ppclc: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        print(TOLD, file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if lacking := memory_lacks(error):
             way_out = (
@@ -243,6 +244,8 @@ def main() -> None:
             raise
         show()
         sys.exit(2)
+    if code == INTERRUPTED:  # which is how typer hands on a KeyboardInterrupt
+        print(TOLD, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

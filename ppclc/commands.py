@@ -21,6 +21,7 @@ from ppclc.classes import count_parameters, model_outline
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
+from ppclc.encoding import kind_at
 from ppclc.environment import accelerator, machine, versions
 from ppclc.errors import OutputError, RecipeError
 from ppclc.lora import remap
@@ -28,13 +29,14 @@ from ppclc.lowering import gpu
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
+from ppclc.passes import verify as verify_pass
 from ppclc.passes.bench import bench_models, device_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.published import open_outline
 from ppclc.receipts import RECORD, read_export
 from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
-from ppclc.records import write_text
+from ppclc.records import check_writable, write_text
 from ppclc.run import newest_out
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
@@ -111,7 +113,8 @@ def inspect(model: str, check: bool, revision: str | None = None, variant: str |
         document["notes"] = list(source.notes)
     if check:
         check_weights(source)
-        document["checked"] = "every tensor is there, of the right shape, and finite"
+        listed = (source.folder / "plan.json").is_file()
+        document["checked"] = "every tensor is there, of the right shape, and finite" + ("; files are those of plan.json" if listed else "")
     return document
 
 
@@ -135,6 +138,9 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     check_teacher(source)
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
+    verify_pass.check_gates(recipe.verify, source)
+    if recipe.calibrate.path is not None and recipe.calibrate.source != "noise" and source.task is None:
+        kind_at(recipe.calibrate.path)  # what is not there would stop the run at once
     check_by_hand(source, recipe.plan, recipe.calibrate.longest)
     check_target(recipe.plan, budget_of(source, recipe.target, dtype))
     found = _analysed_plan(out or default_out(path), recipe)
@@ -151,11 +157,20 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     }
 
 
-def print_plan(document: dict[str, Any]) -> None:
-    """A drawing of the teacher's blocks, and teacher and student side by side, on standard output."""
+def leaves_free(recipe_name: str, changes: list[str]) -> bool:
+    """Whether a recipe leaves something of its plan to the analysis."""
+    return not read_recipe(find_recipe(recipe_name), changes).plan.is_fixed
+
+
+def print_plan(document: dict[str, Any], free: bool) -> None:
+    """A drawing of the teacher's blocks, and teacher and student side by side, on standard output. free: as `leaves_free` says."""
     console = Console(highlight=False)
     for part in plan_drawing(document, console.width):
         console.print(part)
+    if free and document["basis"] == "config":
+        console.print(
+            "\nWhat the recipe leaves free is spaced evenly here, before any analysis; exact after: ppclc compress RECIPE --until analyze"
+        )
 
 
 def _analysed_plan(out: Path, recipe: Recipe) -> CompressionPlan | None:
@@ -198,7 +213,9 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
     for gate in gates:
         if not gate.passed:
             display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")
-    return any(not g.passed for g in gates), document
+    for failed in run.failed:
+        display.say(f"export failed: {failed}")
+    return bool(run.failed) or any(not g.passed for g in gates), document
 
 
 def slice_size(
@@ -232,7 +249,9 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
     ]
     for name, row in report["quality"].items():
         interval = f", 95 % interval {row['ci95'][0]:.2f} to {row['ci95'][1]:.2f}" if row["ci95"] else ""
-        lines.append(f"{name}  {row['teacher']:.4g} -> {row['student']:.4g} (drop {row['drop_percent']:.2f} %{interval}; n = {row['n']})")
+        drop = row["drop_percent"]
+        change = f"{'worse' if drop >= 0 else 'better'} by {abs(drop):.2f} {'%' if row['teacher'] else 'hundredths'}"
+        lines.append(f"{name}  {row['teacher']:.4g} -> {row['student']:.4g} ({change}{interval}; n = {row['n']})")
     for row in report["exports"]:
         measure = ("largest difference", "max_abs") if row["dtype"] == "float32" else ("relative L2 difference", "rel_l2")
         parity = f", {measure[0]} from eager {row['parity'][measure[1]]:.1e}" if row["parity"] else ", not run here"
@@ -304,6 +323,8 @@ def bench(
     """
     quiet_libraries()
     settings = bench_settings(changes)
+    if out is not None:
+        check_writable(out)
     device = device_of(settings)
     if settings.kernels:
         kernels.check(settings.kernels)
@@ -311,7 +332,7 @@ def bench(
     set_threads(next(iter(asked.sources.values())))
     models = {label: load_source(source, asked.dtype) for label, source in asked.whole.items()}
     display = Display(2, verbosity)
-    for note in [note for source in asked.sources.values() for note in source.notes]:
+    for note in [*asked.notes, *(note for source in asked.sources.values() for note in source.notes)]:
         display.say(note)
     with display.stage("block costs") as progress:
         for source in asked.teachers:

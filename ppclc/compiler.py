@@ -21,10 +21,11 @@ from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
 from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
-from ppclc.errors import OutputError, PlanError, RecipeError
+from ppclc.errors import OutputError, PlanError, RecipeError, VerificationError
 from ppclc.families import Lowered
 from ppclc.interrupts import raise_if_stopped
 from ppclc.judges import open_judges
+from ppclc.locks import alone_in
 from ppclc.models import load_model, load_source, quiet_libraries, set_threads
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
@@ -36,7 +37,7 @@ from ppclc.passes import verify as verify_pass
 from ppclc.pipelines import surround
 from ppclc.plan import CompressionPlan
 from ppclc.reach import reach_of
-from ppclc.receipts import is_intact
+from ppclc.receipts import RECORD, is_intact, read_export
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
 from ppclc.room import check_finetune
@@ -64,6 +65,11 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
     quiet_libraries()
     kernels.check(recipe.kernels)
     ranks = ranks or Ranks()
+    with alone_in(out) if ranks.is_main else nullcontext():
+        return _compress(recipe, name, out, display, until, ranks)
+
+
+def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str, ranks: Ranks) -> Run:
     with ranks.main_first():
         run = prepare(recipe, name, out, display, ranks, planned=until != PASSES[0])
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
@@ -292,23 +298,27 @@ def _verdict(run: Run, model: Any, outcomes: tuple[Measured, Measured]) -> Verdi
 
 
 def export(run: Run, progress: Callable[[float, str], None]) -> None:
-    """Every target of the recipe for the student, and the teacher beside it as the baseline of `bench`."""
-    run.exports, run.teacher_exports = [], []
+    """Every target of the recipe for the student, and the teacher beside it as the baseline of `bench`; what cannot be written is noted in `failed`."""
+    run.exports, run.teacher_exports, run.failed = [], [], []
     jobs = [(t, folder, role) for t, folder in zip(run.recipe.export, export_folders(run), strict=True) for role in ("student", "teacher")]
     for n, (target, folders, role) in enumerate(jobs):
         root: Record = made(run.student) if role == "student" else run.base
         source = open_source(str(run.out / "model")) if role == "student" else run.source
         folder = folders[role]
-        record = run.store.make(
-            Export,
-            f"export-{target.backend}-{target.dtype}-{role}",
-            export_pass.VERSION,
-            target.model_dump(),
-            (root,),
-            partial(_export, run, source, target, folder, role),
-            valid=partial(is_intact, folder=folder),
-            stage="export",
-        )
+        try:
+            record = run.store.make(
+                Export,
+                f"export-{target.backend}-{target.dtype}-{role}",
+                export_pass.VERSION,
+                target.model_dump(),
+                (root,),
+                partial(_export, run, source, target, folder, role),
+                valid=partial(is_intact, folder=folder),
+                stage="export",
+            )
+        except VerificationError as error:  # what has been trained is still to be judged, timed and told
+            run.failed.append(f"{role}: {error}")
+            continue
         (run.exports if role == "student" else run.teacher_exports).append(record)
         progress((n + 1) / len(jobs), f"{target.backend} {role}")
 
@@ -362,7 +372,7 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
         family, student = run.source.family, open_source(str(run.out / "model"))
         models = {"teacher": (run.teacher, run.source), "student": (load_source(student, dtype), student)}
         subjects = [
-            bench_pass.Benched(label, source.config, model, family.lowered(model), [f[label] for f in export_folders(run)])
+            bench_pass.Benched(label, source.config, model, family.lowered(model), _written(run, label))
             for label, (model, source) in models.items()
         ]
         result, notes = bench_pass.bench_models(family, subjects, settings, dtype, progress)
@@ -379,6 +389,13 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
         (made(run.student), *run.exports, *run.teacher_exports),
         build,
     )
+
+
+def _written(run: Run, label: str) -> list[Path]:
+    """Where a model's exports lie, of those that could be written."""
+    there = {export.digest for export in (run.exports if label == "student" else run.teacher_exports)}
+    folders = [f[label] for f in export_folders(run)]
+    return [f for f in folders if (f / RECORD).is_file() and read_export(f).digest in there]
 
 
 def report(run: Run, progress: Callable[[float, str], None]) -> None:
@@ -401,6 +418,8 @@ def report(run: Run, progress: Callable[[float, str], None]) -> None:
         versions=versions(),
         bank=bank_of(run),
         own=needed(made(run.plan), run.source.family),
+        plan_is_fixed=run.recipe.plan.is_fixed,
+        judged=run.source.task is not None,
     )
     with measured("report") as cost:
         written = report_pass.write_report(inputs)

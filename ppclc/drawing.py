@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
+import psutil
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -13,7 +15,7 @@ from ppclc.plan import CompressionPlan
 
 CELL = 4
 LABEL = 12
-WHOLE, MERGED, MAPPED, LINEAR, ADAPTED = "■", "─", "▒", "╱", "▶"
+WHOLE, MERGED, MAPPED, LINEAR, ADAPTED, GONE = "■", "─", "▒", "╱", "▶", " "
 
 
 def plan_drawing(document: dict[str, Any], width: int = 80) -> list[RenderableType]:
@@ -31,7 +33,9 @@ def strip(plan: CompressionPlan, width: int = 80) -> list[Text]:
     for stream in ("image", "text"):
         linear = {e.block for e in plan.ffn if e.stream == stream}
         if linear:
-            rows[f"{stream} ffn"] = [LINEAR if b in linear else cell for b, cell in enumerate(rows["image"])]
+            gone = {e.block for e in plan.text_stream} if stream == "text" else set()
+            cells = [GONE if b in gone else cell for b, cell in enumerate(rows["image"])]
+            rows[f"{stream} ffn"] = [LINEAR if b in linear else cell for b, cell in enumerate(cells)]
     if plan.adapters:
         adapted = {i.first for i in plan.adapters}
         rows["adapters"] = [ADAPTED if b in adapted else cell for b, cell in enumerate(rows["image"])]
@@ -103,9 +107,16 @@ def _table(document: dict[str, Any]) -> Table:
 def _run(run: dict[str, Any]) -> Text:
     passes = ", ".join(f"{name} {duration_text(s)}" for name, s in run["seconds"].items() if s >= 1)
     total = duration_text(sum(run["seconds"].values()))
-    return Text(
-        f"ppclc compress takes about {total} here ({passes}), {bytes_text(run['peak_bytes'])} of memory and {bytes_text(run['disk_bytes'])} of disk"
-    )
+    told = f"ppclc compress takes about {total} here from the start ({passes}), {bytes_text(run['peak_bytes'])} of memory and {bytes_text(run['disk_bytes'])} of disk"
+    lacking = [
+        f"{bytes_text(there)} {what}"
+        for key, there, what in (
+            ("peak_bytes", psutil.virtual_memory().total, "of memory"),
+            ("disk_bytes", shutil.disk_usage(".").free, "free on the disk"),
+        )
+        if run[key] > there
+    ]
+    return Text(told + (f"; this machine has {' and '.join(lacking)}" if lacking else ""))
 
 
 def bytes_text(count: float) -> str:

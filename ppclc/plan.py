@@ -26,7 +26,7 @@ class Interval(BaseModel):
     last: Block
 
     def __len__(self) -> int:
-        return self.last - self.first + 1
+        return max(0, self.last - self.first + 1)
 
     def __contains__(self, block: int) -> bool:
         return self.first <= block <= self.last

@@ -29,6 +29,14 @@ def read_export(folder: Path) -> Export:
         raise OutputError(f"{folder}: no readable {RECORD} ({error}); export the model again") from None
 
 
+def model_digest_of(folder: Path) -> str:
+    """The digest of the model that an export was made from. Raises OutputError when there is none."""
+    try:
+        return str(json.loads((folder / RECORD).read_text("utf-8"))["model_digest"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{folder}: no readable {RECORD} ({error}); export the model again") from None
+
+
 def is_intact(export: Export, folder: Path) -> bool:
     """Whether every file of an export lies in `folder` as it was written."""
     return all((folder / f).is_file() and file_digest(folder / f) == digest for f, digest in export.files.items())

@@ -179,6 +179,10 @@ def _explain(error: ValidationError) -> str:
     """The first fault as `section.key = value: wanted ...`; alternatives of one key are told together."""
     faults = error.errors(include_url=False)
     first = faults[0]
+    if isinstance(first["input"], list | dict):  # of several kinds that it may be the one that it is, and what is wrong within
+        kinds = ("list_type", "model_type", "missing")
+        within = [f for f in faults if len(f["loc"]) > len(first["loc"]) and f["type"] in kinds]
+        first = next(iter(within), first)
     path = [p for p in first["loc"] if isinstance(p, int) or not _is_alternative(str(p))]
     key = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
@@ -186,8 +190,15 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key}: missing; wanted a value"
     same = [f for f in faults if [p for p in f["loc"] if isinstance(p, int) or not _is_alternative(str(p))][: len(path)] == path]
-    wanted = list(dict.fromkeys(f["msg"].removeprefix("Input should be ").removeprefix("a valid ") for f in same))
+    wanted = list(dict.fromkeys(_plain(f["msg"]) for f in same if f["type"] != "missing"))
     return f"{key} = {first['input']!r}: wanted {' or '.join(wanted)}"
+
+
+def _plain(message: str) -> str:
+    """What a validator says, in words of a recipe."""
+    for start in ("Input should be ", "a valid ", "Value error, "):
+        message = message.removeprefix(start)
+    return "dictionary: keys with values" if message.startswith("dictionary") else message
 
 
 def _is_alternative(part: str) -> bool:

@@ -64,6 +64,7 @@ class Run:
     verdict: Verdict | None = None
     exports: list[Export] = field(default_factory=list)
     teacher_exports: list[Export] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
     benchmark: Benchmark | None = None
     report: dict[str, Any] | None = None
 
@@ -115,7 +116,7 @@ class Run:
             self.display.say(
                 f"warning: {samples.cache.rows} samples are too few to be kept apart (wanted {FEW}): calibration, training and judging share all of them"
             )
-        if samples.kind == "noise" and split == "choose":
+        if samples.kind == "noise" and split == "choose" and not self.store.frozen:
             self.display.say(
                 "warning: calibrating on random embeddings and latents; what is measured on them says little about real prompts"
             )

@@ -24,6 +24,7 @@ from ppclc.cards import CARD, Card, write_card
 from ppclc.classes import student_config
 from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
+from ppclc.locks import alone_in
 from ppclc.models import quiet_libraries
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
@@ -247,16 +248,17 @@ def slice_size(
     display = Display(2 if settings.finetune_steps else 1, verbosity)
     run = compiler.reopen(recipe, f"{out.name}.yaml", out, display)
     run.store = Store(out)
-    bank = _open_bank(run)
-    plan = plan_of_size(run, bank, target) if target else plan_by_hand(run, bank, Path(str(plan_file)))
-    if single_file:
-        comfyui.check_layout(run.source.family, plan)
-    home = (folder or out / "sizes" / size_name(plan, parameters, 0 if plan.is_empty else settings.finetune_steps)).absolute()
-    if not folder:
-        check_home(home)
-    document = _cut(run, bank, plan, settings, home)
-    if single_file:
-        _write_single_file(home, home.name if folder else f"{out.absolute().name}-{home.name}", display)
+    with alone_in(out):
+        bank = _open_bank(run)
+        plan = plan_of_size(run, bank, target) if target else plan_by_hand(run, bank, Path(str(plan_file)))
+        if single_file:
+            comfyui.check_layout(run.source.family, plan)
+        home = (folder or out / "sizes" / size_name(plan, parameters, 0 if plan.is_empty else settings.finetune_steps)).absolute()
+        if not folder:
+            check_home(home)
+        document = _cut(run, bank, plan, settings, home)
+        if single_file:
+            _write_single_file(home, home.name if folder else f"{out.absolute().name}-{home.name}", display)
     for line in summary(document, recipe.model.path, _shown(home)):
         display.say(line)
     return document

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("",),  # ppclc/__init__.py: the version, and public names on first use
     ("errors",),
     ("kernels",),
-    ("devices", "interrupts", "plan"),
+    ("devices", "interrupts", "locks", "plan"),
     ("device_sums",),
     ("records",),
     ("plugins",),

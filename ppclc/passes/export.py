@@ -411,7 +411,9 @@ def _triage(
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise OutputError for a folder whose content is not an export, so that none of it is replaced."""
+    """Raise OutputError for a folder whose content is not an export, so that none of it is replaced, and for a file."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; give another folder with -o")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).is_file():
         raise OutputError(f"{folder}: holds files but no {RECORD}; wanted an empty folder or an earlier export, give another with -o")
 

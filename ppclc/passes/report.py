@@ -62,6 +62,7 @@ class ReportInputs:
     """All that a run has to tell. `teacher` and `student` each give `parameters`, `bytes` and `blocks`.
 
     bank: folder of the record by key of every distilled edit that other sizes can be cut from; own: keys of this student's edits.
+    plan_is_fixed: whether the recipe left nothing to be chosen. judged: whether the model has a task that judges what it generates.
     """
 
     out: Path
@@ -80,6 +81,8 @@ class ReportInputs:
     versions: Mapping[str, str]
     bank: Mapping[str, Path] = field(default_factory=dict)
     own: Collection[str] = ()
+    plan_is_fixed: bool = False
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,8 @@ def report_html(inputs: ReportInputs) -> str:
         stands=stands(inputs.plan),
         edits=plan_words(inputs.plan),
         scored=scored(inputs.analysis),
+        fixed=inputs.plan_is_fixed,
+        judged=inputs.judged,
         tried=tried(inputs.analysis),
         started=started(inputs.analysis),
         pluggable=pluggable(inputs.bank, inputs.own),

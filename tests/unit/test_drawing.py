@@ -20,7 +20,7 @@ def test_each_edit_stands_at_its_block() -> None:
         "image          ■   ■───┤   ■   ■   ■   ■   ■",
         "text           ■   ■───┤   ■   ■   ■   ▒   ▒",
         "image ffn      ╱   ■───┤   ■   ■   ■   ■   ■",
-        "text ffn       ■   ■───┤   ■   ╱   ■   ■   ■",
+        "text ffn       ■   ■───┤   ■   ╱   ■        ",
     ]
     assert words(plan)[1:] == [
         "─ merged into one block: 1-2",

@@ -440,3 +440,11 @@ def test_headers_are_found_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> N
     with aotinductor.headers("cpu"):
         assert os.environ["CPLUS_INCLUDE_PATH"] == "/mine"
     assert os.environ["CPLUS_INCLUDE_PATH"] == "/mine"
+
+
+def test_a_file_is_no_folder_to_export_to(tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    with pytest.raises(OutputError, match="is a file; give another folder with -o"):
+        export._check_folder(notes)
+    assert notes.read_text() == "precious"
