@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ppclc.detection import Span
 from ppclc.errors import PlanError
@@ -19,6 +20,8 @@ from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats
 
 Bank = dict[str, dict[str, torch.Tensor]]
+_bases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Bases by the sums that they were found from: for a wide model one takes seconds, and every plan that is looked at asks for it."""
 ADAPTED_STREAMS = ("image", "text")
 FIXED = "of a plan that is fixed by hand only what its own edits need is calibrated; wanted this edit in the recipe's plan"
 KEPT_PROBES = 16
@@ -179,9 +182,12 @@ def interval_adapters(stats: CalibrationStats, ridge: float, first: int, start: 
 
 
 def modulation_basis(stats: CalibrationStats) -> dict[str, torch.Tensor]:
-    """`basis` (D, D), principal directions of `SiLU(temb)` by falling variance, and `mean` (D,). Source: ours."""
-    moments = Near(stats.tensors, "temb", stats.rows["temb"], 0)
-    return {"basis": symmetric_eigenvectors(moments.second(0)).float().contiguous(), "mean": moments.mean(0).float()}
+    """`basis` (D, D), principal directions of `SiLU(temb)` by falling variance, and `mean` (D,); found once for a record's sums. Source: ours."""
+    sums = stats.tensors["temb.second"]
+    if sums not in _bases:
+        moments = Near(stats.tensors, "temb", stats.rows["temb"], 0)
+        _bases[sums] = {"basis": symmetric_eigenvectors(moments.second(0)).float().contiguous(), "mean": moments.mean(0).float()}
+    return dict(_bases[sums])
 
 
 def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPlan) -> Bank:
@@ -191,7 +197,7 @@ def closed_form_bank(stats: CalibrationStats, ridge: float, plan: CompressionPla
         PlanError: edits that the calibration has no moments of.
     """
     check_calibrated(plan, stats)
-    bank = {"modulation": modulation_basis(stats)} if plan.modulation_rank is not None and "temb" in stats.rows else {}
+    bank = {"modulation": modulation_basis(stats)} if "temb" in stats.rows else {}
     for edit in plan.text_stream:
         bank[plan.text_key(edit.block)] = text_maps(stats, ridge, _ends(plan, edit.block), _ends(plan, edit.reference))
     for ffn in plan.ffn:

@@ -393,9 +393,9 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
 
 def _written(run: Run, label: str) -> list[Path]:
     """Where a model's exports lie, of those that could be written."""
-    there = {export.digest for export in (run.exports if label == "student" else run.teacher_exports)}
+    there = [export.files for export in (run.exports if label == "student" else run.teacher_exports)]
     folders = [f[label] for f in export_folders(run)]
-    return [f for f in folders if (f / RECORD).is_file() and read_export(f).digest in there]
+    return [f for f in folders if (f / RECORD).is_file() and read_export(f).files in there]
 
 
 def report(run: Run, progress: Callable[[float, str], None]) -> None:

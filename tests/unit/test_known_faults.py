@@ -548,14 +548,14 @@ def test_8_prompts_are_encoded_and_the_encoder_is_gone_before_the_teacher_is_loa
     def pipeline(*_: Any) -> Iterator[Any]:
         encoder = nn.Linear(1, 16)
         encoders.append(weakref.ref(encoder))
-        yield SimpleNamespace(encode_prompt=lambda prompts: (encoder(torch.ones(len(prompts), 4, 1)).detach(), None))
+        yield SimpleNamespace(encode_prompt=lambda prompts: (encoder(torch.ones(len(prompts), 4, 1)).detach(), None)), "cpu"
 
     def load(*given: Any) -> Any:
         assert len(encoders) == 1
         assert encoders[0]() is None
         return load_source(*given)
 
-    monkeypatch.setattr(encoding, "_pipeline", pipeline)
+    monkeypatch.setattr(encoding, "pipeline_with", pipeline)
     monkeypatch.setattr(run_module, "load_source", load)
     data = {"source": "prompts", "path": str(tmp_path / "prompts.txt"), "resolution": 32}
     run = compile_small(root, tmp_path / "out", "calibrate", calibrate={**data, "longest": 2})
