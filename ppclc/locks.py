@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ppclc.errors import OutputError
 
-PATIENCE_S = 3.0
-"""How long a folder is waited for: a run that was killed may have left children that end a moment later."""
+PATIENCE_S = 2.0
+"""How long a folder is waited for: a run that was killed may take a moment to be gone."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         end = time.monotonic() + PATIENCE_S
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which children do not inherit
                 break
             except OSError:
                 if time.monotonic() > end:
