@@ -38,7 +38,7 @@ test: lint ## the whole proof: lint, types, every test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-fast: install ## only the tests that take seconds
+test-fast: install ## the tests that take next to nothing: a minute
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
 test-long: install ## what the tests leave out: every back end over every family and edit, more kills (half an hour)

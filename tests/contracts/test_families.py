@@ -134,6 +134,7 @@ def test_an_empty_plan_is_the_teacher(subject: Subject) -> None:
     assert torch.equal(run(student, subject.inputs), run(subject.model, subject.inputs))
 
 
+@pytest.mark.slow
 def test_depth_slicing_is_deletion(subject: Subject, tmp_path: Path) -> None:
     """In every group, its end included; what is written is the stock class and comes back bit for bit."""
     for n, (first, size) in enumerate(subject.starts()):
@@ -192,6 +193,7 @@ def every_edit(subject: Subject) -> CompressionPlan:
     return subject.plan(spans, text, rank, family.has_dead_code, ffn, spans[:1])
 
 
+@pytest.mark.slow
 def test_edits_survive_the_disk_and_are_counted(edited: Subject, tmp_path: Path) -> None:
     plan = every_edit(edited)
     bank = random_bank(edited, plan)
@@ -207,6 +209,7 @@ def test_edits_survive_the_disk_and_are_counted(edited: Subject, tmp_path: Path)
     assert [n for n, p in student.named_parameters() if p.grad is None] == [], "no tensor of a student is dead"
 
 
+@pytest.mark.slow
 def test_every_single_edit_changes_what_it_says(edited: Subject) -> None:
     """Each edit alone makes a smaller student whose output is another."""
     family, config = edited.family, edited.config
@@ -233,6 +236,7 @@ def test_a_rank_of_the_whole_width_is_the_teacher(edited: Subject) -> None:
     assert close(run(apply_plan(edited.model, plan, bank), edited.inputs), run(edited.model, edited.inputs))
 
 
+@pytest.mark.slow
 def test_mapped_text_is_the_map_of_the_reference_block_s(edited: Subject) -> None:
     """Exact maps give the teacher back: a teacher whose text input does not change from one block to the next."""
     family, config = edited.family, edited.config
@@ -262,6 +266,7 @@ def test_mapped_text_is_the_map_of_the_reference_block_s(edited: Subject) -> Non
     assert difference <= 2e-4 * run(edited.model, edited.inputs).abs().max()
 
 
+@pytest.mark.slow
 def test_linear_networks_in_the_teacher_are_the_student_s(edited: Subject) -> None:
     """Where the states after attention are read is data of the family; the student says whether it is right."""
     family, config, width = edited.family, edited.config, edited.width
@@ -276,6 +281,7 @@ def test_linear_networks_in_the_teacher_are_the_student_s(edited: Subject) -> No
         assert not torch.equal(run(edited.model, edited.inputs), run(student, edited.inputs))
 
 
+@pytest.mark.slow
 def test_adapters_are_linear_maps_in_front_of_the_block(edited: Subject, tmp_path: Path) -> None:
     """The teacher with the maps and one block in an interval's place says what the student is."""
     family, model, inputs = edited.family, edited.model, edited.inputs
@@ -302,6 +308,7 @@ def test_adapters_are_linear_maps_in_front_of_the_block(edited: Subject, tmp_pat
             assert close(run(apply_plan(model, plan), inputs), run(apply_plan(model, edited.plan([span])), inputs))
 
 
+@pytest.mark.slow
 def test_edits_that_a_family_does_not_take_are_refused(subject: Subject) -> None:
     family, config = subject.family, subject.config
     textless = [b for b in range(subject.length) if b not in family.text_blocks(config)]
@@ -364,6 +371,7 @@ def test_a_student_s_class_stands_alone(where: str) -> None:
     assert imported - set(sys.stdlib_module_names) <= {"torch", "diffusers"}
 
 
+@pytest.mark.slow
 def test_a_streamed_teacher_gives_the_same_bits(subject: Subject, tmp_path: Path) -> None:
     """Blocks of every group and shape, read one at a time: states, text inputs and velocity are those of the model in memory."""
     subject.model.save_pretrained(tmp_path)
@@ -387,6 +395,7 @@ def test_a_streamed_teacher_gives_the_same_bits(subject: Subject, tmp_path: Path
     assert all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(tensors, read, strict=True))
 
 
+@pytest.mark.slow
 def test_a_student_written_from_files_is_the_one_in_memory(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file to the byte, in one file and in shards; of a stock student those that diffusers writes; and what stays is only moved."""
     subject.model.save_pretrained(tmp_path / "teacher")

@@ -183,6 +183,7 @@ MANY = 200 if os.environ.get("PPCLC_LONG") == "1" else 40
 cases = st.tuples(st.integers(0, 10**6), st.sampled_from(["identity", "linear", "twins"]), st.integers(1, BLOCKS - 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 @settings(max_examples=10)
 @given(case=cases)
@@ -199,6 +200,7 @@ def test_planted_redundancy_is_found_in_many_models(family: Family, case: tuple[
     check(family, *case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 @settings(max_examples=10)
 @given(seed=st.integers(0, 10**6), writer=st.integers(0, BLOCKS - 1))

@@ -79,6 +79,7 @@ def test_edits_save_what_their_parts_hold(name: str) -> None:
     assert predicted_parameters(family, config, plan) == total - network - modulation + d * (d + 1)
 
 
+@pytest.mark.slow
 def test_a_published_model_is_planned_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is fetched; a folder of that name goes before."""
     monkeypatch.setattr("ppclc.hub.fetch", None)

@@ -56,6 +56,7 @@ def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_the_report_keeps_its_contract(finished: Path) -> None:
     out = finished / "out" / "small"
     report = json.loads((out / "report.json").read_text())
@@ -78,6 +79,7 @@ def test_the_report_keeps_its_contract(finished: Path) -> None:
     assert (out / "report.html").stat().st_size > 50_000
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing_anew(finished: Path) -> None:
     out = finished / "out" / "small"
     before = files_of(out)
@@ -89,6 +91,7 @@ def test_a_second_run_makes_nothing_anew(finished: Path) -> None:
     assert all(s["reused"] for s in report["stages"] if s["name"] != "report")
 
 
+@pytest.mark.slow
 def test_export_and_bench_work_bare(finished: Path) -> None:
     """The student's ONNX model lies there already: it is not made again."""
     done = ppclc("export", "--backend", "onnx", "--json", cwd=finished)
@@ -102,6 +105,7 @@ def test_export_and_bench_work_bare(finished: Path) -> None:
     assert all(r["p50_ms"] <= r["p90_ms"] <= r["p99_ms"] for r in rows)
 
 
+@pytest.mark.slow
 def test_another_size_is_cut_and_measured(finished: Path) -> None:
     out = finished / "out" / "small"
     document = json.loads(ppclc("slice", "out/small", "--parameters", "0.8", "--json", cwd=finished).stdout)
@@ -129,6 +133,7 @@ def test_another_size_is_cut_and_measured(finished: Path) -> None:
     assert "sizes/p0.80" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_student_loads_without_ppclc(finished: Path) -> None:
     """In a fresh process that cannot import ppclc, through diffusers alone, to the same bits."""
     folder = finished / "out" / "small" / "model" / "transformer"
@@ -155,6 +160,7 @@ import numpy; numpy.save({str(finished / "out.npy")!r}, y.numpy())
     assert np.array_equal(np.load(finished / "out.npy"), here.numpy())
 
 
+@pytest.mark.slow
 def test_another_teacher_in_the_same_folder_is_refused(finished: Path) -> None:
     from ppclc.models import apply_plan, save_model
 
@@ -168,6 +174,7 @@ def test_another_teacher_in_the_same_folder_is_refused(finished: Path) -> None:
     assert files_of(finished / "out" / "small") == before
 
 
+@pytest.mark.slow
 def test_a_failed_gate_exits_with_1_and_still_reports(finished: Path) -> None:
     done = ppclc("compress", "small.yaml", "--set", "verify.gates={velocity_error: {drop_percent: 0}}", cwd=finished, code=1)
     assert "gate failed: velocity_error.drop_percent" in done.stderr
@@ -175,6 +182,7 @@ def test_a_failed_gate_exits_with_1_and_still_reports(finished: Path) -> None:
     assert [g["passed"] for g in gates] == [False]
 
 
+@pytest.mark.slow
 def test_an_edited_plan_is_followed(finished: Path) -> None:
     out = finished / "out" / "edited"
     shutil.copytree(finished / "out" / "small", out, ignore=shutil.ignore_patterns("export", "model", "sizes", "teacher-onnx-*"))

@@ -53,6 +53,7 @@ def test_inspect_counts_what_is_there(ppclc: Any, teacher: Any, teacher_folder: 
     assert document["bytes"] == sum(f.stat().st_size for f in teacher_folder.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_init_writes_a_recipe_that_plan_reads(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     code, out, _ = ppclc("init", str(teacher_folder))
     assert (code, out.count("recipe.yaml")) == (0, 2)
@@ -67,6 +68,7 @@ def test_init_writes_a_recipe_that_plan_reads(ppclc: Any, teacher_folder: Path, 
     assert "recipe.yaml" in err
 
 
+@pytest.mark.slow
 def test_plan_needs_no_weights(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -77,6 +79,7 @@ def test_plan_needs_no_weights(ppclc: Any, teacher_folder: Path, tmp_path: Path)
     assert json.loads(out)["plan"]["kept"] == [0, 1, 4, 5]
 
 
+@pytest.mark.slow
 def test_the_paper_s_model_is_planned_from_its_configuration(ppclc: Any, tmp_path: Path) -> None:
     """Qwen-Image's published count and that of its blocks, from config.json alone."""
     bare = tmp_path / "qwen"
@@ -94,6 +97,7 @@ def test_the_paper_s_model_is_planned_from_its_configuration(ppclc: Any, tmp_pat
     assert 0 < document["student"]["bytes"] - 2 * document["student"]["parameters"] < 1_000_000
 
 
+@pytest.mark.slow
 def test_plan_predicts_what_will_be_written_and_what_it_takes(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n"
@@ -113,6 +117,7 @@ def test_plan_predicts_what_will_be_written_and_what_it_takes(ppclc: Any, teache
     assert document["run"]["peak_bytes"] > document["student"]["vram_bytes"]
 
 
+@pytest.mark.slow
 def test_plan_draws_every_edit(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"model: {{path: {teacher_folder}}}\nplan: {{intervals: [[1, 3]], text_stream: [5], modulation_rank: 4}}\n"
@@ -146,6 +151,7 @@ def test_a_plan_that_the_model_cannot_take_is_refused(edits: str, wanted: str, p
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_bench_keeps_block_costs_that_plan_reads(ppclc: Any, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPCLC_CACHE", str(tmp_path / "cache"))
     code, out, err = ppclc("bench", str(teacher_folder), "--runs", "2", "--json")
@@ -161,6 +167,7 @@ def test_bench_keeps_block_costs_that_plan_reads(ppclc: Any, teacher_folder: Pat
     assert document["teacher"]["latency_ms"] == pytest.approx(costs["base_ms"] + 6 * costs["block_ms"]["transformer_blocks"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_file", [True, False])
 def test_bench_of_random_weights_needs_a_configuration_alone(as_file: bool, ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
@@ -177,6 +184,7 @@ def test_bench_of_random_weights_needs_a_configuration_alone(as_file: bool, ppcl
     assert "nowhere" in err
 
 
+@pytest.mark.slow
 def test_random_weights_beyond_memory_are_refused(ppclc: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ppclc.bench_subjects.free_bytes", lambda device: 10)
     code, _, err = ppclc("bench", "--random-weights", str(teacher_folder), "--runs", "2")
@@ -184,6 +192,7 @@ def test_random_weights_beyond_memory_are_refused(ppclc: Any, teacher_folder: Pa
     assert "0.0 GB of memory are free, wanted 0.0 GB more for its weights; what its blocks cost was measured" in err
 
 
+@pytest.mark.slow
 def test_a_recipe_s_cut_is_priced_without_weights(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_text((teacher_folder / "transformer" / "config.json").read_text())
@@ -219,6 +228,7 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_measured(ppclc: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_doctor_names_every_back_end(ppclc: Any) -> None:
     code, out, _ = ppclc("doctor", "--json")
     document = json.loads(out)
@@ -316,6 +326,7 @@ distill: {steps: 1, finetune_steps: 1, batch: 4}
 """
 
 
+@pytest.mark.slow
 def test_a_refused_recipe_leaves_an_earlier_run_as_it_is(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     """Also where the refusal comes after the costs were measured: sizes can still be cut, and `plan` tells no old plan for a new recipe."""
     (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}")
@@ -356,6 +367,7 @@ def test_what_is_wrong_by_hand_is_refused_before_anything_is_made(
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_files_is_no_size_to_be_replaced(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}")
     assert ppclc("compress", "r.yaml", "--until", "slice")[0] == 0
@@ -367,6 +379,7 @@ def test_a_folder_with_other_files_is_no_size_to_be_replaced(ppclc: Any, teacher
     assert (tmp_path / "mine/notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_report_reads_and_makes_nothing(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}verify: {{scenes: 8, seeds: [0]}}\nbench: {{runs: 2}}\n")
     assert ppclc("compress", "r.yaml", "--until", "slice")[0] == 0

@@ -72,6 +72,7 @@ def test_a_folder_without_an_export_is_told(tmp_path: Path) -> None:
         ppclc.load_exported(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_option_that_the_back_end_has_not_is_refused(tmp_path: Path) -> None:
     subject = subject_of("qwen_image", num_layers=1)
     export_model(subject.model, subject.family, "onnx", "float32", tmp_path / "onnx", "abc")

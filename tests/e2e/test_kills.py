@@ -215,6 +215,7 @@ def check_nothing_half(out: Path) -> None:
         json.loads((out / "report.json").read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_a_kill_between_two_plans_makes_none_of_them_a_persons_edit(recipe: Recipe, tmp_path: Path) -> None:
     """A recipe that changed, and a run that dies at either copy of the new plan: an older plan is not taken for an edit."""
     other = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"intervals": [[0, 1]], "ffn": "none"})})

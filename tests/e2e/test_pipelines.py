@@ -25,6 +25,7 @@ from ppclc.sources import open_source
 from tests.contracts.test_families import subject_of
 from tests.pipelines import flux2_pipeline, flux_pipeline, qwen_pipeline, sd3_pipeline
 
+pytestmark = pytest.mark.slow
 PROMPTS = ["a cat", "a very long red dog on a blue mat", "two green birds", "rain", "a house by the sea", "snow", "a ship", "tea"]
 SIZE = [16, 32]
 PIPELINES: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -86,7 +87,6 @@ def recipe(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 def test_a_whole_pipeline_is_compressed_judged_exported_and_benched(folder: Path, tmp_path: Path) -> None:
     lowered = {} if folder.name in ("flux", "qwen_image") else {"export": []}  # other families' lowering is held by the contracts
     run = compress(parse_recipe(recipe(folder) | lowered, "pipeline"), "pipeline", tmp_path, Display(0, -1))

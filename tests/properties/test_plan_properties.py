@@ -28,6 +28,7 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     return CompressionPlan.of("qwen_image", length, draw(st.permutations(chosen)), draw(st.permutations(text)), rank, dead, ffn, adapters)
 
 
+@pytest.mark.slow
 @given(plans())
 def test_json_round_trip(plan: CompressionPlan) -> None:
     again = CompressionPlan.from_json(plan.to_json())
@@ -35,6 +36,7 @@ def test_json_round_trip(plan: CompressionPlan) -> None:
     assert again.to_json() == plan.to_json()
 
 
+@pytest.mark.slow
 @given(plans())
 def test_every_block_is_kept_or_inside_one_interval(plan: CompressionPlan) -> None:
     for block in range(plan.num_blocks):

@@ -158,6 +158,7 @@ def test_what_comes_in_is_what_was_counted(name: str, teacher: Any, family: Fami
     assert sum("_adapter." in n for n in student.state_dict()) == 2 * maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank and ffn", "mapped", "mapped to the end"])
 def test_no_tensor_is_without_effect(name: str, teacher: Any, inputs: dict[str, Any], random_bank: Banks) -> None:
     plan = PLANS[name]

@@ -318,6 +318,7 @@ def test_equal_drops_and_rises_of_cka_go_on_and_lone_blocks_are_no_interval() ->
     assert first_difference_intervals(table_from({0: [1.0]}, 1).tolist()) == ([], [None])
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(st.integers(1, 9), st.integers(1, 9), st.randoms(use_true_random=False))
 def test_intervals_tile_the_depth_as_equation_5_says(length: int, longest: int, random: Any) -> None:
@@ -398,6 +399,7 @@ def test_numbers_above_one_are_counts(source: Source, teacher: Any) -> None:
     assert budget_of(source, TargetSettings(), "float32") is None
 
 
+@pytest.mark.slow
 def test_targets_that_make_no_sense_are_refused(source: Source, teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPCLC_CACHE", str(tmp_path))  # others may have kept what a block costs
     whole = count_parameters(teacher)
@@ -495,6 +497,7 @@ def free(span: tuple[int, int]) -> bool:
     return len([b for b in range(span[0], span[1] + 1) if b not in (3, 4)]) <= 1
 
 
+@pytest.mark.slow
 def test_planted_redundancy_costs_nothing_and_nothing_else_is_as_cheap(half: Analysis) -> None:
     costs = {(c.first, c.last): c.cost for c in half.candidates if c.kind == "interval"}
     assert costs.keys() == {(u, v) for u, v in itertools.combinations(range(8), 2) if v - u < 4}
@@ -506,6 +509,7 @@ def test_planted_redundancy_costs_nothing_and_nothing_else_is_as_cheap(half: Ana
     assert min(half.probe_error["image"][i] for i in (0, 1, 2, 5, 6, 7)) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_smallest_depth_cuts_take_the_planted_blocks(planted: Planted, half: Analysis) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     for target, removed in ((0.9, 1), (0.8, 2)):
@@ -520,6 +524,7 @@ def test_the_smallest_depth_cuts_take_the_planted_blocks(planted: Planted, half:
     assert torch.equal(analysis.tensors["cka"].nan_to_num(), half.tensors["cka"].nan_to_num())
 
 
+@pytest.mark.slow
 def test_cuts_that_cost_nothing_are_taken_without_a_supernet(planted: Planted) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     for target, searched in ((0.8, False), (0.65, True)):
@@ -540,6 +545,7 @@ def test_the_supernet_is_always_asked_for_a_set_that_it_can_leave_out(planted: P
         assert search._known_sets((2,), [(0.0, [(0, 1), (4, 5)])]) == [(1, 5)]
 
 
+@pytest.mark.slow
 def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     analysis = planted.analyze({"parameters": 0.65}, only_depth, trials=4, trial_steps=6)
@@ -558,6 +564,7 @@ def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
         assert planted.analyze({"parameters": 0.65}, only_depth, trials=4, trial_steps=6).trials == analysis.trials
 
 
+@pytest.mark.slow
 def test_blocks_start_where_their_student_learns_best(planted: Planted) -> None:
     """Of blocks 2 to 4 only 2 does more than add a constant: a student's block that starts elsewhere learns from nothing."""
     by_hand = {"intervals": [[2, 4]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"}
@@ -575,6 +582,7 @@ def test_blocks_start_where_their_student_learns_best(planted: Planted) -> None:
     assert not planted.analyze({"parameters": 0.9}, by_hand, trials=1, trial_steps=4).start_trials
 
 
+@pytest.mark.slow
 def test_a_search_with_adapters_counts_them_and_says_where_their_blocks_start(planted: Planted) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none", "adapters": "auto"}
     analysis = planted.analyze({"parameters": 0.65}, only_depth, trials=2, trial_steps=3)
@@ -595,6 +603,7 @@ def test_a_search_with_adapters_counts_them_and_says_where_their_blocks_start(pl
     assert saved[0] - saved[1] == 2 * (width**2 + width)
 
 
+@pytest.mark.slow
 def test_costs_are_the_velocity_error_of_the_closed_form_stand_in(planted: Planted, half: Analysis) -> None:
     """By hand: blocks 1 and 2 replaced by one of them and one affine map a stream, fitted by least squares on the same draws."""
     g = torch.Generator().manual_seed(0)
@@ -643,6 +652,7 @@ def test_costs_are_the_velocity_error_of_the_closed_form_stand_in(planted: Plant
     assert text.parameters == count_parameters(planted.model) - count_parameters(student)
 
 
+@pytest.mark.slow
 def test_a_budget_of_forwards_is_kept_and_takes_short_intervals_first(planted: Planted) -> None:
     analysis = planted.analyze({"parameters": 0.9}, {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}, budget=300)
     spans = [(c.first, c.last) for c in analysis.candidates]
@@ -670,12 +680,14 @@ def check_target(planted: Planted, plan: CompressionPlan, limit: float, by_hand:
         assert predicted_parameters(source.family, source.config, plan.without(edit)) > limit, edit
 
 
+@pytest.mark.slow
 def test_half_of_the_parameters(planted: Planted, half: Analysis) -> None:
     check_target(planted, half.plan, 0.5 * count_parameters(planted.model))
     fit = [r for r, c in half.modulation_error.items() if c <= RANK_TOLERANCE]
     assert half.plan.modulation_rank in (None, *([min(fit)] if fit else []))
 
 
+@pytest.mark.slow
 def test_a_modulation_rank_costs_no_more_than_the_recipe_allows(planted: Planted, half: Analysis) -> None:
     """Given by hand it is refused above the limit, which names a rank that would do; chosen, it is the least below it."""
     costs = half.modulation_error
@@ -690,6 +702,7 @@ def test_a_modulation_rank_costs_no_more_than_the_recipe_allows(planted: Planted
     assert planted.select(0.7, {"modulation_rank": rank, "modulation_error": 1.01 * costs[rank]}).modulation_rank == rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.97, 0.9, 0.7, 0.6, 0.3])
 @pytest.mark.parametrize("modulation_rank", ["auto", "none", 4])
 def test_targets_are_met_with_no_edit_to_spare(planted: Planted, half: Analysis, target: float, modulation_rank: Any) -> None:
@@ -712,6 +725,7 @@ def test_rival_strategies_take_their_own_intervals_only(planted: Planted, target
         assert all(search.start(*s) == s[0] for s in found)
 
 
+@pytest.mark.slow
 def test_scores_of_the_rivals_by_hand(planted: Planted) -> None:
     search = planted.search(strategy="laptop")
     samples = probe_set(planted.samples, 16)
@@ -760,6 +774,7 @@ def test_agreement_is_the_jaccard_index_of_intervals(planted: Planted, half: Ana
     assert all(0 <= a.lowest <= a.jaccard <= a.highest <= 1 for a in half.stability.values())
 
 
+@pytest.mark.slow
 def test_no_allowed_plan_of_depth_alone_is_cheaper(planted: Planted, half: Analysis) -> None:
     """Against all sets of disjoint intervals that meet the target."""
     costs = {(c.first, c.last): c.cost for c in half.candidates if c.kind == "interval"}
@@ -775,6 +790,7 @@ def test_no_allowed_plan_of_depth_alone_is_cheaper(planted: Planted, half: Analy
     assert cheapest > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "share"), [("float32", 0.7), ("bfloat16", 0.5)])
 def test_bytes_are_those_of_the_weight_files(planted: Planted, dtype: str, share: float) -> None:
     family, config = planted.source.family, planted.source.config
@@ -784,6 +800,7 @@ def test_bytes_are_those_of_the_weight_files(planted: Planted, dtype: str, share
     assert plan == even_plan(planted.source, TargetSettings(bytes=share), PlanSettings(), dtype)
 
 
+@pytest.mark.slow
 def test_memory_and_latency_are_targets_too(planted: Planted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a target counts: the plan is within it, and putting back any edit would not be."""
     family, config = planted.source.family, planted.source.config
@@ -801,6 +818,7 @@ def test_memory_and_latency_are_targets_too(planted: Planted, monkeypatch: pytes
     assert costs.latency_ms(plan, config) <= 12 < costs.latency_ms(CompressionPlan.of(NAME, 8), config) == 17
 
 
+@pytest.mark.slow
 def test_targets_out_of_reach_are_refused(planted: Planted, half: Analysis) -> None:
     with pytest.raises(RecipeError, match=r"target\.parameters: [\d,]+ cannot be reached by the edits that the recipe allows"):
         planted.select(0.01)
@@ -814,6 +832,7 @@ def test_targets_out_of_reach_are_refused(planted: Planted, half: Analysis) -> N
         planted.select(0.9, {"modulation_rank": 33})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protect", [[3, 4], [0, 1, 7]])
 def test_protected_blocks_stay_as_they_are(planted: Planted, protect: list[int]) -> None:
     plan = planted.analyze({"parameters": 0.75}, {"protect": protect, "modulation_rank": "none"}).plan
@@ -831,6 +850,7 @@ def test_protected_blocks_keep_their_text_stream_when_blocks_behind_them_go(plan
     assert options.run(3, [(5, 6)]) is None
 
 
+@pytest.mark.slow
 def test_edits_made_by_hand_are_kept(planted: Planted, half: Analysis) -> None:
     by_hand = {"intervals": [[1, 2], [5, 7]], "text_stream": [3, 5], "modulation_rank": 7, "dead_code": False}
     plan = planted.analyze({}, by_hand).plan
@@ -848,12 +868,14 @@ def test_edits_made_by_hand_are_kept(planted: Planted, half: Analysis) -> None:
         planted.select(0.9, by_hand | {"text_stream": [2]})
 
 
+@pytest.mark.slow
 def test_intervals_made_by_hand_count_towards_the_target(planted: Planted) -> None:
     """Alone they come down to the target, and no other edit is free to help."""
     only = {"intervals": [[1, 2], [5, 7]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"}
     assert planted.select(0.7, only) == CompressionPlan.of(NAME, 8, [(1, 2), (5, 7)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.7])
 def test_a_text_stream_made_by_hand_steers_the_free_intervals_around_it(planted: Planted, target: float) -> None:
     by_hand = {"text_stream": [4], "modulation_rank": "none"}
@@ -865,6 +887,7 @@ def test_a_text_stream_made_by_hand_steers_the_free_intervals_around_it(planted:
         assert predicted_parameters(planted.source.family, planted.source.config, plan) <= target * count_parameters(planted.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.9, 0.6, 0.3])
 def test_even_plan_meets_the_target_by_configuration_alone(planted: Planted, target: float) -> None:
     limit = target * count_parameters(planted.model)

@@ -23,7 +23,7 @@ from ppclc.samples import open_samples
 from ppclc.teachers import ResidentTeacher
 
 BLOCKS, WIDTH = 3, 3072
-pytestmark = pytest.mark.skipif(bool(fake_cuda.lacks()), reason=fake_cuda.lacks())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(fake_cuda.lacks()), reason=fake_cuda.lacks())]
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,7 @@ def test_near_moments_are_left_on_the_device_by_kernels_alone(found: dict[str, A
     assert count(near, "ppclc.difference") == 2 * BLOCKS
 
 
+@pytest.mark.slow
 def test_far_moments_are_brought_to_the_cpu_once_for_all_that_pass_together(found: dict[str, Any]) -> None:
     far, together, longest = found["far"], found["together"], 10
     teacher = analysis_counted.teacher_of(BLOCKS)

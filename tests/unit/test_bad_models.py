@@ -188,6 +188,7 @@ def test_the_unbroken_copy_loads(folder: Path, teacher: Any) -> None:
     assert all(torch.equal(again[k], v) for k, v in teacher.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_folders_say_where_what_and_the_way_out(name: str, folder: Path) -> None:
     break_it, words = BROKEN[name]

@@ -99,6 +99,7 @@ def edited(out: Path, name: str = "plan.json", **edits: Any) -> Path:
 # -- what a slice is ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.95, 0.75, 0.6, 0.5, 0.4])
 def test_a_size_is_its_plan_applied_to_the_bank_bit_for_bit(share: float, out: Path, family: Family) -> None:
     document = cut(out, share)
@@ -125,6 +126,7 @@ def test_a_size_is_its_plan_applied_to_the_bank_bit_for_bit(share: float, out: P
     assert document["pluggable"][: len(plan.intervals)] == [i.key for i in plan.intervals]
 
 
+@pytest.mark.slow
 def test_depth_is_cut_from_the_bank_where_width_is_forbidden(teacher_folder: Path, tmp_path: Path) -> None:
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none", "protect": [0]}
     compress(teacher_folder, tmp_path / "out", plan=only_depth)
@@ -138,6 +140,7 @@ def test_depth_is_cut_from_the_bank_where_width_is_forbidden(teacher_folder: Pat
         assert len(document["pluggable"]) == len(plan.intervals) > 0
 
 
+@pytest.mark.slow
 def test_the_run_s_own_plan_is_its_student_before_the_fine_tune_and_after(out: Path) -> None:
     run, _ = opened(out)
     plan = CompressionPlan.read(out / "plan.json")
@@ -158,6 +161,7 @@ def test_the_run_s_own_plan_is_its_student_before_the_fine_tune_and_after(out: P
     assert not equal(load_model(out / "sizes" / "p0.50-f2"), apply_plan(run.teacher, plan, by_hand(run, plan)))
 
 
+@pytest.mark.slow
 def test_a_second_call_makes_nothing_and_a_damaged_size_is_made_again(out: Path) -> None:
     first = cut(out, 0.6)
     home = out / "sizes" / "p0.60"
@@ -177,6 +181,7 @@ def test_a_second_call_makes_nothing_and_a_damaged_size_is_made_again(out: Path)
 # -- what the bank lacks -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_a_plan_lacks_is_named_at_once(out: Path) -> None:
     lose(out, "interval-1-2")
     with pytest.raises(PlanError) as caught:
@@ -193,6 +198,7 @@ def test_what_a_plan_lacks_is_named_at_once(out: Path) -> None:
     assert not (out / "sizes").exists()
 
 
+@pytest.mark.slow
 def test_a_size_below_the_bank_tells_the_smallest_and_what_would_reach_further(out: Path, family: Family) -> None:
     lose(out, "interval-1-2")
     _, bank = opened(out)
@@ -215,6 +221,7 @@ def test_a_size_below_the_bank_tells_the_smallest_and_what_would_reach_further(o
     assert all(set(k) <= set("interval-0123456789") for k in named)
 
 
+@pytest.mark.slow
 def test_edits_of_other_settings_are_not_held(out: Path) -> None:
     _, bank = opened(out)
     assert len(bank.intervals()) == 12
@@ -230,6 +237,7 @@ def test_edits_of_other_settings_are_not_held(out: Path) -> None:
     ]  # what stands on an interval goes with it
 
 
+@pytest.mark.slow
 def test_a_wider_bank_is_made_without_doing_anything_twice(teacher_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = compress(teacher_folder, out, distill={"bank": "plan"}, plan={"text_stream": "none", "ffn": "none", "modulation_rank": "none"})
@@ -244,6 +252,7 @@ def test_a_wider_bank_is_made_without_doing_anything_twice(teacher_folder: Path,
     assert all(isinstance(e.tensors, StoredTensors) for e in second.edits)  # in memory when asked for, and not before
 
 
+@pytest.mark.slow
 def test_a_bank_with_adapters_is_cut_with_adapters(teacher_folder: Path, tmp_path: Path) -> None:
     """As the recipe has them: every interval in its adapted form, to any size, and no plain one taken for it."""
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none", "adapters": "auto"}
@@ -263,6 +272,7 @@ def test_a_bank_with_adapters_is_cut_with_adapters(teacher_folder: Path, tmp_pat
         sizes.slice_size(out, None, plain, None, [], -1)
 
 
+@pytest.mark.slow
 def test_width_edits_on_an_adapted_block_and_on_a_plain_one_are_two(teacher_folder: Path, tmp_path: Path) -> None:
     """One folder that has held both: a plan gets the maps that were trained on its own block."""
     by_hand = {"intervals": [[1, 2]], "text_stream": "none", "ffn": [{"block": 1, "stream": "image"}], "modulation_rank": "none"}
@@ -279,6 +289,7 @@ def test_width_edits_on_an_adapted_block_and_on_a_plain_one_are_two(teacher_fold
         assert torch.equal(read_record(Distilled, bank.folders[key]).tensors["weight"], made.tensors["weight"])
 
 
+@pytest.mark.slow
 def test_what_another_rule_picked_is_in_a_whole_bank(teacher_folder: Path, tmp_path: Path) -> None:
     """Intervals that were picked and not measured are candidates as well."""
     only_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
@@ -328,6 +339,7 @@ def test_the_plan_s_intervals_are_distilled_first_and_each_once(whole: Path) -> 
         assert only.interval_key(only.intervals[0]) == f"interval-2-3{form}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [16384, 300])
 def test_what_is_predicted_of_a_whole_bank_is_what_is_distilled(
     budget: int, whole: Path, family: Family, teacher_folder: Path, tmp_path: Path
@@ -374,6 +386,7 @@ def test_lists_by_hand_mean_any_part_of_them(whole: Path) -> None:
     assert nothing.best(budget) is None
 
 
+@pytest.mark.slow
 def test_intervals_by_hand_are_weighed_too(teacher_folder: Path, tmp_path: Path) -> None:
     run = compress(
         teacher_folder, tmp_path / "out", plan={"intervals": [[1, 2], [3, 4]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"},
@@ -389,6 +402,7 @@ def test_intervals_by_hand_are_weighed_too(teacher_folder: Path, tmp_path: Path)
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_s_rows_are_the_bank_and_the_sizes(out: Path) -> None:
     cut(out, 0.9)
     cut(out, 0.5)
@@ -428,6 +442,7 @@ def ppclc(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, t
     return run
 
 
+@pytest.mark.slow
 def test_slice_prints_the_head_of_a_report(ppclc: Any, out: Path) -> None:
     code, printed, _ = ppclc("out", "--parameters", "0.7", "--json", "-q")
     assert code == 0
@@ -469,6 +484,7 @@ def test_what_cannot_be_cut_is_refused_in_one_message(case: str, ppclc: Any, out
     assert (out / "model" / WEIGHTS).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["analyze", "calibrate", "interval"])
 def test_an_unfinished_run_is_told_how_to_go_on(lost: str, out: Path) -> None:
     for folder in (out / "records").glob(f"{lost}-*"):
@@ -505,6 +521,7 @@ def test_a_name_tells_the_size() -> None:
         sizes.target_of(-1)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_read_again_fits_and_draws_nothing(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network on an interval's block is fitted anew before it is trained, and not where its record is there."""
     by_hand = {"intervals": [[0, 1], [2, 3], [4, 5]], "text_stream": "none", "ffn": [{"block": 2, "stream": "image"}]}

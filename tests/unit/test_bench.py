@@ -70,6 +70,7 @@ class World:
         return run_bench(targets, {}, SHAPE, runs, "cpu", "float32", watch=by_clock(lambda: self.now), **more)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_numpy() -> None:
     world, generator = World(), np.random.default_rng(0)
     durations = generator.integers(1_000_000, 90_000_000, 40)
@@ -81,6 +82,7 @@ def test_figures_are_those_of_numpy() -> None:
     assert (row.runs, row.warmup, row.device, row.dtype, row.shape) == (37, 3, "cpu", "float32", SHAPE)
 
 
+@pytest.mark.slow
 def test_figures_by_hand() -> None:
     world = World()
     (row,) = world.bench([world.target("teacher", "eager", lambda n: (n + 1) * 1_000_000)], runs=5, warmup=1).rows
@@ -89,12 +91,14 @@ def test_figures_by_hand() -> None:
     assert row.p99_ms == pytest.approx(5.96, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_one_run_is_all_its_percentiles() -> None:
     world = World()
     (row,) = world.bench([world.target("teacher", "eager", lambda n: 7_000_000)], runs=1).rows
     assert row.mean_ms == row.p50_ms == row.p90_ms == row.p99_ms == 7.0
 
 
+@pytest.mark.slow
 def test_speedup_is_against_the_teacher_in_the_same_back_end() -> None:
     world = World()
     times = {("teacher", "eager"): 8, ("student", "eager"): 4, ("teacher", "onnx"): 6, ("student", "onnx"): 2, ("out/a", "trt"): 1}
@@ -105,6 +109,7 @@ def test_speedup_is_against_the_teacher_in_the_same_back_end() -> None:
     assert [r.peak_bytes for r in rows] == [7, 7, 7, 7, 5]
 
 
+@pytest.mark.slow
 def test_every_round_runs_each_target_once_in_changing_order() -> None:
     world = World()
     targets = [world.target(label, "eager", lambda n: 1) for label in "abc"]
@@ -116,6 +121,7 @@ def test_every_round_runs_each_target_once_in_changing_order() -> None:
     assert len(set(rounds)) == 6
 
 
+@pytest.mark.slow
 def test_the_order_is_that_of_the_seed() -> None:
     orders = []
     for seed in (0, 0, 1):
@@ -125,6 +131,7 @@ def test_the_order_is_that_of_the_seed() -> None:
     assert orders[0] == orders[1] != orders[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_no_garbage_is_collected_while_timing(before: bool) -> None:
     seen: list[bool] = []
@@ -139,6 +146,7 @@ def test_no_garbage_is_collected_while_timing(before: bool) -> None:
         (gc.enable if was else gc.disable)()
 
 
+@pytest.mark.slow
 def test_a_target_that_fails_leaves_the_collector_on() -> None:
     def fail(inputs: dict[str, torch.Tensor]) -> None:
         raise RuntimeError("boom")
@@ -154,12 +162,14 @@ def test_counts_below_one_are_refused(runs: int, warmup: int, name: str) -> None
         World().bench([], runs, warmup=warmup)
 
 
+@pytest.mark.slow
 def test_progress_counts_rounds() -> None:
     world, seen = World(), []
     world.bench([world.target("teacher", "eager", lambda n: 1)], runs=4, progress=lambda done, what: seen.append(done))
     assert seen == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.slow
 def test_eager_targets_on_the_real_clock() -> None:
     torch.manual_seed(0)
     models = []
@@ -203,6 +213,7 @@ def test_a_noisy_run_says_so() -> None:
     assert noise(np.concatenate([calm[:20], 0.8 * calm[20:]])) == "its second half took 20 % less than the first"
 
 
+@pytest.mark.slow
 def test_warming_up_ends_when_calls_are_steady() -> None:
     world = World()
     slow_start = [90, 60, 40, 30, 20, 12, 10]
@@ -214,6 +225,7 @@ def test_warming_up_ends_when_calls_are_steady() -> None:
     assert row.warmup < 20  # one that never is ends after its time
 
 
+@pytest.mark.slow
 def test_a_loop_is_timed_as_a_whole() -> None:
     world = World()
     targets = [world.target("teacher", "eager", lambda n: 4_000_000), world.target("student", "eager", lambda n: 10_000_000_000)]
@@ -223,6 +235,7 @@ def test_a_loop_is_timed_as_a_whole() -> None:
     assert world.calls.count("teacher/eager") == 1 + 2 + 3 * 10
 
 
+@pytest.mark.slow
 def test_the_floor_is_arithmetic_or_weights() -> None:
     best = Roofline("cpu", "float32", 1, bytes_per_s=1e9, flops_per_s=1e12)
     assert best.floor_s(Work(flops=10**10, bytes=10**6, parameters=1)) == pytest.approx(0.01)
@@ -234,6 +247,7 @@ def test_the_floor_is_arithmetic_or_weights() -> None:
     assert row.samples_per_s == 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", plugins.names("families"))
 def test_operations_are_counted_without_computing(name: str) -> None:
     """Twice the batch twice the work but for no token; a longer text more; all of it at a size that no memory here would hold."""
@@ -252,6 +266,7 @@ def test_operations_are_counted_without_computing(name: str) -> None:
     assert work.bytes == 4 * work.parameters
 
 
+@pytest.mark.slow
 def test_operations_of_a_published_model_are_those_of_the_literature() -> None:
     """141 TFLOP for a call of Qwen-Image at 1328 x 1328 with 512 text tokens: counted by hand from widths and lengths."""
     config = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24}
@@ -272,12 +287,14 @@ def test_operations_of_a_published_model_are_those_of_the_literature() -> None:
     assert work.flops == pytest.approx(141.0e12, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_roofline_of_this_machine_is_plausible() -> None:
     best = measured_roofline("cpu", torch.float32, torch.get_num_threads())
     assert 1e8 < best.bytes_per_s < 1e12
     assert 1e9 < best.flops_per_s < 1e14
 
 
+@pytest.mark.slow
 def test_a_result_is_written_as_json_markdown_and_a_picture(tmp_path: Path) -> None:
     world = World()
     targets = [
@@ -316,6 +333,7 @@ def test_attention_is_pinned_while_a_model_runs() -> None:
 # -- where, how, and what is left out -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_row_says_its_clock_and_a_graph_is_compared_with_the_teacher_s() -> None:
     world, ms = World(), {("teacher", False): 8, ("student", False): 4, ("teacher", True): 6, ("student", True): 2}
     targets = [
@@ -343,6 +361,7 @@ def timed(subjects: list[Benched], **settings: Any) -> tuple[Benchmark, list[str
     return bench_models(FAMILY, subjects, BenchSettings(runs=2, steps=1, device="cpu", **settings), "float32", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_models_are_timed_at_a_size_that_is_asked_for() -> None:
     result, notes = timed([benched("teacher", 2), benched("student", 1)], size={"height": 2, "width": 6, "text": 3}, batch=2)
     assert [row.shape for row in result.rows] == [{"batch": 2, "height": 2, "width": 6, "text": 3}] * 2
@@ -493,6 +512,7 @@ def test_settings_that_are_none_are_refused(change: str, words: str) -> None:
     assert bench_settings(["bench.runs=7", "bench.sdpa=math"]) == BenchSettings(runs=7, sdpa="math")
 
 
+@pytest.mark.slow
 def test_kernels_are_switched_for_the_bench_alone_and_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = subject_of("qwen_image").model
     one = Benched("teacher", dict(model.config), model, FAMILY.lowered(model))

@@ -81,6 +81,7 @@ def world() -> World:
     return World(32)
 
 
+@pytest.mark.slow
 def test_every_edit_s_cost_is_found_exactly(family: Family, config: dict[str, Any], world: World) -> None:
     costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=3)
     assert costs.base_ms == pytest.approx(BASE / MS)
@@ -92,6 +93,7 @@ def test_every_edit_s_cost_is_found_exactly(family: Family, config: dict[str, An
     assert sorted(world.made) == [2, 4] + [8] * 8  # adapters stand before merged pairs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_costs_the_sum_of_its_parts(name: str, family: Family, config: dict[str, Any], world: World) -> None:
     costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=2)
@@ -99,6 +101,7 @@ def test_a_plan_costs_the_sum_of_its_parts(name: str, family: Family, config: di
     assert costs.latency_ms(plan, config) == pytest.approx(world.price(student_config(family, config, plan)) / MS)
 
 
+@pytest.mark.slow
 def test_deep_models_are_timed_as_shallow_ones(
     family: Family, config: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +117,7 @@ def test_a_model_beyond_memory_is_refused(family: Family, config: dict[str, Any]
         measure(family, config, "float32")
 
 
+@pytest.mark.slow
 def test_costs_are_kept_and_found_again(family: Family, config: dict[str, Any], world: World, tmp_path: Path) -> None:
     assert block_costs.read(family, config, "float32") is None
     costs = measure(family, config, "float32", make=world.make, watch=world.watch, runs=2)
@@ -143,6 +147,7 @@ def test_the_cache_lies_where_the_user_says(
     assert block_costs.cache_folder() == tmp_path / wanted
 
 
+@pytest.mark.slow
 def test_without_costs_the_command_is_told(
     family: Family, config: dict[str, Any], teacher_folder: Path, tmp_path: Path, world: World
 ) -> None:
@@ -158,6 +163,7 @@ def test_without_costs_the_command_is_told(
     assert require_block_costs(bare, "float32") == costs
 
 
+@pytest.mark.slow
 def test_a_gpu_s_costs_are_its_own(family: Family, config: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept under its name, at the size of the published models; where there is a GPU they are what a plan goes by."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")

@@ -282,6 +282,7 @@ def test_integers_are_no_weights(tmp_path: Path) -> None:
 # -- as a teacher, and by the command line ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_single_file_is_compressed_and_cut_for_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """File in, file out: the teacher streamed from a file for ComfyUI, its student written as one by the command itself."""
     student_of("qwen_image", tmp_path / "first")
@@ -320,6 +321,7 @@ def test_inspect_tells_what_it_leaves(tmp_path: Path) -> None:
     assert told["notes"] == [f"{tmp_path / 'b.safetensors'}: 1 tensors beside the transformer's are not read, vae.x first"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guidance", "count"), [(True, 780), (False, 776)])
 def test_the_published_file_of_flux_is_met_in_names_and_shapes(guidance: bool, count: int) -> None:
     """FLUX.1 dev and schnell at their own size, from shapes alone: as many tensors as their files have, and the configuration back from them."""

@@ -102,6 +102,7 @@ def cached_samples(folder: Path, latents: bool, teacher: Any) -> Samples:
     return open_samples("cached", source, teacher, "train", open_cache(str(folder / "rows.safetensors"), source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "noise", "latents", "prompts"])
 def test_shares_of_a_batch_are_its_rows_and_leave_the_generator_alike(kind: str, tmp_path: Path) -> None:
     def teacher(**given: Any) -> tuple[torch.Tensor]:

@@ -119,6 +119,7 @@ def stop_after(step: int, steps: int) -> Callable[[float, str], None]:
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", [FIRST, LAST])
 @pytest.mark.parametrize("stops", [[3], [5], [2, 4, 4, 7]])
 def test_a_stopped_interval_goes_on_to_the_same_bits(
@@ -136,6 +137,7 @@ def test_a_stopped_interval_goes_on_to_the_same_bits(
     assert same(again, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [7])
 def test_a_stopped_finetune_goes_on_to_the_same_bits(teacher: Any, family: Family, samples: Samples, tmp_path: Path, stop: int) -> None:
     plan = CompressionPlan.of(NAME, 6, [(1, 2)])
@@ -152,6 +154,7 @@ def test_a_stopped_finetune_goes_on_to_the_same_bits(teacher: Any, family: Famil
 # -- edits -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_interval_knows_nothing_of_the_others_nor_of_global_chance(
     teacher: Any, family: Family, samples: Samples, tmp_path: Path
 ) -> None:
@@ -169,6 +172,7 @@ def test_an_interval_knows_nothing_of_the_others_nor_of_global_chance(
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.slow
 def test_an_interval_learns(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
     learnt = local(teacher, family, FIRST, samples, tmp_path, steps=40, batch=4)
     assert learnt.losses[-1][1] < 0.7 * learnt.losses[0][1]
@@ -193,6 +197,7 @@ def test_zero_steps_give_the_closed_form_student(teacher: Any, family: Family, s
     assert all(torch.equal(v, tuned.tensors[k]) for k, v in wanted.items())
 
 
+@pytest.mark.slow
 def test_finetune_brings_the_student_nearer_to_the_teacher(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
     plan = CompressionPlan.of(NAME, 6, [(1, 2), (4, 5)])
     probes = probe_set(samples, 32)
@@ -281,6 +286,7 @@ def test_the_teacher_is_not_asked_where_data_alone_teach(
     assert trained.losses == [(1, pytest.approx(sum(t.item() for t in terms.values())))]
 
 
+@pytest.mark.slow
 def test_states_help_a_student_to_follow_its_teacher(teacher: Any, family: Family, samples: Samples, tmp_path: Path) -> None:
     plan = CompressionPlan.of(NAME, 6, [(1, 2), (4, 5)])
     tuned = {}
@@ -298,6 +304,7 @@ def test_states_help_a_student_to_follow_its_teacher(teacher: Any, family: Famil
     assert tuned[1.0] < tuned[0.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edits", [{}, {"text_stream": [3], "modulation_rank": 6, "dead_code": True}], ids=["stock", "narrow"])
 def test_gradient_checkpointing_runs_blocks_twice_and_changes_nothing(
     teacher: Any, family: Family, samples: Samples, tmp_path: Path, edits: dict[str, Any]

@@ -96,6 +96,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return exported(model, folder, lambda: capture.read_global_capture()[0], external_data=external)
 
 
+@pytest.mark.slow
 def test_the_artefact_equals_eager_at_three_shapes(made: Exported) -> None:
     lowered = FAMILY.lowered(made.model)
     session = plugins.load("backends", "onnxruntime").load(made.folder, lowered)
@@ -110,6 +111,7 @@ def test_the_artefact_equals_eager_at_three_shapes(made: Exported) -> None:
     assert made.export.shapes == [dict(size) for size in lowered.sizes]
 
 
+@pytest.mark.slow
 def test_the_artefact_takes_sizes_that_no_one_tried(made: Exported) -> None:
     lowered = FAMILY.lowered(made.model)
     session = plugins.load("backends", "onnxruntime").load(made.folder, lowered)
@@ -129,6 +131,7 @@ def test_what_is_lowered_equals_eager_for_every_role_of_a_block() -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(made: Exported) -> None:
     assert_unchanged(made.model, made.before)
 

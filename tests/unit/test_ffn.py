@@ -126,6 +126,7 @@ def test_masked_rows_and_the_size_of_batches_do_not_matter() -> None:
 # ------------------------------------------------------------------------------------ what the states are
 
 
+@pytest.mark.slow
 def test_mids_are_the_states_between_attention_and_the_networks(teacher: Any, family: Family, inputs: dict[str, Any]) -> None:
     """Taking a block's networks away leaves the state after attention as its output."""
     seen = trace(teacher, family, inputs, mids=True)
@@ -259,6 +260,7 @@ def plain_block(
     return states["txt"], states["img"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", [["image"], ["text"], ["image", "text"]])
 def test_a_student_s_block_is_the_block_written_out_in_float64(teacher: Any, family: Family, random_bank: Banks, ffn: list[str]) -> None:
     plan = CompressionPlan.of(NAME, 6, ffn=[(2, s) for s in ffn])
@@ -423,6 +425,7 @@ FFN = square(D, 4 * D) + square(4 * D, D) + square(D, 3 * D) - square(D, D)
 """What one linear network saves: both linears and half the modulation go, one map comes."""
 
 
+@pytest.mark.slow
 def test_the_published_layout_is_counted_to_the_parameter(family: Family) -> None:
     """Source: arXiv 2511.16156, the edits printed for Qwen-Image's "10B"; text groups are all that the intervals leave of them."""
     config = {

@@ -82,6 +82,7 @@ def test_a_float8_model_runs_elsewhere_as_here_and_is_built(tmp_path: Path) -> N
     assert engine.options["float32_products"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_s_own_samples_give_the_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = {
         "model": {"path": "builtin:two-digits"},

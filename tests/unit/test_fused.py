@@ -177,6 +177,7 @@ def test_mixed_precision_trains_fused_blocks(name: str, taken: list[str]) -> Non
     assert "gated_residual" in taken
 
 
+@pytest.mark.slow
 @each_model
 def test_fused_models_compile_without_a_break(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, model = MAKERS[kind](name)
@@ -219,6 +220,7 @@ def test_checkpointed_blocks_give_the_same_gradients(name: str, taken: list[str]
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
 
+@pytest.mark.slow
 @each_model
 def test_what_is_fused_keeps_its_names_and_can_be_undone(name: str, kind: str, tmp_path: Any) -> None:
     family, model = MAKERS[kind](name)
@@ -272,6 +274,7 @@ def test_what_listens_to_a_norm_is_still_told(taken: list[str]) -> None:
     assert all(torch.equal(kept[0][s], kept[1][s]) for s in kept[0])
 
 
+@pytest.mark.slow
 @each_model
 def test_what_is_exported_has_no_kernel_in_it(name: str, kind: str, taken: list[str]) -> None:
     family, model = MAKERS[kind](name)
@@ -305,6 +308,7 @@ def _chain(dtype: torch.dtype = torch.float32, batch: int = 2, tokens: int = 5, 
     return [torch.randn(*s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_are_what_pytorch_expects_of_them(dtype: torch.dtype) -> None:
     x, scale, shift, y = _chain(dtype)

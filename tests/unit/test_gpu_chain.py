@@ -43,6 +43,7 @@ def on_fake_gpu(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any, torc
         yield subject, pipeline, latents.clone().to(DEVICE)
 
 
+@pytest.mark.slow
 @faked
 @pytest.mark.parametrize("on_fake_gpu", PIPELINES, indirect=True)
 def test_images_are_encoded_and_decoded_where_the_vae_is(on_fake_gpu: tuple[Any, Any, torch.Tensor]) -> None:
@@ -55,6 +56,7 @@ def test_images_are_encoded_and_decoded_where_the_vae_is(on_fake_gpu: tuple[Any,
     assert (again.device, again.shape) == (DEVICE, latents.shape)
 
 
+@pytest.mark.slow
 @faked
 @pytest.mark.parametrize("on_fake_gpu", ["flux", "flux2", "sd3"], indirect=True)  # how much text Qwen-Image's mask leaves needs values
 def test_prompts_are_encoded_where_the_encoders_are(on_fake_gpu: tuple[Any, Any, torch.Tensor]) -> None:
@@ -142,6 +144,7 @@ def test_a_model_that_the_gpu_has_no_room_for_stays_on_the_cpu(models: tuple[Any
     assert log == [("teacher", "to cuda"), ("teacher", "to cpu")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("free", "place"), [(10**9, "cuda"), (100, "cpu")])
 def test_encoders_that_do_not_fit_on_the_gpu_stay_on_the_cpu(
     free: int, place: str, family: Family, make_teacher: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,6 +176,7 @@ def test_memory_that_could_not_be_had_is_known(error: BaseException, told: str) 
     assert bool(memory_lacks(error)) == bool(told)
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_one_message_and_exit_code_3() -> None:
     script = """
 import sys, torch

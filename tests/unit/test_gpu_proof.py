@@ -91,6 +91,7 @@ def test_speed_alone_has_ceilings(tmp_path: Path) -> None:
     assert all("no CUDA device" in r["not_run"] for r in rows if r.get("formulation") == "kernel")
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

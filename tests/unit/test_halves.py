@@ -57,6 +57,7 @@ class Clock(nn.Module):
         return torch.cos(scaled[:, None] * torch.tensor([1.0, 0.3, 0.1])) * self.weight.float()
 
 
+@pytest.mark.slow
 def test_a_timestep_is_rounded_as_eager_rounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, inputs = Clock(), {"timestep": torch.tensor([0.5137, 0.733, 0.9991, 0.31])}
     wanted = clock(**inputs)
@@ -79,6 +80,7 @@ class Patches(nn.Module):
         return torch.einsum("nchw->nhwc", self.conv(x)) * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("opset", [20, 23])
 def test_operators_that_a_dtype_lacks_become_islands_of_float32(tmp_path: Path, opset: int) -> None:
     module, inputs = Patches().to(torch.bfloat16), {"x": torch.randn(2, 3, 4, 6).to(torch.bfloat16)}
@@ -91,6 +93,7 @@ def test_operators_that_a_dtype_lacks_become_islands_of_float32(tmp_path: Path, 
     assert (producer is not None and producer.op_type == "Cast") == (opset == 20)  # opset 22 has it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_positions_and_timesteps_stay_float32(name: str, dtype: torch.dtype) -> None:

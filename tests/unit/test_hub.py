@@ -112,6 +112,7 @@ def variants(teacher: Any, teacher_folder: Path, tmp_path_factory: pytest.TempPa
     return folder
 
 
+@pytest.mark.slow
 def test_a_variant_of_a_folder_is_loaded(variants: Path, teacher: Any) -> None:
     plain, half = open_source(str(variants)), open_source(str(variants), variant="bf16")
     assert len(plain.weight_files()) == 1

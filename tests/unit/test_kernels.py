@@ -98,6 +98,7 @@ def moments_of(source: Source, samples: Samples, streamed: bool, folder: Path | 
     return calibrate(teacher, samples, CalibrateSettings(samples=70, longest=2, seed=4), quiet, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [False, True])
 def test_calibrate_adds_its_moments_through_the_kernel(
     source: Source, samples: Samples, taken: dict[str, int], streamed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -127,6 +128,7 @@ def test_calibrate_adds_its_moments_through_the_kernel(
         assert (found.tensors[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
+@pytest.mark.slow
 def test_sums_that_take_too_much_memory_are_let_go_and_come_out_the_same(
     source: Source, samples: Samples, taken: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +236,7 @@ def test_distill_takes_its_loss_from_the_kernel(
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_are_what_pytorch_expects(dtype: torch.dtype) -> None:
     x, y, z = (torch.randn(9, width).to(dtype) for width in (64, 64, 32))

@@ -83,6 +83,7 @@ def registers_and_spills(made: Any, capability: int, folder: Path) -> tuple[int,
     return int(re.findall(r"Used (\d+) registers", done.stderr)[0]), sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [90, *(pytest.param(n, marks=pytest.mark.long) for n in (80, 100))])
 @pytest.mark.parametrize("module", MODULES)
 def test_every_variant_compiles_within_its_bounds(module: str, capability: int, tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ def test_every_variant_compiles_within_its_bounds(module: str, capability: int, 
         assert spilled == 0, name
 
 
+@pytest.mark.slow
 def test_on_hopper_moments_are_made_by_its_own_instructions() -> None:
     ptx = compiled("moments-hopper-bf16", 90).asm["ptx"]
     assert "wgmma.mma_async" in ptx

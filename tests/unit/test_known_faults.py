@@ -142,6 +142,7 @@ def edited(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 # -- 1: no probe, CKA, selection, evaluation, fine-tune ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_1_every_part_of_the_method_is_there_and_does_its_work(teacher: Any, teacher_folder: Path, tmp_path: Path) -> None:
     """Fault 1: most of the method is missing. Here: probes, CKA, a selection under a budget, a fine-tune, a verdict."""
     gates = {"velocity_error": {"drop_percent": 0}}
@@ -196,6 +197,7 @@ def cached_rows(path: Path, text: int, seed: int = 0) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "depth", "dtype", "text"), [(3, 5, "bfloat16", 11), (1, 8, "float32", 3)], ids=["48-5-bfloat16-11", "16-8-float32-3"]
 )
@@ -245,6 +247,7 @@ def test_2_the_prompts_offset_is_the_pipelines_own(family: Family, offset: int) 
 # -- 3: the width stage never trains -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_3_linear_maps_are_trained_and_get_better_on_samples_that_were_not_seen(
     teacher: Any, family: Family, samples: Samples, bank: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -277,6 +280,7 @@ def _within(edit: LocalEdit, module: nn.Module, tensors: Mapping[str, torch.Tens
     return state | {by_place[kept[name].data_ptr()]: value for name, value in tensors.items()}
 
 
+@pytest.mark.slow
 def test_3_the_chain_trains_them_too(edited: Run) -> None:
     """Fault 3, in a whole run: what the records hold is not the closed form."""
     assert edited.stats
@@ -305,6 +309,7 @@ def fit_errors(stats: Any, fresh: Any, ridge: float, stream: str, i: int, j: int
     return left(stats), left(fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stream", "i", "j"), [("text_input", 2, 3), ("text", 3, 4), ("image", 1, 3)])
 def test_4_closed_forms_are_fitted_to_many_batches_with_a_ridge(
     teacher: Any, family: Family, samples: Samples, stream: str, i: int, j: int
@@ -331,6 +336,7 @@ def test_4_closed_forms_are_fitted_to_many_batches_with_a_ridge(
 # -- 5: the wrong map is saved -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("intervals", "blocks", "outputs"), [([], [1, 3, 5], [1, 3, 5]), ([[1, 2]], [1, 3, 5], [3, 5])], ids=str)
 def test_5_every_block_gets_the_maps_of_its_own_edit(
     teacher_folder: Path, tmp_path: Path, intervals: list[list[int]], blocks: list[int], outputs: list[int]
@@ -356,6 +362,7 @@ def test_5_every_block_gets_the_maps_of_its_own_edit(
 # -- 6: students are run twice -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_6_a_batch_passes_every_student_block_once_and_the_teacher_once(
     teacher: Any, family: Family, samples: Samples, bank: dict[str, Any], tmp_path: Path, accumulate: int
@@ -426,6 +433,7 @@ def padded(teacher: Any, family: Family) -> list[Padded]:
     return [Padded(family, teacher.config, 0.0), Padded(family, teacher.config, 30.0), Padded(family, teacher.config, 0.0, touched=True)]
 
 
+@pytest.mark.slow
 def test_7_padded_text_enters_no_closed_form(teacher: Any, family: Family, padded: list[Padded]) -> None:
     """Fault 7: padded text tokens enter the least squares."""
     made = []
@@ -441,6 +449,7 @@ def test_7_padded_text_enters_no_closed_form(teacher: Any, family: Family, padde
     assert not any(torch.equal(v, made[2][k]) for k, v in made[0].items() if k.startswith(("text", "ffn-0-text", "ffn-1-2-text")))
 
 
+@pytest.mark.slow
 def test_7_padded_text_enters_no_local_loss_and_no_gradient(
     teacher: Any, family: Family, bank: dict[str, Any], padded: list[Padded]
 ) -> None:
@@ -460,6 +469,7 @@ def test_7_padded_text_enters_no_local_loss_and_no_gradient(
         assert not any(torch.equal(v, found[2][k]) for k, v in found[0].items()), edit.key
 
 
+@pytest.mark.slow
 def test_7_padded_text_enters_no_step_of_the_fine_tune(teacher: Any, family: Family, padded: list[Padded], tmp_path: Path) -> None:
     """Fault 7, in the fine-tune: the same weights after three steps."""
     made = []
@@ -475,6 +485,7 @@ def test_7_padded_text_enters_no_step_of_the_fine_tune(teacher: Any, family: Fam
 # -- 8: everything on one GPU ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_8_a_streamed_teacher_holds_no_block_while_an_edit_learns_and_one_edit_learns_at_a_time(
     teacher: Any, teacher_folder: Path, family: Family, samples: Samples, bank: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -517,6 +528,7 @@ def _draw(samples: Samples, generator: torch.Generator) -> Sample:
     return samples.draw(4, generator)
 
 
+@pytest.mark.slow
 def test_8_distillation_with_a_streamed_teacher_never_loads_the_whole(
     teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -578,6 +590,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_9_a_trained_width_edited_student_loads_where_ppclc_is_not(edited: Run, inputs: dict[str, Any], tmp_path: Path) -> None:
     """Fault 9: width-pruned checkpoints load in no third-party runtime. Text, FFN, rank and depth edits in one student."""
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -620,6 +633,7 @@ def test_10_blocks_are_numbered_without_gaps_and_the_plan_beside_them_rebuilds_t
         assert torch.equal(weights[f"transformer_blocks.{number}.{part}"], teacher.state_dict()[f"transformer_blocks.{block}.{part}"])
 
 
+@pytest.mark.slow
 def test_10_the_published_plan_and_the_records_are_the_student(edited: Run, teacher: Any) -> None:
     """Fault 10, in a whole run: from `plan.json` beside the weights and the bank, the same bits."""
     folder = edited.out / "model" / "transformer"
@@ -648,6 +662,7 @@ def test_the_last_intervals_text_is_no_loss_and_gets_no_gradient(teacher: Any, f
             assert (gradient is not None and gradient.norm().item() > 0) == has_text
 
 
+@pytest.mark.slow
 def test_what_is_made_from_a_frozen_teacher_can_train(
     teacher: Any, family: Family, samples: Samples, bank: dict[str, Any], tmp_path: Path
 ) -> None:

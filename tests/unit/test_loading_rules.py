@@ -78,6 +78,7 @@ def test_diffusers_places_every_tensor_by_config_alone(cut: Cut) -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in student.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [1, -1])
 def test_a_wrong_count_would_be_seen(cut: Cut, change: int) -> None:
     """The rule above has teeth: with another `num_layers` diffusers misses tensors or has too many."""
@@ -139,6 +140,7 @@ def test_model_connect_reads_the_counts_of_the_weights(cut: Cut) -> None:
 # -- 5 GB shards -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_large_weights_are_sharded_with_an_index_that_diffusers_follows(cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     name, family, student, folder = cut
     assert not list((folder / "transformer").glob("*.index.json"))
@@ -164,6 +166,7 @@ def test_shards_hold_five_gigabytes() -> None:
 # -- saved again -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_student_saved_again_is_the_student(cut: Cut) -> None:
     _, _, student, folder = cut
     load_model(folder).save_pretrained(folder / "again")
@@ -174,6 +177,7 @@ def test_a_student_saved_again_is_the_student(cut: Cut) -> None:
     assert a == b
 
 
+@pytest.mark.slow
 def test_a_class_that_travels_loads_as_the_card_says(tmp_path: Path) -> None:
     """Of a bare transformer: by `AutoModel` and the subfolder; saved again it does so too."""
     plan = CompressionPlan.of("qwen_image", 4, [(1, 2)], modulation_rank=4)

@@ -113,6 +113,7 @@ def stop_at(step: int) -> Callable[[float, str], None]:
     return progress
 
 
+@pytest.mark.slow
 def test_every_edit_of_the_plan_is_there(wanted: dict[str, Distilled]) -> None:
     assert set(wanted) == {"interval-1-2", "interval-3-4-adapted", "text-3-4a-1-2", "ffn-0-text", "ffn-1-2-image", "ffn-5-image"}
     assert set(wanted["ffn-5-image"].tensors) == {"weight", "bias"}
@@ -122,6 +123,7 @@ def test_every_edit_of_the_plan_is_there(wanted: dict[str, Distilled]) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [3, 20])
 def test_a_streamed_teacher_gives_the_same_bits(
     streamed: Teacher, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled], tmp_path: Path, together: int
@@ -129,6 +131,7 @@ def test_a_streamed_teacher_gives_the_same_bits(
     assert same(learn(streamed, edits_of(streamed, stats), samples, tmp_path, together), wanted)
 
 
+@pytest.mark.slow
 def test_an_edit_knows_nothing_of_those_beside_it(
     resident: Teacher, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled], tmp_path: Path
 ) -> None:
@@ -136,6 +139,7 @@ def test_an_edit_knows_nothing_of_those_beside_it(
         assert same(learn(resident, [edit], samples, tmp_path / edit.key), {edit.key: wanted[edit.key]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stops"), [("resident", [3]), ("resident", [2, 5, 7]), ("streamed", [3, 6])])
 def test_a_stopped_phase_ends_on_the_same_bits(
     request: pytest.FixtureRequest,
@@ -172,6 +176,7 @@ def states(teacher: Teacher, edits: Sequence[LocalEdit], drawn: Sequence[Sample]
     return [batch_states(teacher.family, sweep, drawn, n) for n in range(len(drawn))]
 
 
+@pytest.mark.slow
 def test_width_edits_learn_and_nothing_else_of_their_block_does(
     resident: Teacher, stats: CalibrationStats, samples: Samples, tmp_path: Path
 ) -> None:
@@ -195,6 +200,7 @@ def test_width_edits_learn_and_nothing_else_of_their_block_does(
         assert judged(edit, module) < before, edit.key
 
 
+@pytest.mark.slow
 def test_trained_edits_are_what_a_student_is_made_of(
     teacher: Any, family: Family, stats: CalibrationStats, wanted: dict[str, Distilled]
 ) -> None:
@@ -209,6 +215,7 @@ def test_trained_edits_are_what_a_student_is_made_of(
     assert torch.equal(student["transformer_blocks.2.attn.to_q.weight"], adapted["attn.to_q.weight"])
 
 
+@pytest.mark.slow
 def test_networks_of_distilled_blocks_are_refitted(
     resident: Teacher, family: Family, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled]
 ) -> None:
@@ -238,6 +245,7 @@ def test_networks_of_distilled_blocks_are_refitted(
     assert error(made["ffn-1-2-image"]) < error(closed_form_bank(stats, 1e-4, PLAN)["ffn-1-2-image"])
 
 
+@pytest.mark.slow
 def test_text_maps_of_distilled_blocks_are_refitted(
     resident: Teacher, family: Family, stats: CalibrationStats, samples: Samples, wanted: dict[str, Distilled]
 ) -> None:
@@ -281,6 +289,7 @@ def test_text_edits_learn_between_what_the_students_own_blocks_make(
     assert not any(torch.allclose(seen["own"][n], seen["teacher"][n], rtol=1e-3) for n in (1, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "auto", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_teacher_in_half_precision_teaches_in_every_precision(
@@ -307,6 +316,7 @@ def test_a_teacher_in_half_precision_teaches_in_every_precision(
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fit", [1, 2, 4])
 def test_edits_that_do_not_fit_beside_each_other_learn_some_at_a_time_to_the_same_bits(
     fit: int,

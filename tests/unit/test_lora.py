@@ -176,6 +176,7 @@ def test_a_depth_student_with_its_lora_is_the_teacher_with_its(name: str, tmp_pa
     assert sorted(d.sum().item() for d in deltas.values()) == sorted(delta(*p).sum().item() for p in pairs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_given", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merging_before_the_cut_is_merging_after_it(name: str, model_given: bool, tmp_path: Path, random_bank: Any) -> None:
@@ -226,6 +227,7 @@ def test_a_block_that_becomes_the_last_of_sd3_has_its_text_modulation_turned(tmp
     assert document["outcomes"][CUT]["modules"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux2", "chroma", "aura_flow", "hunyuan_image", "longcat_image"])
 def test_other_families_lose_blocks_alike(name: str, tmp_path: Path) -> None:
     family, model = teacher_of(name)
@@ -239,6 +241,7 @@ def test_other_families_lose_blocks_alike(name: str, tmp_path: Path) -> None:
     same(merge(student, *read(tmp_path / "a-student.safetensors")), apply_plan(changed, plan, bank))
 
 
+@pytest.mark.slow
 def test_a_modulation_shared_by_all_blocks_is_put_into_the_basis(tmp_path: Path) -> None:
     family, model = teacher_of("flux2")
     plan = plan_of(family, model, modulation_rank=5)
@@ -279,6 +282,7 @@ def test_without_weights_modulations_of_a_rank_are_dropped(tmp_path: Path, rando
     assert document["modulation_mean"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_share_that_is_kept_is_that_of_the_whole_matrices(dtype: torch.dtype, tmp_path: Path, random_bank: Any) -> None:
     family, model = teacher_of("flux")
@@ -360,6 +364,7 @@ def spelled(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]], spelling: st
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_scheme_is_written_back_as_it_was(name: str, spelling: str, tmp_path: Path) -> None:
@@ -411,6 +416,7 @@ def test_the_first_names_of_flux_are_written_back_as_they_were(spelling: str, tm
         assert (delta(a, b) - 2 / 3 * delta(kept[shared][0], kept[n][1])).abs().max() < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spelling", ["comfyui", "comfyui_down_up", "kohya"])
 def test_diffusers_reads_what_was_written_for_qwen_image(spelling: str, tmp_path: Path) -> None:
     family, model = teacher_of("qwen_image")
@@ -662,6 +668,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_bad_lora_is_refused_in_one_message(case: str, small: Any, tmp_path: Path) -> None:
     plan_file, tensors = small
@@ -679,6 +686,7 @@ def test_a_bad_lora_is_refused_in_one_message(case: str, small: Any, tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+@pytest.mark.slow
 def test_numbers_without_bounds_do_no_harm(tmp_path: Path, random_bank: Any) -> None:
     family, model = teacher_of("qwen_image")
     _, depth = saved(model, plan_of(family, model, intervals=[(1, 2)]), tmp_path / "depth")
@@ -800,6 +808,7 @@ def test_only_its_own_files_are_written_over(small: Any, tmp_path: Path) -> None
     assert [p.name for p in out.parent.iterdir()] == ["b.safetensors"]
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_run_finds_the_run_s_student(tmp_path: Path) -> None:
     family, model = teacher_of("flux")
     plan = plan_of(family, model, intervals=[(1, 2)])
@@ -813,6 +822,7 @@ def test_the_plan_of_a_run_finds_the_run_s_student(tmp_path: Path) -> None:
         remap(file, tmp_path / "plan.json", None, None)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_did(small: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan_file, tensors = small
     save_file(tensors, tmp_path / "a.safetensors")
@@ -870,6 +880,7 @@ ADAPTERS = st.lists(st.tuples(STEMS, st.sampled_from([("A", "B"), ("down", "up")
 FITTING = {"attn.to_q": ((3, 32), (32, 3)), "_mod.1": ((3, 32), (192, 3)), "img_in": ((3, 12), (32, 3)), "proj_out": ((3, 32), (12, 3))}
 
 
+@pytest.mark.slow
 @given(
     fitting=st.lists(st.tuples(STEMS, st.sampled_from([("A", "B"), ("down", "up")])), max_size=2),
     adapters=ADAPTERS,

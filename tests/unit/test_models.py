@@ -233,6 +233,7 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
     return CompressionPlan.of(NAME, 6, spans, sorted(text), rank, dead, ffn, adapters)
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(plan=plans())
 def test_predicted_parameters_are_the_real_ones(
@@ -248,6 +249,7 @@ def test_predicted_parameters_are_the_real_ones(
         assert count_parameters(student) < predicted_parameters(family, config_of(teacher), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_saved_students_come_back_bit_for_bit(name: str, teacher: Any, inputs: dict[str, Any], tmp_path: Path, random_bank: Banks) -> None:
     plan = PLANS[name]
@@ -281,6 +283,7 @@ def test_other_dtypes_survive_the_round_trip(teacher: Any, tmp_path: Path, rando
         assert torch.equal(again[key], tensor), key
 
 
+@pytest.mark.slow
 @settings(max_examples=8)
 @given(plan=plans())
 def test_any_plan_s_student_survives_the_disk(
@@ -314,6 +317,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_students_load_where_ppclc_is_not_installed(teacher: Any, inputs: dict[str, Any], tmp_path: Path, random_bank: Banks) -> None:
     wanted = {}
     for name in ("depth", "ffn and all", "text to the end", "adapters and all"):
@@ -338,6 +342,7 @@ def test_students_load_where_ppclc_is_not_installed(teacher: Any, inputs: dict[s
         assert torch.equal(torch.load(folder / "output.pt"), output), folder.name
 
 
+@pytest.mark.slow
 def test_apply_plan_leaves_the_teacher_as_it_was(teacher: Any, inputs: dict[str, Any], random_bank: Banks) -> None:
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     output = run(teacher, inputs)
@@ -400,6 +405,7 @@ def test_trace_keeps_the_states_that_blocks_pass_on(teacher: Any, family: Family
     assert torch.equal(short.states["image"][3], seen.states["image"][3])
 
 
+@pytest.mark.slow
 def test_blocks_that_were_left_out_are_put_back_even_after_an_error(teacher: Any, family: Family, inputs: dict[str, Any]) -> None:
     before, modules = run(teacher, inputs), list(teacher.transformer_blocks)
     without = run(apply_plan(teacher, CompressionPlan.of(NAME, 6, [(1, 3)])), inputs)

@@ -54,6 +54,7 @@ def written_bytes(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", PLANS)
 def test_parameters_and_bytes_are_those_of_the_student(
@@ -78,6 +79,7 @@ def test_bytes_of_shards_are_exact(shard: str, family: Family, teacher: Any, tmp
     assert weight_bytes(empty_model(family, student_config(family, config_of(teacher), plan)), "float32") == written_bytes(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_embedded_teacher_s_file_is_predicted_to_the_byte(family: Family) -> None:
     source = open_source("builtin:two-digits")
     whole = CompressionPlan.of(family.name, 12)
@@ -117,6 +119,7 @@ def allocated_peak(call: Callable[[], Any]) -> int:
     return peak
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["empty", "mapped", "adapters", "all"])
@@ -145,6 +148,7 @@ def test_memory_of_running_is_that_of_the_allocator(name: str, dtype: str, famil
     assert predict(family, mid_config, plan, dtype, None, size).vram_bytes == pytest.approx(weights + peak, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_memory_of_training_is_that_of_the_allocator(family: Family, mid_config: dict[str, Any]) -> None:
     size = {"batch": 2, "height": 12, "width": 12, "text": 20}
@@ -154,6 +158,7 @@ def test_memory_of_training_is_that_of_the_allocator(family: Family, mid_config:
     assert activation_bytes(family, mid_config, "float32", size, training=True) == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.slow
 def test_nothing_is_allocated_for_a_large_model(family: Family) -> None:
     """Qwen-Image as published: 20 billion parameters, counted."""
     config = {"_class_name": family.class_name, "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24}
@@ -194,6 +199,7 @@ The constants were fitted to this run and two earlier ones: this holds the formu
 REAL_PEAK_BYTES, REAL_DISK_BYTES = 1_380_962_304, 60_570_000
 
 
+@pytest.mark.slow
 def test_the_demo_s_costs_are_those_of_its_real_runs(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     work = demo_work(family)
     assert run_work.start_students(work) == 1
@@ -207,6 +213,7 @@ def test_the_demo_s_costs_are_those_of_its_real_runs(family: Family, monkeypatch
     assert run_bytes.disk_bytes(work) == pytest.approx(REAL_DISK_BYTES, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change"),
     [("calibrate", {"calibrate__samples": 4096}), ("verify", {"verify__seeds": [0, 1, 2, 3]}), ("bench", {"bench__runs": 103})],
@@ -216,6 +223,7 @@ def test_work_grows_with_the_recipe(name: str, change: dict[str, Any], family: F
     assert stage(demo_work(family, **change)) == pytest.approx(2 * stage(demo_work(family)), rel=0.05)
 
 
+@pytest.mark.slow
 def test_no_export_costs_nothing(family: Family) -> None:
     assert run_costs.export_seconds(demo_work(family, export=[])) == 0
     assert run_costs.export_seconds(demo_work(family)) > 0
@@ -224,6 +232,7 @@ def test_no_export_costs_nothing(family: Family) -> None:
 FIXED = {"intervals": [[1, 2]], "text_stream": [5], "ffn": [{"block": 0, "stream": "image"}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("section", [{"target": {"parameters": 0.6}}, {"plan": FIXED}], ids=["free", "fixed"])
 def test_moments_take_the_bytes_of_a_calibration(
@@ -243,6 +252,7 @@ def test_moments_take_the_bytes_of_a_calibration(
     assert calibrate.far_every(1024) == 4
 
 
+@pytest.mark.slow
 def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teacher: Any, teacher_folder: Path) -> None:
     """Against the analysis's own count on a tiny teacher, trials left out."""
     changes = {
@@ -273,6 +283,7 @@ def test_the_analysis_s_forwards_are_those_that_it_counts(family: Family, teache
     assert run_work.trial_students(work) == 0
 
 
+@pytest.mark.slow
 def test_speeds_are_measured_on_small_models_and_counted_on_large_ones(
     family: Family, teacher: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +330,7 @@ def test_samples_are_as_large_as_the_recipe_s_data(family: Family, teacher_folde
     assert sized(teacher_folder, family, **cached) == {"batch": 1, "height": 4, "width": 6, "text": 7}
 
 
+@pytest.mark.slow
 def test_larger_samples_cost_more(family: Family, teacher: Any, teacher_folder: Path) -> None:
     whole = CompressionPlan.of(family.name, 6)
     model = predict(family, config_of(teacher), whole, "float32")

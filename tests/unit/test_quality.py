@@ -34,6 +34,7 @@ def outcomes(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(teacher, dtype=torch.float32), torch.tensor(student, dtype=torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("better", ["higher", "lower"])
 def test_paired_drop_is_that_of_a_bootstrap_over_pairs(better: str) -> None:
     teacher, student = outcomes(2000)

@@ -153,6 +153,7 @@ def test_an_edit_without_moments_is_refused_with_the_way_out(
     assert "fixed by hand" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_plan_edited_into_what_was_not_calibrated_is_refused(tiny: Path, tmp_path: Path) -> None:
     recipe = {
         "model": {"path": str(tiny)},

@@ -226,6 +226,7 @@ def test_a_figure_that_is_not_finite_is_null() -> None:
 # --------------------------------------------------------------------------------------------- writing files
 
 
+@pytest.mark.slow
 def test_both_files_are_written_and_nothing_else(tmp_path: Path) -> None:
     inputs = some_inputs(tmp_path)
     result = write_report(inputs)
@@ -256,6 +257,7 @@ def test_an_older_page_that_cannot_be_renewed_is_named(tmp_path: Path, monkeypat
 # ----------------------------------------------------------------------------------------------- report.html
 
 
+@pytest.mark.slow
 def test_the_page_loads_nothing(page: str) -> None:
     found = Page(page)
     assert not re.search(r"https?://|url\((?!#)|@import", page)
@@ -267,6 +269,7 @@ def test_the_page_loads_nothing(page: str) -> None:
         assert not [name for name in attributes if name.startswith("on")]
 
 
+@pytest.mark.slow
 def test_hostile_words_stay_words(page: str) -> None:
     found = Page(page)
     assert "<script" not in page
@@ -279,6 +282,7 @@ def test_hostile_words_stay_words(page: str) -> None:
     assert "<script" not in report_html(dataclasses.replace(names, distilled=curves, analysis=no_analysis(names.plan)))
 
 
+@pytest.mark.slow
 def test_the_page_holds_every_figure_of_the_quality_table(page: str) -> None:
     text = Page(page).text
     rows = ["84.47 83.98 0.58 −0.71 1.87 2,048 0.81", "10.13 10.88 7.40 1,536 0.26"]
@@ -308,6 +312,7 @@ def test_speed_up_is_a_range_when_it_varies() -> None:
     assert tile.value == "1.20–2.00×"
 
 
+@pytest.mark.slow
 def test_every_block_is_on_the_strip_once(page: str) -> None:
     cells = [a["title"] for a in Page(page).all("span") if a.get("class") == "cell"]
     assert len(cells) == BLOCKS
@@ -374,6 +379,7 @@ def test_at_most_so_many_pairs() -> None:
     assert len(report.image_pairs(a_verdict(prompts=report.PAIRS + 6))) == report.PAIRS
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_has_a_page(tmp_path: Path) -> None:
     inputs = some_inputs(tmp_path, verdict=None, benchmark=None, exports=[], distilled=[], stages=[], versions={})
     result = write_report(inputs)

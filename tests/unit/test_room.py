@@ -70,6 +70,7 @@ def stats(teacher: Any, family: Family, noise: Samples) -> CalibrationStats:
     return calibrate(ResidentTeacher(teacher, family), noise, CalibrateSettings(samples=64, longest=4), quiet)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("total", "learns"), [(16 * 10**9, False), (10**12, True)])
 def test_whole_models_are_trained_where_there_is_room_for_them(
     total: int, learns: bool, qwen: Source, monkeypatch: pytest.MonkeyPatch
@@ -81,6 +82,7 @@ def test_whole_models_are_trained_where_there_is_room_for_them(
     assert analysis_here(fixed, qwen, "cuda") == fixed.analysis  # nothing is decided, so nothing trained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "ranks", "told"),
     [
@@ -123,6 +125,7 @@ def test_costs_are_the_same_where_states_of_all_blocks_have_no_room(
     assert all(torch.equal(a, b) for a, b in zip(found[10**12], found[0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(fake_cuda.lacks()), reason=fake_cuda.lacks())
 @pytest.mark.parametrize("name", ["qwen_image", "flux", "sd3"])
 def test_a_plan_with_every_edit_is_applied_to_a_model_on_a_gpu(name: str) -> None:

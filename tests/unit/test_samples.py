@@ -107,6 +107,7 @@ def same(a: Cache, b: Cache) -> bool:
 # -- encoding ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prompts_are_what_the_pipeline_encodes(pipeline: Any, source: Source, prompts_file: Path, tmp_path: Path) -> None:
     made = encoded(source, "prompts", prompts_file, tmp_path)
     assert (made.rows, made.grid, made.has_latents, made.kind) == (len(PROMPTS), GRID, False, "prompts")
@@ -123,6 +124,7 @@ def test_prompts_are_what_the_pipeline_encodes(pipeline: Any, source: Source, pr
             assert torch.equal(alone["encoder_hidden_states"][0], row[mask[i].bool()])
 
 
+@pytest.mark.slow
 def test_images_are_encoded_normalised_and_packed(pipeline: Any, source: Source, images: Path, tmp_path: Path) -> None:
     made = encoded(source, "images", images, tmp_path)
     found = made.read(list(range(6)))
@@ -144,6 +146,7 @@ def test_images_are_encoded_normalised_and_packed(pipeline: Any, source: Source,
     assert torch.equal(found["encoder_hidden_states"], states)
 
 
+@pytest.mark.slow
 def test_latents_decode_to_the_image_by_the_samplers_own_way(pipeline: Any, source: Source, images: Path, tmp_path: Path) -> None:
     """Unpacked and denormalised as the pipeline does at its end, they are the VAE's latents again."""
     latents = encoded(source, "images", images, tmp_path).read([0])["latents"]
@@ -200,12 +203,14 @@ def test_images_are_turned_covered_and_cropped(tmp_path: Path) -> None:
     assert torch.allclose(d, torch.full((3, 16, 32), 51.0), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_recipes_dtype_is_the_encoders(pipeline: Any, source: Source, prompts_file: Path, tmp_path: Path) -> None:
     half, full = (encoded(source, "prompts", prompts_file, tmp_path, d).read([1])["encoder_hidden_states"] for d in ("bfloat16", "float32"))
     assert (half.dtype, full.dtype) == (torch.bfloat16, torch.float32)
     assert 0 < (half.float() - full).abs().max() < 0.2
 
 
+@pytest.mark.slow
 def test_what_is_encoded_is_encoded_once(source: Source, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = encoded(source, "images", images, tmp_path)
     moved = tmp_path / "elsewhere"
@@ -222,6 +227,7 @@ def test_what_is_encoded_is_encoded_once(source: Source, images: Path, tmp_path:
     assert [p.name for p in tmp_path.glob("samples-*")] == [f"samples-{first.digest}"]
 
 
+@pytest.mark.slow
 def test_parts_are_loaded_one_kind_at_a_time_images_first(
     source: Source, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +250,7 @@ def test_parts_are_loaded_one_kind_at_a_time_images_first(
     assert all(model() is None for _, model in loaded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompts", "images"])
 def test_a_stopped_encoding_goes_on_and_is_never_read_half(
     source: Source, images: Path, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -509,6 +516,7 @@ def test_a_users_data_goes_through_calibration_and_analysis(
         assert other.stats.digest != done.stats.digest
 
 
+@pytest.mark.slow
 def test_encodings_of_a_run_are_cached_samples(source: Source, images: Path, tmp_path: Path) -> None:
     made = encoded(source, "images", images, tmp_path)
     other = find_data("cached", str(tmp_path / f"samples-{made.digest}"), 999, source)
@@ -617,6 +625,7 @@ def test_bad_image_folders(source: Source, spoiled: Path) -> None:
     assert len(read_pictures(str(spoiled))) == 6
 
 
+@pytest.mark.slow
 def test_an_image_that_breaks_off_is_named_and_nothing_is_kept(source: Source, spoiled: Path, tmp_path: Path) -> None:
     """JPEG has no checksum: that it is cut short shows when it is decoded, before any text is encoded."""
     picture(5, 64, 64).save(spoiled / "005.jpg")
@@ -761,6 +770,7 @@ def test_a_hubs_parts_are_fetched_when_they_are_needed(
     assert asked == [("some/model", "v1", "fp16"), ("some/model", "v1", "fp16", ("text_encoder", "tokenizer", "vae"))]
 
 
+@pytest.mark.slow
 def test_encoders_that_are_not_whole(broken: Path, folder: Path, prompts_file: Path, tmp_path: Path) -> None:
     def fails(words: str) -> None:
         with pytest.raises(ModelError, match=words) as caught:
@@ -784,12 +794,14 @@ def test_encoders_that_are_not_whole(broken: Path, folder: Path, prompts_file: P
     fails(r"text_encoder = \['my_code', 'Encoder'\]: wanted a class of diffusers or transformers")
 
 
+@pytest.mark.slow
 def test_encoders_of_another_width(broken: Path, pipeline: Any, prompts_file: Path, tmp_path: Path) -> None:
     qwen_text_encoder(len(pipeline.tokenizer), 32).save_pretrained(broken / "text_encoder")
     with pytest.raises(ModelError, match=r"text_encoder: gives encoder_hidden_states of width 32, wanted 16 by the transformer's config"):
         encoded(open_source(str(broken)), "prompts", prompts_file, tmp_path / "records")
 
 
+@pytest.mark.slow
 def test_an_encoder_that_fails_is_named(broken: Path, prompts_file: Path, tmp_path: Path) -> None:
     qwen_text_encoder(100).save_pretrained(broken / "text_encoder")  # knows fewer words than its tokenizer
     with pytest.raises(ModelError, match=r"text_encoder: fails from 'a cat' on \(.*index.*\); does it fit"):

@@ -122,6 +122,7 @@ def test_judge_reads_digits_that_it_never_saw() -> None:
     assert accuracy["colour"] >= 0.999
 
 
+@pytest.mark.slow
 def test_judge_knows_right_scenes_from_wrong_ones() -> None:
     g = torch.Generator().manual_seed(5)
     scenes = data.random_scenes(1000, g)
@@ -180,6 +181,7 @@ def scene_model(make_teacher: Callable[..., Any]) -> Any:
     return make_teacher(2, joint_attention_dim=data.EMBEDDING)
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_has_no_drop(scene_model: Any) -> None:
     told: list[float] = []
     tensors, values = PLUGIN.measure(scene_model, settings_of(), told.append)
@@ -207,6 +209,7 @@ def quiet(_: float) -> None:
     """Progress that nobody watches."""
 
 
+@pytest.mark.slow
 def test_figures_turn_the_right_way(scene_model: Any) -> None:
     tensors, _ = PLUGIN.measure(scene_model, settings_of(guidance=(1.0,)), quiet)
     tensors["right_g1"] = torch.ones(80)
@@ -253,6 +256,7 @@ def test_preview_shows_the_prompts_it_names(scene_model: Any) -> None:
     assert PLUGIN.preview(scene_model, 6, 1, 1.0, 2)[1] != prompts
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (PLUGIN.model_folder / "transformer" / "config.json").exists(), reason="the teacher's weights are not there")
 def test_the_embedded_teacher_loads_and_has_learnt_its_task() -> None:
     model = load_model("builtin:two-digits")

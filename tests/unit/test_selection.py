@@ -22,6 +22,7 @@ def cheap_text_options(needed: int = 0, **changes: Any) -> Options:
     return Options(family="qwen_image", groups=[12], chains=chains, ranks=[(0.0, None), (1e-4, 4)], text_runs=runs, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.5, 0.25, 0.2])
 def test_small_targets_are_met_where_cheap_edits_promise_too_much(share: float) -> None:
     """With every text edit next to free, hundreds of mixes without depth or rank look cheaper than those that reach the target."""
@@ -47,6 +48,7 @@ def selection_allows(plan: object, edit: object) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_a_text_network_by_hand_leaves_out_the_mixes_that_contradict_it() -> None:
     """Of runs of mapped text blocks those after which its block still computes text; it is in every plan."""
     source = open_source("builtin:two-digits")

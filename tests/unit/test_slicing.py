@@ -68,6 +68,7 @@ def test_bytes_that_stay_are_never_decoded(teacher_folder: Path, tmp_path: Path)
         check_weights(open_source(str(tmp_path / "student")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_the_dtype_of_the_files_stays_unless_another_is_asked_for(
     stored: torch.dtype, teacher_folder: Path, tmp_path: Path, random_bank: Banks
@@ -96,6 +97,7 @@ def refuse(*_: int) -> int:
     raise OSError(errno.EXDEV, "not between these")
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=8),
@@ -181,6 +183,7 @@ def test_plans_that_list_what_is_no_checksum_are_refused(files: Any, teacher_fol
 # ------------------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_a_model_is_cut_by_a_plan_without_a_run(teacher: Any, teacher_folder: Path, tmp_path: Path) -> None:
     folder = cast_folder(teacher_folder, torch.bfloat16, tmp_path / "teacher")
     document = commands.slice_size(str(folder), None, plan_file(DEPTH, tmp_path), tmp_path / "out", [], -1)
@@ -242,6 +245,7 @@ HEADERS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(header=HEADERS, length=st.none() | st.integers(0, 2**64 - 1), data=st.binary(max_size=64), raw=st.none() | st.binary(max_size=80))
 def test_no_bytes_crash_the_reader(header: Any, length: int | None, data: bytes, raw: bytes | None, tmp_path: Path) -> None:
@@ -255,6 +259,7 @@ def test_no_bytes_crash_the_reader(header: Any, length: int | None, data: bytes,
     assert all(place.start + place.bytes <= file.stat().st_size for place in places.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(index=HEADERS | st.fixed_dictionaries({"weight_map": HEADERS}) | st.just("deep"))
 def test_no_index_and_no_plan_crash_the_reader(index: Any, teacher_folder: Path, tmp_path: Path) -> None:

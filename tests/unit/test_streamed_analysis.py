@@ -69,6 +69,7 @@ def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
 # -- calibrate ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_a_resident_teacher(
     stats: CalibrationStats, streamed: StreamedTeacher, resident: Teacher, noise: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_moments_are_those_of_a_resident_teacher(
     assert all(torch.equal(found.tensors[n], again.tensors[n]) for n in again.tensors)
 
 
+@pytest.mark.slow
 def test_blocks_are_read_once_for_as_many_samples_as_may_be_held(
     streamed: StreamedTeacher, noise: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +106,7 @@ def test_blocks_are_read_once_for_as_many_samples_as_may_be_held(
     assert read == 3 * list(range(BLOCKS))  # batches of 64, 64 and 22
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["resident", "streamed"])
 def test_large_states_pass_in_parts(
     kind: str, stats: CalibrationStats, noise: Samples, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -156,6 +159,7 @@ def every_cost(costs: EditCosts) -> dict[str, torch.Tensor]:
     return found | {"influence": torch.tensor(costs.influences())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 4, 1000])
 def test_costs_are_those_of_a_resident_teacher_to_the_bit(
     together: int, stats: CalibrationStats, resident: Teacher, streamed: StreamedTeacher, noise: Samples
@@ -195,6 +199,7 @@ def test_a_block_is_read_once_for_detours_that_go_side_by_side(
 # -- the chain ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_chain_up_to_distillation_never_loads_the_teacher(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

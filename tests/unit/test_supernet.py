@@ -127,6 +127,7 @@ def tiny(make_teacher: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     return model, source, samples, Teaching.of(model, samples, 12, 8, 2e-3, 16)
 
 
+@pytest.mark.slow
 def test_an_untrained_supernet_is_the_teacher_without_those_blocks(tiny: Any, family: Family) -> None:
     model, _, _, teaching = tiny
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -144,6 +145,7 @@ def test_an_untrained_supernet_is_the_teacher_without_those_blocks(tiny: Any, fa
     assert len(blocks_of(net.model, family)) == 6
 
 
+@pytest.mark.slow
 def test_the_plan_takes_the_supernets_best_set(tiny: Any, family: Family) -> None:
     model, source, samples, _ = tiny
     stats = calibrate(ResidentTeacher(model, family), samples, CalibrateSettings(samples=64, longest=4), quiet)
@@ -168,6 +170,7 @@ def test_the_plan_takes_the_supernets_best_set(tiny: Any, family: Family) -> Non
     assert len(found[0].trials) in (0, len({len(s.dropped) for s in scores}))  # of a depth one is left to try
 
 
+@pytest.mark.slow
 def test_lessons_and_starts_are_the_same_every_time(tiny: Any) -> None:
     model, _, samples, teaching = tiny
     again = Teaching.of(model, samples, 12, 8, 2e-3, 16)

@@ -73,6 +73,7 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_states_are_those_of_a_trace(kind: str, dtype: str, family: Family, make: Callable[..., Any]) -> None:
@@ -135,6 +136,7 @@ def test_a_call_is_the_models_own_forward(kind: str, family: Family, make: Calla
     assert equal(ours, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_points_of_a_trajectory_are_the_models_own(kind: str, family: Family, make: Callable[..., Any], folders: dict[str, Path]) -> None:
     model, teacher = make(kind, "bfloat16")
@@ -162,6 +164,7 @@ def test_only_stops_are_kept_and_nothing_beyond_them_is_run(
     assert run == list(range(max(stops, default=0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_caller_may_delete_states_train_in_between_and_ask_for_blocks(kind: str, family: Family, make: Callable[..., Any]) -> None:
     model, teacher = make(kind, "float32")
@@ -177,6 +180,7 @@ def test_the_caller_may_delete_states_train_in_between_and_ask_for_blocks(kind: 
         assert equal(weight, blocks_of(model, family)[5].attn.to_q.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_are_the_models_and_a_blocks_are_copies(kind: str, family: Family, make: Callable[..., Any]) -> None:
     for dtype in ("float32", "bfloat16"):

@@ -106,6 +106,7 @@ def test_a_missing_library_is_told_with_the_command_that_brings_it(monkeypatch: 
             tensorrt.library(wanted)
 
 
+@pytest.mark.slow
 def test_a_graph_of_another_model_is_refused(teacher: Any, graph: Path, tmp_path: Path) -> None:
     told = json.loads((graph / "export.json").read_text("utf-8"))
     for name, change in {"model": {"model_digest": "def"}, "dtype": {"dtype": "float32"}}.items():
