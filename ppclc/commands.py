@@ -248,9 +248,11 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
         f"parameters  {teacher['parameters']:,} -> {student['parameters']:,} ({gone:.1f} % removed), blocks {teacher['blocks']} -> {student['blocks']}",
     ]
     for name, row in report["quality"].items():
-        interval = f", 95 % interval {row['ci95'][0]:.2f} to {row['ci95'][1]:.2f}" if row["ci95"] else ""
-        drop = row["drop_percent"]
-        change = f"{'worse' if drop >= 0 else 'better'} by {abs(drop):.2f} {'%' if row['teacher'] else 'hundredths'}"
+        drop, ends = row["drop_percent"], row["ci95"] or ()
+        way, sign = ("worse", 1) if drop >= 0 else ("better", -1)
+        change = f"{way} by {abs(drop):.2f} %" if row["teacher"] else f"{drop:.2f} % {row['unit'].removeprefix('share ')}"
+        low, high = sorted(sign * end for end in ends) if ends else (0.0, 0.0)
+        interval = f", 95 % interval {low:.2f} to {high:.2f}" if ends else ""
         lines.append(f"{name}  {row['teacher']:.4g} -> {row['student']:.4g} ({change}{interval}; n = {row['n']})")
     for row in report["exports"]:
         measure = ("largest difference", "max_abs") if row["dtype"] == "float32" else ("relative L2 difference", "rel_l2")
