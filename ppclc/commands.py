@@ -21,7 +21,7 @@ from ppclc.classes import count_parameters, model_outline
 from ppclc.devices import launcher_warning, open_ranks
 from ppclc.display import Display
 from ppclc.drawing import plan_drawing
-from ppclc.encoding import kind_at
+from ppclc.encoding import is_there, kind_at
 from ppclc.environment import accelerator, machine, versions
 from ppclc.errors import OutputError, RecipeError
 from ppclc.lora import remap
@@ -139,8 +139,9 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
     verify_pass.check_gates(recipe.verify, source)
-    if recipe.calibrate.path is not None and recipe.calibrate.source != "noise" and source.task is None:
-        kind_at(recipe.calibrate.path)  # what is not there would stop the run at once
+    data = recipe.calibrate
+    if data.path is not None and source.task is None and (data.source == "auto" or not (is_there(data.path) or data.source == "noise")):
+        kind_at(data.path)  # what is not there, or of no known kind, would stop the run at once
     check_by_hand(source, recipe.plan, recipe.calibrate.longest)
     check_target(recipe.plan, budget_of(source, recipe.target, dtype))
     found = _analysed_plan(out or default_out(path), recipe)

@@ -170,7 +170,7 @@ def analyze(run: Run, progress: Callable[[float, str], None]) -> None:
         student_config(run.source.family, run.source.config, run.plan)
         check_reach(run.plan, made(run.stats).longest)
         check_calibrated(run.plan, made(run.stats))
-        if not run.store.frozen:
+        if not (run.store.frozen or run.is_finetuned):
             check_finetune(run.recipe, run.source, run.plan, run.ranks)
         if run.ranks.is_main and not run.store.frozen:
             run.write_recipe()

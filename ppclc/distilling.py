@@ -18,6 +18,7 @@ from ppclc.passes import distill as distill_pass
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import CalibrationStats, Distilled, Job
 from ppclc.refits import refitted, text_blocks
+from ppclc.room import check_finetune
 from ppclc.run import Run, made
 from ppclc.teachers import Teacher
 
@@ -114,6 +115,7 @@ def finetune(
     def whole(work: Path) -> Distilled:
         if not told.finetune_steps:  # the student follows from teacher and bank, neither of which need fit in memory
             return Distilled(edit="finetune", steps=0, losses=[])
+        check_finetune(run.recipe, run.source, plan, run.ranks)
         student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
         return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends, curve_name)
 

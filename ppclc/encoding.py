@@ -124,6 +124,11 @@ def kind_at(path: str) -> str:
     return _unfit(path, "holds nothing to calibrate on" if place.is_dir() else "no such file or folder")
 
 
+def is_there(path: str) -> bool:
+    """Whether a file, a folder or shards lie at a path."""
+    return Path(path).expanduser().exists() or bool(shards_at(path))
+
+
 def _unfit(path: str, what: str) -> str:
     raise RecipeError(f"calibrate.path = {path!r}: {what}; wanted {'; or '.join(WANTED.values())}")
 

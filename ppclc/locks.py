@@ -31,7 +31,9 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with (Path(tempfile.gettempdir()) / f"ppclc-{os.getuid()}-{name}.lock").open("a+", encoding="ascii") as file:
+    path = Path(tempfile.gettempdir()) / f"ppclc-{os.getuid()}-{name}.lock"
+    # Its name can be foreseen: a link that somebody has put there is not followed.
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+", encoding="ascii") as file:
         end = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -45,8 +47,8 @@ def alone_in(folder: Path) -> Iterator[None]:
                         f"{folder}: another run is at work there{f' (process {who})' if who else ''}; wait for it, or give another folder with -o"
                     ) from None
                 time.sleep(0.05)
-        file.truncate(0)
+        file.seek(0)
+        file.truncate()
         file.write(str(os.getpid()))
         file.flush()
         yield
-        file.truncate(0)

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
+from ppclc.budget import TargetSettings, budget_of, check_by_hand, check_target, even_plan
 from ppclc.cache import FEW, Cache
 from ppclc.devices import Ranks
 from ppclc.display import Display
@@ -88,6 +88,11 @@ class Run:
         """Section `analyze` as teacher and device allow it."""
         return analysis_here(self.recipe, self.source, self.ranks.device)
 
+    @property
+    def is_finetuned(self) -> bool:
+        """Whether a fine-tune has been done in this folder: one that goes on, perhaps on fewer devices, may have nothing left to train."""
+        return any((self.out / "records").glob("finetune-*"))
+
     def write_recipe(self) -> None:
         """`recipe.yaml`, with every default filled in: what the folder's plan was made by."""
         write_text(self.out / "recipe.yaml", self.recipe.to_yaml())
@@ -153,8 +158,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     if recipe.analyze.learns and recipe.target.is_given and not run.analysis_settings.learns and ranks.is_main:
         what = "a streamed teacher is not trained" if recipe.distill.teacher == "streamed" else "there is no memory to train whole models"
         display.say(f"warning: {what}: no supernet and no trials, the plan is chosen by untrained costs alone")
-    if planned and recipe.plan.intervals != "auto":
-        check_finetune(recipe, source, even_plan(source, recipe.target, recipe.plan, recipe.model.dtype), ranks)
+    if planned and recipe.plan.is_fixed and not run.is_finetuned:
+        check_finetune(recipe, source, even_plan(source, TargetSettings(), recipe.plan, recipe.model.dtype), ranks)
     _ = run.called  # weights that are not whole are refused before anything is written
     run.store.stages += encoding
     if not mark.is_file():

@@ -24,7 +24,7 @@ from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
 from ppclc.sources import Source
 from ppclc.teachers import Teacher
 
-VERSION = 6
+VERSION = 7
 
 
 def analyze(

@@ -49,6 +49,18 @@ def test_the_same_process_comes_again(tmp_path: Path) -> None:
             pass
 
 
+def test_a_link_in_the_lock_s_place_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "precious").write_text("notes")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    with alone_in(tmp_path / "out"):
+        (lock,) = tmp_path.glob("*.lock")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"), alone_in(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious").read_text() == "notes"
+
+
 def test_a_block_that_fails_lets_go(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), alone_in(tmp_path):
         raise RuntimeError

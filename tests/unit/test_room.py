@@ -17,7 +17,9 @@ from benchmarks.fake_cuda import DEVICE
 from ppclc import edit_costs, flow, room
 from ppclc import samples as samples_module
 from ppclc.closed_forms import closed_form_bank
+from ppclc.compiler import compress
 from ppclc.devices import Ranks
+from ppclc.display import Display
 from ppclc.edit_costs import EditCosts
 from ppclc.errors import OutputError, UnavailableError
 from ppclc.families import Family
@@ -109,6 +111,41 @@ def test_a_fine_tune_that_no_gpu_holds_is_refused_with_the_ways_out(
         check_finetune(recipe, qwen, plan, ranks)
     assert told in str(caught.value)
     assert "distill.finetune_steps: 0, or more GPUs with --use_fsdp" in str(caught.value)
+
+
+def test_a_target_that_the_fixed_intervals_alone_do_not_meet_is_left_to_the_analysis(source: Source, tmp_path: Path) -> None:
+    """What else is free may meet it: the look at the fine-tune's room refuses nothing on that account."""
+    recipe = {
+        "model": {"path": source.path},
+        "calibrate": {"source": "noise", "samples": 64, "longest": 3},
+        "analyze": {"probes": 16, "trials": 0, "supernet_steps": 0},
+        "target": {"parameters": 0.75},
+        "plan": {"intervals": [[1, 2]], "modulation_rank": "none"},
+    }
+    run = compress(parse_recipe(recipe, "recipe"), "recipe", tmp_path / "out", Display(1, -1), until="analyze")
+    assert run.plan is not None
+    assert [(i.first, i.last) for i in run.plan.intervals] == [(1, 2)]
+    assert run.plan.text_stream or run.plan.ffn
+
+
+def test_a_fine_tune_that_is_done_is_not_asked_for_room(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after several GPUs, one goes on with what is left."""
+    recipe = parse_recipe(
+        {
+            "model": {"path": source.path},
+            "calibrate": {"source": "noise", "samples": 64, "longest": 3},
+            "plan": {"intervals": [[1, 2]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"},
+            "distill": {"steps": 1, "finetune_steps": 1, "batch": 2},
+        },
+        "recipe",
+    )
+    asked: list[str] = []
+    for module in ("run", "compiler", "distilling"):
+        monkeypatch.setattr(f"ppclc.{module}.check_finetune", lambda *_, module=module: asked.append(module))
+    for wanted in (["run", "compiler", "distilling"], []):
+        asked.clear()
+        compress(recipe, "recipe", tmp_path / "out", Display(1, -1), until="distill")
+        assert asked == wanted
 
 
 def test_costs_are_the_same_where_states_of_all_blocks_have_no_room(
