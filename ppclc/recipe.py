@@ -179,19 +179,26 @@ def _explain(error: ValidationError) -> str:
     """The first fault as `section.key = value: wanted ...`; alternatives of one key are told together."""
     faults = error.errors(include_url=False)
     first = faults[0]
+    path = _path(first)
     if isinstance(first["input"], list | dict):  # of several kinds that it may be the one that it is, and what is wrong within
         kinds = ("list_type", "model_type", "missing")
-        within = [f for f in faults if len(f["loc"]) > len(first["loc"]) and f["type"] in kinds]
-        first = next(iter(within), first)
-    path = [p for p in first["loc"] if isinstance(p, int) or not _is_alternative(str(p))]
+        first = next(
+            (f for f in faults if _path(f)[: len(path)] == path and len(f["loc"]) > len(first["loc"]) and f["type"] in kinds), first
+        )
+        path = _path(first)
     key = ".".join(map(str, path))
     if first["type"] == "extra_forbidden":
         return f"{key} = {first['input']!r}: unknown key; wanted one of {', '.join(_siblings(path[:-1]))}"
     if first["type"] == "missing":
         return f"{key}: missing; wanted a value"
-    same = [f for f in faults if [p for p in f["loc"] if isinstance(p, int) or not _is_alternative(str(p))][: len(path)] == path]
+    same = [f for f in faults if _path(f)[: len(path)] == path]
     wanted = list(dict.fromkeys(_plain(f["msg"]) for f in same if f["type"] != "missing"))
     return f"{key} = {first['input']!r}: wanted {' or '.join(wanted)}"
+
+
+def _path(fault: Any) -> list[Any]:
+    """Keys and numbers that lead to a fault."""
+    return [p for p in fault["loc"] if isinstance(p, int) or not _is_alternative(str(p))]
 
 
 def _plain(message: str) -> str:

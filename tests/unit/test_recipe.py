@@ -122,6 +122,8 @@ def test_changes_go_on_top(tmp_path: Path) -> None:
         (MODEL + "plan: {dead_code: on}", ["plan.dead_code = 'on'", "wanted boolean"]),
         (MODEL + "plan: {dead_code: 1}", ["plan.dead_code = 1", "wanted boolean"]),
         (MODEL + "plan: {intervals: some}", ["plan.intervals = 'some'", "'auto'", "'none'", "list"]),
+        (MODEL + "plan: {intervals: [3, 4]}\nexport: [{dtype: float32}]", ["plan.intervals.0 = 3", "wanted list"]),
+        (MODEL + "plan: {ffn: [{block: 2}]}", ["plan.ffn.0.stream: missing"]),
         (MODEL + "plan: {intervals: [[3]]}", ["plan.intervals", "[[3]]", "at least 2 items"]),
         (MODEL + "plan: {adapters: all}", ["plan.adapters = 'all'", "'auto'", "'none'", "list"]),
         (MODEL + "plan: {adapters: [[3]]}", ["plan.adapters", "[[3]]", "at least 2 items"]),
