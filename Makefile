@@ -36,6 +36,7 @@ lint: install ## ruff and mypy
 
 test: lint ## the whole proof: lint, types, every test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/interpreted
+	$(BIN)/python -m pytest -p tests.emulated.plugin -n 2 tests/emulated
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: install ## the tests that take next to nothing: a minute

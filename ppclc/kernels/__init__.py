@@ -95,6 +95,11 @@ def dispatched(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def runs(tensor: torch.Tensor) -> bool:
+    """Whether a kernel's Triton code runs where this tensor lies; elsewhere its twin in plain PyTorch stands for it."""
+    return tensor.is_cuda or interpreted()
+
+
 def plain(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds numbers itself, and stands for no other."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ppclc.kernels import LEAST_NORM, interpreted, plain, takes
+from ppclc.kernels import LEAST_NORM, plain, runs, takes
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 WIDEST = 8192
@@ -63,7 +63,7 @@ def _at_least_single(x: torch.Tensor) -> torch.Tensor:
 
 
 def _loss_and_gradient(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
-    if student_ND.is_cuda or interpreted():
+    if runs(student_ND):
         from ppclc.kernels import distillation_loss_triton, tuning
 
         with tuning.on_device_of(student_ND):
@@ -87,7 +87,7 @@ def _gradient(s_ND: torch.Tensor, t_ND: torch.Tensor, magnitude: float, mask_N: 
 
 
 def _scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
-    if gradient_ND.is_cuda or interpreted():
+    if runs(gradient_ND):
         from ppclc.kernels import distillation_loss_triton, tuning
 
         with tuning.on_device_of(gradient_ND):
@@ -111,7 +111,7 @@ def scale_gradient(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch
 @distillation_loss.register_fake
 def _(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
     scalar = student_ND.new_empty((), dtype=torch.float32)
-    late = student_ND.dtype == torch.float16 and (student_ND.is_cuda or interpreted())
+    late = student_ND.dtype == torch.float16 and runs(student_ND)
     gradient_ND = torch.empty_like(student_ND, memory_format=torch.contiguous_format)
     return scalar, gradient_ND, scalar.new_empty(() if late else 0)
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ppclc.kernels import takes
-from ppclc.kernels.modulation import gated_residual, layer_norm_modulate
+from ppclc.kernels.modulation import gated_residual, layer_norm_modulate, modulate
 from ppclc.kernels.qk_norm_rope import qk_norm_rope
 
 Kind = TypeVar("Kind", bound=type)
@@ -67,8 +67,7 @@ def modulated(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tens
     """A state, normed and modulated: by a kernel, where the norm is a plain LayerNorm that nobody listens to."""
     if type(norm) is nn.LayerNorm and not norm.elementwise_affine and not hooked(norm):
         return layer_norm_modulate(x, scale, shift, norm.eps)
-    normed: torch.Tensor = norm(x)
-    return normed * (1 + scale) + shift
+    return modulate(norm(x), scale, shift)
 
 
 def hooked(module: nn.Module) -> bool:

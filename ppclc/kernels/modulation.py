@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ppclc.kernels import dispatched, interpreted, takes
+from ppclc.kernels import dispatched, runs, takes
 
 WIDEST = 8192
 """Widest row that a program holds in its registers."""
@@ -43,7 +43,12 @@ def gated_residual(x_BTD: torch.Tensor, gate: torch.Tensor, y_BTD: torch.Tensor)
 
 def layer_norm_modulate_reference(x_BTD: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """As `layer_norm_modulate`, in plain PyTorch, to the bit as diffusers' blocks compute it."""
-    return functional.layer_norm(x_BTD, x_BTD.shape[-1:], eps=eps) * (1 + _broadcast(scale)) + _broadcast(shift)
+    return modulate(functional.layer_norm(x_BTD, x_BTD.shape[-1:], eps=eps), scale, shift)
+
+
+def modulate(normed_BTD: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """normed * (1 + scale) + shift (B, T, D). scale, shift: (B or 1, D) or (B or 1, 1, D)."""
+    return normed_BTD * (1 + _broadcast(scale)) + _broadcast(shift)
 
 
 def gated_residual_reference(x_BTD: torch.Tensor, gate: torch.Tensor, y_BTD: torch.Tensor) -> torch.Tensor:
@@ -92,7 +97,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 def _runs(x: torch.Tensor) -> bool:
     """Whether an operator runs its kernel: on a GPU, or interpreted; it knows its formula besides, for the CPU."""
-    return (x.is_cuda or interpreted()) and x.numel() > 0
+    return runs(x) and x.numel() > 0
 
 
 def _promoted(first: torch.Tensor, *others: torch.Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ppclc.kernels import dispatched, interpreted, takes
+from ppclc.kernels import dispatched, runs, takes
 
 
 def add_moments(
@@ -108,7 +108,7 @@ def _add_moments(
     mask_N: torch.Tensor | None,
     centres: list[torch.Tensor],
 ) -> None:
-    if x_ND.is_cuda or interpreted():
+    if runs(x_ND):
         from ppclc.kernels import moments_triton, tuning
 
         with tuning.on_device_of(x_ND):
@@ -121,7 +121,7 @@ torch.library.custom_op("ppclc::add_moments", _add_moments, mutates_args=("secon
 
 
 def _difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if x_ND.is_cuda or interpreted():
+    if runs(x_ND):
         from ppclc.kernels import moments_triton
 
         return moments_triton.difference(x_ND, before_ND)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from ppclc.kernels import dispatched, interpreted, takes
+from ppclc.kernels import dispatched, runs, takes
 
 
 def qk_norm_rope(
@@ -62,7 +62,7 @@ def qk_norm_rope_reference(
 def _qk_norm_rope(
     x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, rounded: bool, out: torch.Tensor
 ) -> None:
-    if not (x.is_cuda or interpreted()) or x.numel() == 0 or out.stride(-1) != 1:
+    if not runs(x) or x.numel() == 0 or out.stride(-1) != 1:
         out.copy_(qk_norm_rope_reference(x, weight, cos, sin, eps, rounded))
         return
     from ppclc.kernels import qk_norm_rope_triton

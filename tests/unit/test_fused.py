@@ -261,17 +261,24 @@ def test_models_are_fused_as_they_are_made(make_teacher: Callable[..., Any], tmp
     assert not any(STOCK in type(block).__dict__ for block in blocks_of(teacher, family))
 
 
-def test_what_listens_to_a_norm_is_still_told(taken: list[str]) -> None:
-    from ppclc.teachers import ffn_inputs_kept
-
-    family, model = _model("qwen_image")
-    group, kept = family.groups[0], []
-    for one in (copy.deepcopy(model), fuse(model, family.fused())):
-        with torch.no_grad(), ffn_inputs_kept(one.transformer_blocks[1], group, ("image", "text")) as mids:
-            one(**_inputs(family, one))
-        kept.append(dict(mids))
-    assert kept[0].keys() == {"image", "text"} == kept[1].keys()
-    assert all(torch.equal(kept[0][s], kept[1][s]) for s in kept[0])
+@each_model
+def test_whoever_listens_to_a_norm_is_told_and_changes_nothing(name: str, kind: str, taken: list[str]) -> None:
+    """Each norm by itself, with a batch of two: modulations have a row a sample and states one a token."""
+    family, model = MAKERS[kind](name)
+    inputs, fused = _inputs(family, model), fuse(copy.deepcopy(model), family.fused())
+    norms = [n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm) or "norm" in type(m).__name__.lower()]
+    assert len(norms) > 10
+    for norm in norms:
+        told: list[list[torch.Tensor]] = []
+        for one in (model, fused):
+            told.append([])
+            hook = one.get_submodule(norm).register_forward_hook(lambda _, args, out, told=told[-1]: told.extend([*args[:1], out]))
+            with torch.no_grad():
+                told[-1].append(one(**inputs)[0])
+            hook.remove()
+        for plain, by_kernel in zip(*told, strict=True):
+            if isinstance(plain, torch.Tensor):
+                assert torch.equal(plain, by_kernel), norm
 
 
 @pytest.mark.slow

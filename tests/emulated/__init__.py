@@ -1,0 +1,207 @@
+"""A GPU for tests where there is none: tensors on `cuda:0` with values, on a CPU build of PyTorch.
+
+Every tensor that a run puts there is one of CUDA's to PyTorch and to us: its device, its memory, which is counted and can run out, the
+engine's thread for its gradients, and the refusal of two tensors on two devices. What operators do is done on the CPU, in the same
+memory. So whole chains go the way that they go on a GPU, and to the values that they reach on a CPU. Streams are none: what is waited for
+too late, a race and every time stay a GPU's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+CODE = Path(__file__).with_name("cuda.cpp")
+MEMORY = 8 * 2**30
+CAPABILITY = (9, 0)
+
+
+def lacks() -> str:
+    """Why there can be none here; empty where there can."""
+    if torch.version.cuda is not None:
+        return "this PyTorch is built with CUDA"
+    if _compiler() is None:
+        return "there is no C++ compiler"
+    try:
+        _built()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def _compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+@cache
+def _built() -> Path:
+    """The device's library: compiled, in a quarter of a minute, where this PyTorch's is not there yet. Raises RuntimeError, as the compiler says."""
+    code = hashlib.sha256(CODE.read_bytes()).hexdigest()[:12]
+    folder, root = Path(tempfile.gettempdir()) / f"ppclc-emulated-{os.getuid()}", Path(torch.__file__).parent
+    made = folder / f"{torch.__version__}-{code}.so"
+    if made.exists():
+        return made
+    folder.mkdir(mode=0o700, exist_ok=True)
+    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    part = made.with_suffix(f".{os.getpid()}")
+    command = [_compiler() or "", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *includes, str(CODE), "-o", str(part)]
+    done = subprocess.run([*command, f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the emulated GPU does not compile: {done.stderr[:2000]}")
+    part.replace(made)
+    return made
+
+
+class Device:
+    """The device, from `start` until the process ends."""
+
+    def __init__(self, library: Path) -> None:
+        self._code = ctypes.CDLL(str(library))
+        for name in ("memory_held", "memory_peak", "memory_limit", "copies_to_host"):
+            getattr(self._code, name).restype = ctypes.c_int64
+        self._code.set_limit.argtypes = [ctypes.c_int64]
+        self._code.emulate()
+        self.limit(MEMORY)
+
+    def limit(self, nbytes: int) -> None:
+        """How much memory there is from now on: more is `torch.OutOfMemoryError`."""
+        self._code.set_limit(nbytes)
+
+    def held(self, *_: Any) -> int:
+        """Bytes of tensors that are there."""
+        return int(self._code.memory_held())
+
+    def peak(self, *_: Any) -> int:
+        """The most bytes since `reset_peak`."""
+        return int(self._code.memory_peak())
+
+    def reset_peak(self, *_: Any) -> None:
+        """Begin with the peak anew."""
+        self._code.reset_peak()
+
+    def copies_to_host(self) -> int:
+        """How often something was brought to the CPU so far, each of which a GPU is waited for."""
+        return int(self._code.copies_to_host())
+
+    def free(self, *_: Any) -> tuple[int, int]:
+        """Bytes that are free, and all."""
+        total = int(self._code.memory_limit())
+        return total - self.held(), total
+
+
+needed = pytest.mark.skipif("not emulated.started()", reason="pytest -p tests.emulated.plugin runs it, where there is a C++ compiler")
+"""Mark of a test that is only for this device."""
+
+
+class Event:
+    """A moment of the host's clock."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.at = time.perf_counter()
+
+    def record(self, *_: Any) -> None:
+        """Now."""
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        """Milliseconds until another."""
+        return (other.at - self.at) * 1000
+
+    def synchronize(self) -> None:
+        """Everything is done already."""
+
+    wait = query = synchronize
+
+
+class Stream:
+    """Everything is done in the order in which it is asked for."""
+
+    device, cuda_stream = torch.device("cuda", 0), 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> Event:
+        """A moment."""
+        return Event()
+
+    def wait_event(self, *_: Any) -> None:
+        """Everything is done already."""
+
+    wait_stream = synchronize = wait_event
+
+
+def _stand_in() -> None:
+    """Kernels are taken for what lies on the device, and their twins in PyTorch run; the roofline is measured with little."""
+    from ppclc import kernels, roofline
+    from ppclc.kernels import distillation_loss, modulation, moments, qk_norm_rope
+
+    kernels._lacks = lambda _: ""  # type: ignore[assignment]
+    for module in (distillation_loss, modulation, moments, qk_norm_rope):
+        module.runs = lambda _: False  # type: ignore[attr-defined]
+    roofline.COPY_BYTES["cuda"], roofline.SIDE["cuda"] = 2**22, 128
+
+
+def started() -> bool:
+    """Whether it is there, in this process."""
+    return start.cache_info().currsize > 0
+
+
+@cache
+def start() -> Device:
+    """Put the device into this process, before its first backward, for good.
+
+    Raises:
+        RuntimeError: it cannot be built here.
+    """
+    if reason := lacks():
+        raise RuntimeError(reason)
+    device = Device(_built())
+    about = SimpleNamespace(
+        name="Emulated GPU", total_memory=MEMORY, multi_processor_count=4, major=CAPABILITY[0], minor=CAPABILITY[1], uuid="emulated",
+        gcnArchName="", L2_cache_size=2**20, warp_size=32, regs_per_multiprocessor=2**16, max_threads_per_multi_processor=2048,
+    )  # fmt: skip
+    cuda: Any = torch.cuda
+    told: dict[str, Any] = {
+        "_initialized": True,
+        "is_available": lambda: True,
+        "is_bf16_supported": lambda *_, **__: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda *_: None,
+        "get_device_name": lambda *_: about.name,
+        "get_device_capability": lambda *_: CAPABILITY,
+        "get_device_properties": lambda *_: about,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": device.free,
+        "memory_allocated": device.held,
+        "memory_reserved": device.held,
+        "max_memory_allocated": device.peak,
+        "reset_peak_memory_stats": device.reset_peak,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+        "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "manual_seed": lambda *_: None,
+        "manual_seed_all": lambda *_: None,
+        "Event": Event,
+        "Stream": Stream,
+        "current_stream": lambda *_: Stream(),
+        "stream": lambda *_: contextlib.nullcontext(),
+        "device": lambda *_: contextlib.nullcontext(),
+    }
+    for name, value in told.items():
+        setattr(cuda, name, value)
+    _stand_in()
+    return device

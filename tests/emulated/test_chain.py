@@ -1,0 +1,63 @@
+"""Whole chains on a GPU, emulated: they end where they end on the CPU, hold memory no longer than they must, and say so where there is none left."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppclc.compiler import compress
+from ppclc.devices import Ranks
+from ppclc.display import Display
+from ppclc.recipe import parse_recipe
+from ppclc.run import Run
+from tests import emulated
+from tests.e2e.test_pipelines import PIPELINES, recipe, with_images
+
+pytestmark = [emulated.needed, pytest.mark.slow, pytest.mark.filterwarnings("ignore:An output with one or more elements was resized")]
+BENCH = {"runs": 2, "steps": 1, "compiled": False, "cuda_graphs": False, "size": {"height": 4, "width": 8, "text": 16}}
+
+
+def compressed(folder: Path, out: Path, device: str, **changes: Any) -> Run:
+    given = recipe(folder) | {"kernels": "triton" if device == "cuda" else "torch", "export": [], "bench": BENCH | {"device": device}}
+    for key, value in changes.items():
+        given[key] = given.get(key, {}) | value
+    return compress(parse_recipe(given, "recipe"), "recipe", out, Display(0, -1), ranks=Ranks(device=device))
+
+
+def compared(folder: Path, out: Path, **changes: Any) -> dict[str, Run]:
+    """The same recipe on the CPU and on the GPU: the same plan, sums and figures but for rounding."""
+    runs = {device: compressed(folder, out / device, device, **changes) for device in ("cpu", "cuda")}
+    cpu, cuda = runs.values()
+    assert cuda.plan == cpu.plan
+    assert cuda.stats is not None
+    assert cpu.stats is not None
+    assert cuda.stats.tensors.keys() == cpu.stats.tensors.keys()
+    for key, wanted in cpu.stats.tensors.items():
+        found = cuda.stats.tensors[key]
+        assert found.device.type == "cpu"
+        assert (found.double() - wanted.double()).norm() <= 1e-4 * wanted.double().norm(), key
+    assert cuda.verdict is not None
+    assert cpu.verdict is not None
+    for name, figure in cpu.verdict.quality.items():
+        assert cuda.verdict.quality[name].student == pytest.approx(figure.student, rel=1e-3), name
+    return runs
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_chain_ends_where_it_ends_on_the_cpu(name: str, tmp_path: Path) -> None:
+    """Encoders, calibration by kernels' twins, analysis, both phases of distillation, verdict and bench; nothing stays on the device."""
+    device = emulated.start()
+    gc.collect()
+    before = device.held()
+    folder = with_images(name, tmp_path)
+    run = compared(folder, tmp_path)["cuda"]
+    report = json.loads((tmp_path / "cuda" / "report.json").read_text("utf-8"))
+    assert {row["device"] for row in report["bench"]} == {"cuda"}
+    assert device.peak() > before
+    del run
+    gc.collect()
+    assert device.held() <= before + 2**23  # of tables for positions, which diffusers keeps for later
