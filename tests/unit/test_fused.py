@@ -186,7 +186,7 @@ def test_fused_models_compile_without_a_break(name: str, kind: str, monkeypatch:
     monkeypatch.setattr(kernels, "interpreted", lambda: True)
     monkeypatch.setattr(kernels, "_chosen", "triton")
     for module in (modulation, qk_norm_rope):  # their operators run the references
-        monkeypatch.setattr(module, "interpreted", lambda: False)
+        monkeypatch.setattr(module, "runs", lambda _: False)
     inputs, graphs = _inputs(family, model), []
 
     def backend(graph: Any, example: Any) -> Any:
