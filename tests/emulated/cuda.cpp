@@ -9,6 +9,7 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/DispatchStub.h>
 #include <ATen/native/transformers/attention.h>
+#include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/FakeGuardImpl.h>
 #include <torch/library.h>
@@ -204,9 +205,38 @@ Tensor addmm(const Tensor& sum, const Tensor& a, const Tensor& b, at::ScalarType
   return at::addmm(sum, a.to(dtype), b.to(dtype), beta, alpha);
 }
 
-int64_t plain_attention(
-    const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool, std::optional<double>, bool) {
-  return 0;  // SDPBackend::math
+// Attention as a GPU has it: one operator that keeps no matrix of all pairs of tokens, where the CPU has one for these tensors.
+int64_t attention_choice(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout, bool causal,
+    std::optional<double> scale, bool grouped) {
+  if (query.unsafeGetTensorImpl()->is_python_dispatch()) return static_cast<int64_t>(sdp::SDPBackend::math);  // it stands for another
+  Call call;
+  const auto given = mask ? std::optional<Tensor>(call.host(*mask)) : std::nullopt;
+  const auto chosen = at::_fused_sdp_choice(call.host(query), call.host(key), call.host(value), given, dropout, causal, scale, grouped);
+  return static_cast<int64_t>(chosen == static_cast<int64_t>(sdp::SDPBackend::math) ? sdp::SDPBackend::math : sdp::SDPBackend::overrideable);
+}
+
+using Attended = std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt, Tensor, Tensor, Tensor>;
+
+Attended attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& bias, double dropout, bool causal, bool,
+    std::optional<double> scale) {
+  Call call;
+  const auto mask = bias ? std::optional<Tensor>(call.host(*bias)) : std::nullopt;
+  auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
+      call.host(query), call.host(key), call.host(value), dropout, causal, mask, scale);
+  return {call.device(out), call.device(sums), {}, {}, query.sym_size(2), key.sym_size(2), {}, {}, {}};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bias, std::array<bool, 4>, const Tensor& out,
+    const Tensor& sums, const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, double dropout, bool causal, const Tensor&, const Tensor&,
+    std::optional<double> scale) {
+  Call call;
+  const auto mask = bias.defined() ? std::optional<Tensor>(call.host(bias)) : std::nullopt;
+  auto [q, k, v] = at::_scaled_dot_product_flash_attention_for_cpu_backward(
+      call.host(grad), call.host(query), call.host(key), call.host(value), call.host(out), call.host(sums), dropout, causal, mask, scale);
+  return {call.device(q), call.device(k), call.device(v), {}};
 }
 
 Tensor& set_storage(Tensor& self, c10::Storage source) {
@@ -253,6 +283,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", &copy_);
   m.impl("set_.source_Storage", &set_storage);
   m.impl("set_.source_Storage_storage_offset", &set_strided);
+  m.impl("_scaled_dot_product_fused_attention_overrideable", &attention);
+  m.impl("_scaled_dot_product_fused_attention_overrideable_backward", &attention_backward);
   m.impl("mm.dtype", &mm);
   m.impl("addmm.dtype", &addmm);
   m.impl("_local_scalar_dense", &local_scalar_dense);
@@ -265,7 +297,7 @@ void emulate() {
   auto* found = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
   *reinterpret_cast<void**>(found) = *reinterpret_cast<void**>(&ours);
   c10::SetAllocator(c10::kCUDA, &allocator);
-  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&plain_attention);
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&attention_choice);
 }
 int64_t memory_held() { return held; }
 int64_t memory_peak() { return peak; }

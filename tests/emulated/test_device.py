@@ -97,3 +97,23 @@ def test_what_the_host_waits_for_is_counted(device: emulated.Device) -> None:
     x.cpu()
     x.tolist()
     assert device.copies_to_host() == before + 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_attention_is_that_of_the_cpu_and_keeps_no_matrix_of_pairs(dtype: torch.dtype, mask: str, device: emulated.Device) -> None:
+    given = [torch.randn(2, 4, 300, 32).to(dtype) for _ in range(3)]
+    kept = None if mask == "none" else torch.rand(2, 1, 1, 300) > 0.3
+    if kept is not None and mask == "float":
+        kept = torch.zeros(kept.shape, dtype=dtype).masked_fill(~kept, -1e4)
+    found = []
+    for where in ("cpu", "cuda"):
+        qkv = [t.clone().to(where).requires_grad_() for t in given]
+        device.reset_peak()
+        before = device.held()
+        out = torch.nn.functional.scaled_dot_product_attention(*qkv, attn_mask=None if kept is None else kept.to(where))
+        out.square().mean().backward()
+        assert device.peak() - before < 6 * given[0].nbytes
+        found.append([out.detach().cpu(), *(t.grad.cpu() for t in qkv if t.grad is not None)])
+    assert len(found[0]) == 4
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
