@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests import emulated
+from benchmarks import emulated_cuda
 
-if not emulated.lacks():
-    emulated.start()
+if not emulated_cuda.lacks():
+    emulated_cuda.start()

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 
 CODE = Path(__file__).with_name("cuda.cpp")
@@ -100,10 +99,6 @@ class Device:
         """Bytes that are free, and all."""
         total = int(self._code.memory_limit())
         return total - self.held(), total
-
-
-needed = pytest.mark.skipif("not emulated.started()", reason="pytest -p tests.emulated.plugin runs it, where there is a C++ compiler")
-"""Mark of a test that is only for this device."""
 
 
 class Event:
