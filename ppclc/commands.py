@@ -37,10 +37,10 @@ from ppclc.published import open_outline
 from ppclc.receipts import RECORD, read_export
 from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
 from ppclc.records import check_writable, write_text
-from ppclc.run import newest_out
+from ppclc.run import check_late_settings, newest_out
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
-from ppclc.sources import BUILTIN, Source, check_teacher, open_source
+from ppclc.sources import BUILTIN, Source, check_teacher, open_source, run_at
 
 HEAD = ("teacher", "student", "plan", "gates")
 """What `compress` and `slice` print of a report."""
@@ -63,6 +63,7 @@ target:
 plan:                     # auto, none, or a list by hand
   intervals: auto         # e.g. [[3, 4], [5, 7]]: teacher blocks, both ends inclusive
   text_stream: auto       # e.g. [9, 10, 11]
+  ffn: auto               # e.g. [{{block: 3, stream: image}}]: feed-forward networks that become linear maps
   modulation_rank: auto   # or a number
   adapters: none          # linear maps before the blocks that stand for intervals; auto: all of them
   protect: []             # blocks that must stay as they are
@@ -100,7 +101,7 @@ def inspect(model: str, check: bool, revision: str | None = None, variant: str |
     for name, parameter in empty.named_parameters():
         parts[_part(name, source)] = parts.get(_part(name, source), 0) + parameter.numel()
     document: dict[str, Any] = {
-        "model": model,
+        "model": source.path,
         "family": source.family.name,
         "class": source.config.get("_class_name"),
         "blocks": source.family.num_blocks(source.config),
@@ -139,6 +140,7 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     set_threads(source)
     family, config, dtype = source.family, source.config, recipe.model.dtype
     verify_pass.check_gates(recipe.verify, source)
+    check_late_settings(recipe, source)
     data = recipe.calibrate
     if data.path is not None and source.task is None and (data.source == "auto" or not (is_there(data.path) or data.source == "noise")):
         kind_at(data.path)  # what is not there, or of no known kind, would stop the run at once
@@ -283,11 +285,11 @@ def export(
     options = export_options(changes)
     export_pass.check_backend(backend, dtype, options)
     own = {name: value for name, value in options.items() if name not in export_pass.OWN_OPTIONS}
-    newest = newest_out() if model is None else None
-    source = open_source(str(newest / "model") if newest else str(model), revision, variant)
+    run = newest_out() if model is None else run_at(model)
+    source = open_source(str(run or model), revision, variant)
     export_pass.check_float16(source.family, dtype, force)
     set_threads(source)
-    home = newest / "export" if newest else Path("export") / Path(str(model).removeprefix(BUILTIN)).name
+    home = run / "export" if run else Path("export") / Path(str(model).removeprefix(BUILTIN)).name
     folder = out or _free_folder(home / backend, dtype)
     display = Display(1, verbosity)
     for note in source.notes:
@@ -379,7 +381,7 @@ def report(out: Path) -> str:
         raise OutputError(f"{out}: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/")
     recipe = read_recipe(stored)
     run = compiler.reported(recipe, f"{out.name}.yaml", out, Display(1, 0))
-    return "\n".join(summary(run.report or {}, out))
+    return "\n".join([*summary(run.report or {}, out), *(f"without an export: {failed}" for failed in run.failed)])
 
 
 def remap_lora(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> dict[str, Any]:

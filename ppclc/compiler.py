@@ -131,14 +131,14 @@ def reported(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     """
     run = reopen(recipe, name, out, display)
     run.store.stages.clear()  # told again, each once
-    steps = (calibrate, analyze, distill, slice_student, verify, export)
+    steps = (calibrate, analyze, distill, slice_student, verify, export)  # an export that failed leaves the rest to be told
     try:
         for step in steps:
             step(run, lambda *_: None)
         run.part()
         bench(run, lambda *_: None)
     except OutputError as error:
-        if run.student is None or run.verdict is None or len(run.exports) < len(recipe.export):
+        if run.student is None or run.verdict is None:
             again = f"go on with: ppclc compress {out / 'recipe.yaml'} -o {out}"
             raise OutputError(f"{out}: the run is not finished ({error}); {again}") from None
         display.say("warning: measured on another machine, or not at all: the report has no latencies; ppclc bench measures here")
@@ -318,6 +318,11 @@ def export(run: Run, progress: Callable[[float, str], None]) -> None:
             )
         except VerificationError as error:  # what has been trained is still to be judged, timed and told
             run.failed.append(f"{role}: {error}")
+            continue
+        except OutputError:
+            if not run.store.frozen:
+                raise
+            run.failed.append(f"{role}: {folder} is not there, or of an earlier {role}")
             continue
         (run.exports if role == "student" else run.teacher_exports).append(record)
         progress((n + 1) / len(jobs), f"{target.backend} {role}")

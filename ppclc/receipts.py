@@ -43,6 +43,11 @@ def is_intact(export: Export, folder: Path) -> bool:
 
 
 def runner_of(export: Export) -> str:
-    """The back end that runs an artefact: ONNX Runtime those of `onnx`, each other its own."""
-    writers = (n for n in plugins.names("backends") if plugins.load("backends", n).artefact == export.backend)
-    return next(writers, export.backend)
+    """The back end that runs an artefact."""
+    return runner(export.backend)
+
+
+def runner(backend: str) -> str:
+    """The back end that runs what one writes: ONNX Runtime what `onnx` does, each other its own."""
+    runners = (n for n in plugins.names("backends") if plugins.load("backends", n).artefact == backend)
+    return next(runners, backend)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ppclc.budget import TargetSettings, budget_of, check_by_hand, check_target, even_plan
 from ppclc.cache import FEW, Cache
+from ppclc.classes import model_outline
 from ppclc.devices import Ranks
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
@@ -17,6 +18,7 @@ from ppclc.judges import open_judges
 from ppclc.models import load_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
+from ppclc.passes.bench import check_providers, device_of, size_of
 from ppclc.pipelines import components, pipeline_of
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe
@@ -135,6 +137,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
         export_pass.check_backend(target.backend, target.dtype, target.options)
         export_pass.check_float16(source.family, target.dtype, target.force)
     check_teacher(source)
+    check_late_settings(recipe, source)
+    device_of(recipe.bench)
     if (root := pipeline_of(source)) is not None:
         components(root)  # one that no student can be made whole by is refused before work begins
     set_threads(source)
@@ -167,6 +171,17 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     if ranks.is_main and not (out / "recipe.yaml").is_file():  # an earlier run's stays until this one has a plan
         run.write_recipe()
     return run
+
+
+def check_late_settings(recipe: Recipe, source: Source) -> None:
+    """Raise RecipeError for what an export or a bench would refuse when all before it is done, whatever the machine."""
+    sizes = [target.options for target in recipe.export if "sizes" in target.options]
+    if sizes or recipe.bench.size is not None:
+        lowered = source.family.lowered(model_outline(source.family, source.config))
+        for options in sizes:
+            export_pass.check_sizes(lowered, options)
+        size_of(recipe.bench, lowered, "cpu")
+    check_providers(recipe.bench, [target.backend for target in recipe.export])
 
 
 def check_mark(out: Path, source: Source, way_out: str) -> Path:

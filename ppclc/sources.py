@@ -22,7 +22,7 @@ from ppclc.families import Cut, Family, Layout
 from ppclc.records import file_digest
 from ppclc.single_files import cuts_of, layout_of, recognise, stacked_shapes
 
-BUILTIN = "builtin:"
+BUILTIN, STUDENT = "builtin:", "model"
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def _files_digest(files: tuple[tuple[str, int, int], ...]) -> str:
 def open_source(path: str, revision: str | None = None, variant: str | None = None) -> Source:
     """Find a model: a folder (pipeline or bare transformer), a safetensors file as ComfyUI loads it, a hub id, or `builtin:NAME`.
 
+    The folder of a run stands for its student.
+
     Raises:
         ModelError: there is no such folder or file, it holds no transformer, or no family knows it; a revision of what is no hub's model;
             a variant of a single file.
@@ -139,6 +141,8 @@ def open_source(path: str, revision: str | None = None, variant: str | None = No
         root = Path(plugins.load("tasks", name).model_folder)
     else:
         root = _local_or_hub(path, revision, variant)
+        if run_at(path):
+            path, root = str(Path(path) / STUDENT), root / STUDENT
     folder = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: holds no transformer: wanted transformer/config.json or config.json")
@@ -152,6 +156,12 @@ def open_source(path: str, revision: str | None = None, variant: str | None = No
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"{folder / 'config.json'}: {key} = {value!r}: wanted a whole number above 0")
     return Source(path, folder, known | config, family, layout, stored if layout else {}, (), revision, variant)
+
+
+def run_at(path: str) -> Path | None:
+    """The folder that `ppclc compress` has written a student to, where that is what lies there."""
+    folder = Path(path).expanduser()
+    return folder if (folder / "recipe.yaml").is_file() and (folder / STUDENT / "transformer" / "config.json").is_file() else None
 
 
 def _open_file(path: str, file: Path) -> Source:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ppclc.errors import PpclcError, RecipeError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
 from ppclc.gpu_state import gpu_state
 from ppclc.kernels import Kernels
-from ppclc.receipts import read_export, runner_of
+from ppclc.receipts import read_export, runner, runner_of
 from ppclc.records import Benchmark, BenchRow, Export
 from ppclc.roofline import Roofline, Work, measured_roofline, work_of
 from ppclc.timing import Call, Stopwatch, interleaved, stopwatch
@@ -250,6 +250,7 @@ def _bench_models(
     family: Family, subjects: Sequence[Benched], settings: BenchSettings, dtype: str, progress: Progress
 ) -> tuple[Benchmark, list[str]]:
     device = device_of(settings)
+    check_providers(settings, [read_export(folder).backend for subject in subjects for folder in subject.exports])
     size = size_of(settings, subjects[0].lowered, device)
     inputs = {name: tensor.to(device) for name, tensor in subjects[0].lowered.inputs(**size).items()}
     shapes = [{n: tuple(t.shape) for n, t in s.lowered.inputs(**size).items()} for s in subjects]
@@ -278,6 +279,12 @@ def _bench_models(
     told = {"copy_bytes_per_s": roofline.bytes_per_s, "matrix_flops_per_s": roofline.flops_per_s, "threads": roofline.threads}
     gpu = {"before": before, "after": gpu_state(device)} if device != "cpu" else {}
     return result.model_copy(update={"roofline": told, "gpu": gpu, "notes": notes}), notes
+
+
+def check_providers(settings: BenchSettings, exports: Iterable[str]) -> None:
+    """Raise RecipeError for providers where nothing is timed that has any."""
+    if settings.providers is not None and not any("providers" in plugins.load("backends", runner(name)).run_options for name in exports):
+        raise RecipeError(f"bench.providers = {settings.providers}: nothing is timed in ONNX Runtime; wanted an export by onnx, or null")
 
 
 def device_of(settings: BenchSettings) -> str:

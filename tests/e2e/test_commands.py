@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,22 @@ def test_inspect_counts_what_is_there(ppclc: Any, teacher: Any, teacher_folder: 
     assert document["groups"] == {"transformer_blocks": 6}
     assert document["blocks"] == 6
     assert document["bytes"] == sum(f.stat().st_size for f in teacher_folder.rglob("*.safetensors"))
+
+
+def test_the_folder_of_a_run_stands_for_its_student(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    shutil.copytree(teacher_folder, run / "model")
+    (run / "recipe.yaml").write_text("model: {path: elsewhere}\n", "utf-8")
+    wanted = json.loads(ppclc("inspect", str(run / "model"), "--json")[1])
+    code, out, _ = ppclc("inspect", str(run), "--json", "--check")
+    found = json.loads(out)
+    assert code == 0
+    assert found["parameters_by_part"] == wanted["parameters_by_part"]
+    assert found["model"] == str(run / "model")
+    (run / "recipe.yaml").unlink()
+    code, _, err = ppclc("inspect", str(run))
+    assert code == 2
+    assert "holds no transformer" in err
 
 
 @pytest.mark.slow
@@ -401,3 +418,19 @@ def test_report_reads_and_makes_nothing(ppclc: Any, teacher_folder: Path, tmp_pa
     code, _, err = ppclc("report", "out/r")
     assert (code, "the run is not finished" in err) == (2, True)
     assert {p for p in out.rglob("*") if p.is_file()} == set(before)
+
+
+LATE = [
+    ("bench.size={height: 3}", "bench.size = {'height': 3}: wanted height, text, width"),
+    ("bench.providers=[cpu]", "bench.providers = ['cpu']: nothing is timed in ONNX Runtime"),
+    ("export=[{backend: onnx, options: {sizes: [{height: 3}]}}]", "export.sizes"),
+]
+
+
+@pytest.mark.parametrize("command", ["plan", "compress"])
+@pytest.mark.parametrize(("change", "told"), LATE)
+def test_what_the_last_passes_would_refuse_is_refused_first(command: str, change: str, told: str, ppclc: Any, tmp_path: Path) -> None:
+    code, _, err = ppclc(command, "two_digits", "-o", str(tmp_path / "out"), "--set", "export=[]", "--set", change)
+    assert code == 2
+    assert told in err
+    assert not (tmp_path / "out").exists()

@@ -46,6 +46,12 @@ def test_a_run_whose_export_fails_is_judged_timed_and_told(teacher: Any, tmp_pat
         ("student", "eager"),
         ("teacher", "onnxruntime"),
     }
+    again = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out")])
+    assert again.exit_code == 0, again.output
+    assert "without an export: student: " in again.stdout
+    told = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert told["bench"] == report["bench"]
+    assert told["quality"] == report["quality"]
     monkeypatch.setattr(export_pass, "export_source", whole)  # the same command again, once it can be written
     assert CliRunner().invoke(cli.app, command).exit_code == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
