@@ -29,6 +29,7 @@ from ppclc.passes import verify
 from ppclc.passes.distill import STATES, DistillSettings, distill_edits, training_bytes
 from ppclc.plan import CompressionPlan
 from ppclc.published import published_config
+from ppclc.samples import STATES as FORWARD_STATES
 from ppclc.samples import Sample, Share, moved
 from ppclc.sources import Source
 from ppclc.teachers import ResidentTeacher
@@ -103,7 +104,7 @@ def main() -> None:
     device.reset_peak()
     before = device.held()
     verify.answers(teacher.model, [drawn], None, drawn[2], 1, "cuda", source)
-    rows: dict[str, Any] = {"state_bytes": state, "forward": {"states": (device.peak() - before) / state, "reckoned": verify.STATES}}
+    rows: dict[str, Any] = {"state_bytes": state, "forward": {"states": (device.peak() - before) / state, "reckoned": FORWARD_STATES}}
     print(rows)
 
     plan = CompressionPlan.of(family.name, BLOCKS, [(0, 1)], text_stream=[], ffn=[], dead_code=False)

@@ -234,10 +234,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         if lacking := memory_lacks(error):
-            way_out = (
-                "wanted a smaller batch (distill.batch, distill.local_batch), distill.gradient_checkpointing, or distill.teacher: streamed"
-            )
-            print(f"ppclc: {lacking}; {way_out}; what is done is kept, and the same command goes on from there", file=sys.stderr)
+            print(f"ppclc: {lacking}; wanted a machine with more, or less at once", file=sys.stderr)
             sys.exit(3)
         show = getattr(error, "show", None)
         if show is None:

@@ -217,7 +217,7 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
         if not gate.passed:
             display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")
     for failed in run.failed:
-        display.say(f"export failed: {failed}")
+        display.say(failed)
     return bool(run.failed) or any(not g.passed for g in gates), document
 
 
@@ -381,7 +381,7 @@ def report(out: Path) -> str:
         raise OutputError(f"{out}: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/")
     recipe = read_recipe(stored)
     run = compiler.reported(recipe, f"{out.name}.yaml", out, Display(1, 0))
-    return "\n".join([*summary(run.report or {}, out), *(f"without an export: {failed}" for failed in run.failed)])
+    return "\n".join([*summary(run.report or {}, out), *run.failed])
 
 
 def remap_lora(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> dict[str, Any]:

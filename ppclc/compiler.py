@@ -21,7 +21,7 @@ from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
 from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
-from ppclc.errors import OutputError, PlanError, RecipeError, VerificationError
+from ppclc.errors import OutputError, PlanError, RecipeError, UnavailableError, VerificationError
 from ppclc.families import Lowered
 from ppclc.interrupts import raise_if_stopped
 from ppclc.judges import open_judges
@@ -40,7 +40,7 @@ from ppclc.reach import reach_of
 from ppclc.receipts import RECORD, is_intact, read_export
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
-from ppclc.room import check_finetune
+from ppclc.room import check_finetune, memory_told
 from ppclc.run import Run, check_mark, made, prepare
 from ppclc.search import AnalyzeSettings, Lessons
 from ppclc.sources import Source, check_teacher, open_source
@@ -70,7 +70,7 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
 
 
 def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str, ranks: Ranks) -> Run:
-    with ranks.main_first():
+    with ranks.main_first(), memory_told("start", recipe):
         run = prepare(recipe, name, out, display, ranks, planned=until != PASSES[0])
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
         "calibrate": calibrate,
@@ -90,7 +90,7 @@ def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str
                 run.part()
                 if not ranks.is_main:
                     break
-            with display.stage(step) as progress:
+            with memory_told(step, recipe), display.stage(step) as progress:
                 steps[step](run, progress)
     if run.student is not None:
         describe(run)
@@ -317,12 +317,12 @@ def export(run: Run, progress: Callable[[float, str], None]) -> None:
                 stage="export",
             )
         except VerificationError as error:  # what has been trained is still to be judged, timed and told
-            run.failed.append(f"{role}: {error}")
+            run.failed.append(f"export failed: {role}: {error}")
             continue
         except OutputError:
             if not run.store.frozen:
                 raise
-            run.failed.append(f"{role}: {folder} is not there, or of an earlier {role}")
+            run.failed.append(f"without an export: {folder} is not there, or of an earlier {role}")
             continue
         (run.exports if role == "student" else run.teacher_exports).append(record)
         progress((n + 1) / len(jobs), f"{target.backend} {role}")
@@ -370,7 +370,7 @@ def calibration_batches(run: Run, lowered: Lowered) -> Iterator[dict[str, Any]]:
 
 
 def bench(run: Run, progress: Callable[[float, str], None]) -> None:
-    """Teacher and student, eager and in every back end that runs here, interleaved in one run."""
+    """Teacher and student, eager and in every back end that runs here, interleaved in one run; what cannot be timed is noted in `failed`."""
     settings, dtype = run.recipe.bench, run.recipe.model.dtype
 
     def build(_: Path) -> Benchmark:
@@ -380,20 +380,26 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
             bench_pass.Benched(label, source.config, model, family.lowered(model), _written(run, label))
             for label, (model, source) in models.items()
         ]
-        result, notes = bench_pass.bench_models(family, subjects, settings, dtype, progress)
-        run.teacher.to("cpu")  # what comes behind is done there, and a GPU's memory is wanted elsewhere
+        try:
+            result, notes = bench_pass.bench_models(family, subjects, settings, dtype, progress)
+        finally:
+            run.teacher.to("cpu")  # what comes behind is done there, and a GPU's memory is wanted elsewhere
         for note in notes:
             run.display.say(note)
         return result
 
-    run.benchmark = run.store.make(
-        Benchmark,
-        "bench",
-        bench_pass.VERSION,
-        [settings.model_dump(), machine(run.source)],
-        (made(run.student), *run.exports, *run.teacher_exports),
-        build,
-    )
+    try:
+        run.benchmark = run.store.make(
+            Benchmark,
+            "bench",
+            bench_pass.VERSION,
+            [settings.model_dump(), machine(run.source)],
+            (made(run.student), *run.exports, *run.teacher_exports),
+            build,
+        )
+    except UnavailableError as error:  # what has been trained and judged is still to be told
+        run.benchmark = None
+        run.failed.append(f"bench failed: {error}")
 
 
 def _written(run: Run, label: str) -> list[Path]:

@@ -6,6 +6,7 @@ are started by `accelerate launch` or `torchrun`; they share a file system.
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -193,6 +194,15 @@ def placed(model: Any, device: str) -> Iterator[str]:
         yield device
     finally:
         model.to("cpu")
+        give_back()
+
+
+def give_back() -> None:
+    """Memory of what nobody needs any more goes back: Python's, and what PyTorch keeps of a GPU's for later."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ppclc.bank import held_edits, interval_job, intervals_to_distill, joined, start_of, width_job
@@ -20,14 +21,18 @@ from ppclc.records import CalibrationStats, Distilled, Job
 from ppclc.refits import refitted, text_blocks
 from ppclc.room import check_finetune
 from ppclc.run import Run, made
-from ppclc.teachers import Teacher
+
+BlockTensors = Callable[[int], Mapping[str, torch.Tensor]]
+"""A teacher's block by number, its tensors on the CPU."""
 
 
 def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     """One record an edit: intervals, then the width edits of what they became; then the fine-tune of the whole."""
     plan, settings, ridge, stats = made(run.plan), run.recipe.distill, run.recipe.analyze.ridge, made(run.stats)
-    samples, family, teacher = run.samples("train"), run.source.family, run.by_blocks
-    teaching = Teaching(family, run.source.config, teacher.block_tensors)
+    samples, family = run.samples("train"), run.source.family
+    # Asked for late: where nothing is left to train, the teacher is not brought to the device.
+    block_tensors: BlockTensors = lambda block: run.by_blocks.block_tensors(block)  # noqa: E731
+    teaching = Teaching(family, run.source.config, block_tensors)
     total = max(1, settings.steps + settings.width_steps + settings.finetune_steps)
 
     def part(before: int, steps: int, name: str) -> Callable[[float, str], None]:
@@ -37,7 +42,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     for alone in intervals_to_distill(made(run.analysis), plan, settings, run.recipe.plan):
         (interval,) = alone.intervals
         start = start_of(made(run.analysis), alone.interval_key(interval), interval)
-        given = partial(_interval_start, teacher, stats, ridge, alone, interval, start)
+        given = partial(_interval_start, block_tensors, stats, ridge, alone, interval, start)
         edits.append(interval_edit(teaching, alone, interval, given, settings.weights))
         jobs.append(interval_job(edits[-1].key, start, settings, samples.identity, run.base, stats, ridge))
     trained = train_edits(run, edits, jobs, settings.steps, part(0, settings.steps, "intervals"))
@@ -47,7 +52,7 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
     def refit() -> None:
         if any(e.stands_on for e in widths):
             drawn = distill_pass.refit_samples(samples, settings, run.ranks.device)
-            bank.update(refitted(teacher, teaching, plan, bank, drawn, ridge, max(1, settings.chunk // settings.batch)))
+            bank.update(refitted(run.by_blocks, teaching, plan, bank, drawn, ridge, max(1, settings.chunk // settings.batch)))
 
     widths = width_edits(teaching, plan, bank, settings.weights)
     under = {e.edit: e for e in own}
@@ -67,11 +72,11 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
 
 
 def _interval_start(
-    teacher: Teacher, stats: CalibrationStats, ridge: float, plan: CompressionPlan, interval: Interval, start: int
+    block_tensors: BlockTensors, stats: CalibrationStats, ridge: float, plan: CompressionPlan, interval: Interval, start: int
 ) -> dict[str, Any]:
     """What an interval's block starts from: a teacher's block, with adapters in closed form where the plan has them."""
     adapters = interval_adapters(stats, ridge, interval.first, start) if interval in plan.adapters else {}
-    return teacher.block_tensors(start) | adapters
+    return {**block_tensors(start), **adapters}
 
 
 def train_edits(
@@ -109,13 +114,14 @@ def finetune(
     curve_name: str = "finetune",
 ) -> Distilled:
     """The whole student of a plan, trained end to end from the bank and the plan's distilled edits; without steps, no tensors."""
-    samples, ridge, teacher = run.samples("train"), run.recipe.analyze.ridge, run.by_blocks
+    samples, ridge = run.samples("train"), run.recipe.analyze.ridge
     told = settings.model_copy(update={"finetune_steps": 0 if plan.is_empty else settings.finetune_steps})
 
     def whole(work: Path) -> Distilled:
         if not told.finetune_steps:  # the student follows from teacher and bank, neither of which need fit in memory
             return Distilled(edit="finetune", steps=0, losses=[])
         check_finetune(run.recipe, run.source, plan, run.ranks)
+        teacher = run.by_blocks
         student = build_student(run.source.family, run.source.config, plan, teacher.tensors(), bank)
         return distill_pass.finetune(teacher, student, samples, told, progress, work, run.out / "curves", run.ranks, plan.ends, curve_name)
 

@@ -7,7 +7,6 @@ Shape suffixes: B batch, S image token, T text token, C channel.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 import time
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 
 from ppclc.cache import LATENTS, MASK, TEXT, Cache, open_cache
 from ppclc.datasets import Picture, is_image, pixels, read_pictures, read_prompts, shards_at
-from ppclc.devices import free_bytes
+from ppclc.devices import free_bytes, give_back
 from ppclc.errors import ModelError, RecipeError, first_line, memory_lacks
 from ppclc.families import Encoders
 from ppclc.models import load_part
@@ -207,11 +206,23 @@ def _encode_images(data: Unencoded, work: Path, dtype: str, say: Callable[[str],
             for some in _blocks(list(data.pictures[start : start + SHARD_ROWS]), IMAGES_AT_ONCE):
                 images = torch.stack([pixels(p, *data.size, data.path) for p in some])
                 with _running(data, data.encoders.image_parts, some[0].name):
-                    latents = data.encoders.encode_images(pipeline, images.to(place)).cpu()
+                    latents = _latents(data, pipeline, images, place)
                 _check(data, LATENTS, latents, some[0].name)
                 parts.append(latents)
                 progress.add(start + sum(map(len, parts)))
             write_tensors(_shard(work, "images", start), {LATENTS: torch.cat(parts)})
+
+
+def _latents(data: Unencoded, pipeline: Any, images: torch.Tensor, place: str) -> torch.Tensor:
+    """Latents of some images, on the CPU; one after the other where a GPU has no room for them together."""
+    encode: Callable[[Any, torch.Tensor], torch.Tensor] = data.encoders.encode_images
+    try:
+        return encode(pipeline, images.to(place)).cpu()
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+    give_back()
+    return torch.cat([encode(pipeline, image.to(place)).cpu() for image in images.split(1)])
 
 
 def _encode_prompts(data: Unencoded, work: Path, dtype: str, say: Callable[[str], None], device: str) -> None:
@@ -305,9 +316,7 @@ def pipeline_with(root: Path, encoders: Encoders, parts: tuple[str, ...], dtype:
             yield pipeline, place
     finally:
         del pipeline, loaded, modules
-        gc.collect()
-        if place != "cpu":
-            torch.cuda.empty_cache()
+        give_back()
 
 
 @contextmanager

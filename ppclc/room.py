@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from ppclc.classes import DTYPES, count_parameters, model_outline, predicted_parameters
+from ppclc.data_size import sample_size
 from ppclc.devices import Ranks, total_bytes
-from ppclc.errors import UnavailableError
+from ppclc.errors import PpclcError, UnavailableError, memory_lacks
 from ppclc.plan import CompressionPlan
+from ppclc.predictions import activation_bytes, by_depth
 from ppclc.recipe import Recipe
 from ppclc.search import AnalyzeSettings
 from ppclc.sources import Source
@@ -14,6 +21,32 @@ from ppclc.trials import STATE_BYTES
 
 SHARE = 0.9
 """Of a device's memory, what weights in training may take."""
+
+STREAMED = "distill.teacher: streamed"
+WAYS = {
+    "start": ("a smaller calibrate.resolution",),
+    "calibrate": ("a smaller calibrate.resolution",),
+    "analyze": ("fewer analyze.probes", "a smaller calibrate.resolution"),
+    "distill": ("a smaller distill.batch or distill.local_batch", "distill.gradient_checkpointing"),
+    "verify": ("a smaller calibrate.resolution",),
+    "bench": ("a smaller bench.size",),
+}
+"""By pass, the keys of a recipe that make it take less memory."""
+
+
+@contextmanager
+def memory_told(step: str, recipe: Recipe) -> Iterator[None]:
+    """A pass of a run, or its `start`, in which memory that runs out is told with the keys that make it take less. Raises UnavailableError then."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, PpclcError) or not (lacking := memory_lacks(error)):
+            raise
+        streamed = recipe.distill.teacher == "streamed"
+        ways = [*WAYS.get(step, ()), *(["a smaller distill.chunk"] if streamed and step == "distill" else [])]
+        ways += [] if streamed or step in ("start", "bench") else [STREAMED]
+        wanted = f"; wanted {', or '.join(ways)}" if ways else ""
+        raise UnavailableError(f"{step}: {lacking}{wanted}; what is done is kept, and the same command goes on from there") from error
 
 
 def analysis_here(recipe: Recipe, source: Source, device: str) -> AnalyzeSettings:
@@ -24,9 +57,25 @@ def analysis_here(recipe: Recipe, source: Source, device: str) -> AnalyzeSetting
     settings = recipe.analysis
     if not settings.learns or not recipe.target.is_given:
         return settings
-    parameters = count_parameters(model_outline(source.family, source.config))
-    need = parameters * (DTYPES[recipe.model.dtype].itemsize + STATE_BYTES)
-    return settings if need <= SHARE * total_bytes(device) else settings.untrained()
+    family, config, dtype = source.family, source.config, recipe.model.dtype
+    need = count_parameters(model_outline(family, config)) * (DTYPES[dtype].itemsize + STATE_BYTES)
+    there = SHARE * total_bytes(device)
+    if need <= there and torch.device(device).type != "cpu":
+        size = sample_size(recipe, source) | {"batch": recipe.distill.batch}
+        whole = CompressionPlan.of(family.name, family.num_blocks(config))
+        need += by_depth(family, config, whole, lambda c: activation_bytes(family, c, dtype, size, training=True))
+    return settings if need <= there else settings.untrained()
+
+
+def check_resident(recipe: Recipe, source: Source, device: str) -> None:
+    """Raise UnavailableError for a teacher that is to stay on a GPU whose memory is less than its weights."""
+    if device == "cpu" or recipe.distill.teacher != "resident":
+        return
+    need = count_parameters(model_outline(source.family, source.config)) * DTYPES[recipe.model.dtype].itemsize
+    if need > (there := total_bytes(device)):
+        raise UnavailableError(
+            f"distill.teacher = 'resident': its weights take {gigabytes(need)} in {recipe.model.dtype}, the GPU has {gigabytes(there)}; wanted {STREAMED}"
+        )
 
 
 def check_finetune(recipe: Recipe, source: Source, plan: CompressionPlan, ranks: Ranks) -> None:
@@ -40,11 +89,16 @@ def check_finetune(recipe: Recipe, source: Source, plan: CompressionPlan, ranks:
     need = student * (4 + state_bytes(settings)) // (ranks.world if ranks.sharded else 1)
     there = total_bytes(ranks.device)
     if need + teacher > SHARE * there:
-        beside = f" beside {teacher / 1e9:.0f} GB of its teacher" if resident else ""
+        beside = f" beside {gigabytes(teacher)} of its teacher" if resident else ""
         ways = ["distill.finetune_steps: 0", "more GPUs with --use_fsdp (docs/many-devices.md)"]
         ways += ["distill.optimizer: adamw8bit"] if settings.optimizer == "adamw" else []
-        ways += ["distill.teacher: streamed"] if resident else []
+        ways += [STREAMED] if resident else []
         raise UnavailableError(
-            f"distill.finetune_steps = {settings.finetune_steps}: training the whole student takes {need / 1e9:.0f} GB{beside} and more for what it "
-            f"computes, the GPU has {there / 1e9:.0f} GB; wanted {', or '.join(ways)}"
+            f"distill.finetune_steps = {settings.finetune_steps}: training the whole student takes {gigabytes(need)}{beside} and more for what it "
+            f"computes, the GPU has {gigabytes(there)}; wanted {', or '.join(ways)}"
         )
+
+
+def gigabytes(nbytes: float) -> str:
+    """Two digits at least."""
+    return f"{nbytes / 1e9:.0f} GB" if nbytes >= 1e10 else f"{nbytes / 1e9:.2g} GB"

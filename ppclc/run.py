@@ -10,7 +10,7 @@ from typing import Any
 from ppclc.budget import TargetSettings, budget_of, check_by_hand, check_target, even_plan
 from ppclc.cache import FEW, Cache
 from ppclc.classes import model_outline
-from ppclc.devices import Ranks
+from ppclc.devices import Ranks, give_back
 from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, RecipeError
@@ -38,7 +38,7 @@ from ppclc.records import (
     measured,
     write_text,
 )
-from ppclc.room import analysis_here, check_finetune
+from ppclc.room import analysis_here, check_finetune, check_resident
 from ppclc.samples import Samples, open_samples
 from ppclc.search import AnalyzeSettings
 from ppclc.sources import Source, check_teacher, open_source
@@ -105,6 +105,7 @@ class Run:
         if "teacher" in self.__dict__:
             self.teacher.to("cpu")
         self.__dict__.pop("by_blocks", None)
+        give_back()
 
     @property
     def called(self) -> Any:
@@ -139,6 +140,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     check_teacher(source)
     check_late_settings(recipe, source)
     device_of(recipe.bench)
+    check_resident(recipe, source, ranks.device)
     if (root := pipeline_of(source)) is not None:
         components(root)  # one that no student can be made whole by is refused before work begins
     set_threads(source)

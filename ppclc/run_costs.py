@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ppclc import trials
 from ppclc.block_costs import width_of
+from ppclc.data_size import sample_size
 from ppclc.devices import cores, device_here
 from ppclc.passes import calibrate
 from ppclc.plan import CompressionPlan
@@ -27,7 +28,6 @@ from ppclc.run_work import (
     distilled_spans,
     interval_forwards,
     intervals_of,
-    sample_size,
     shares_weights,
     start_students,
     trial_students,

@@ -5,17 +5,12 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-from ppclc.block_costs import default_size
 from ppclc.budget import allows
-from ppclc.cache import TEXT, open_cache
+from ppclc.data_size import sample_size
 from ppclc.detection import Span, group_ranges
 from ppclc.devices import device_here
 from ppclc.edit_costs import kept_choices
-from ppclc.encoding import kind_at
-from ppclc.errors import PpclcError
-from ppclc.pipelines import pipeline_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import Prediction
 from ppclc.reach import MomentCounts, moment_counts, reach_of
@@ -23,11 +18,9 @@ from ppclc.recipe import Recipe
 from ppclc.room import analysis_here
 from ppclc.samples import TRAJECTORY_STEPS
 from ppclc.search import AnalyzeSettings
-from ppclc.sources import Source, part_config
+from ppclc.sources import Source
 from ppclc.speeds import Speeds
 
-PIXELS, TEXT_TOKENS = 16, 512
-"""Of a token's side, and of a prompt, where neither the pipeline nor encoded samples tell: what published pipelines have, and take at most."""
 SIDE_BY_SIDE = 1.1
 """What threads that run beside each other lose."""
 
@@ -84,32 +77,6 @@ class Work:
     def beside(self, *seconds: float) -> float:
         """Wall time of things that run beside each other in threads of their own."""
         return max(max(seconds), sum(seconds) / min(self.lanes, len(seconds))) * (SIDE_BY_SIDE if len(seconds) > 1 else 1)
-
-
-def sample_size(recipe: Recipe, source: Source) -> dict[str, int]:
-    """Batch, image grid and text length of a sample: of the user's data as far as can be told before they are encoded, else of a task's and of noise."""
-    wanted, size = recipe.calibrate, default_size(source.family)
-    if source.task is not None or wanted.source == "noise" or (wanted.source == "auto" and wanted.path is None):
-        return size
-    height, width = (wanted.resolution, wanted.resolution) if isinstance(wanted.resolution, int) else wanted.resolution
-    try:
-        if wanted.path and (kind_at(wanted.path) if wanted.source == "auto" else wanted.source) == "cached":
-            cache = open_cache(wanted.path, source)
-            return size | dict(zip(("height", "width"), cache.grid, strict=True)) | {"text": cache.shards[0].shapes[TEXT][1]}
-    except PpclcError:  # the data are not here: a configuration and a resolution are enough to plan with
-        pass
-    side = _pixels_per_token(source)
-    return size | {"height": max(1, height // side), "width": max(1, width // side), "text": TEXT_TOKENS}
-
-
-def _pixels_per_token(source: Source) -> int:
-    root, encoders = pipeline_of(source), source.family.encoders
-    if root is None or encoders is None or not Path(root).is_dir():
-        return PIXELS
-    try:
-        return encoders.pixels_per_token(part_config(root, encoders.image_parts[0]))
-    except PpclcError:
-        return PIXELS
 
 
 def intervals_of(work: Work) -> list[Span]:

@@ -18,8 +18,9 @@ import torch
 
 from ppclc import flow
 from ppclc.batches import WHOLE, Share
-from ppclc.block_costs import default_size
+from ppclc.block_costs import default_size, width_of
 from ppclc.cache import LATENTS, MASK, TEXT, Cache
+from ppclc.devices import free_bytes
 from ppclc.errors import RecipeError
 from ppclc.sources import Source
 
@@ -27,6 +28,8 @@ Sample = tuple[torch.Tensor, torch.Tensor, flow.Conditioning]
 """x_t (B, S, C), timestep (B,), conditioning."""
 SourceKind = Literal["auto", "images", "prompts", "cached", "noise"]
 TRAJECTORY_STEPS = 10
+STATES = 40
+"""Memory of a sample's forward in 16 bits over that of its states, both streams: four widths in a network, twice, and what attention reads."""
 POSITIONS = {"img_ids", "txt_ids"}
 """Inputs (tokens, axes) that all samples of a batch share."""
 
@@ -146,9 +149,21 @@ class Samples:
         at = noise.clone()
         for i in range(int(stop.max())):
             rows = (stop > i).nonzero().flatten()
-            x, t, given = picked((at, torch.full((len(at),), 1 - i / TRAJECTORY_STEPS), conditioning), rows.tolist())
-            at[rows] = x - flow.predict(self.teacher, x, t, given) / TRAJECTORY_STEPS
+            now = picked((at, torch.full((len(at),), 1 - i / TRAJECTORY_STEPS), conditioning), rows.tolist())
+            parts = parts_that_fit(now, getattr(self.teacher, "device", "cpu"), self.source)
+            at[rows] = now[0] - torch.cat([flow.predict(self.teacher, *part) for part in parts]) / TRAJECTORY_STEPS
         return at, 1 - stop / TRAJECTORY_STEPS, conditioning
+
+
+def parts_that_fit(sample: Sample, device: Any, source: Source) -> list[Sample]:
+    """A batch as it is for a CPU; for a GPU in parts of which half of the free memory holds `STATES` states each."""
+    x, t, given = sample
+    if torch.device(device).type == "cpu":
+        return [sample]
+    tokens = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3] // 4
+    tokens += sum(v.shape[1] for name, v in given.items() if name == TEXT)
+    rows = max(1, int(free_bytes(device) / 2 / (STATES * 2 * tokens * width_of(source.config))))
+    return [picked(sample, range(i, min(i + rows, len(t)))) for i in range(0, len(t), rows)]
 
 
 def picked(sample: Sample, rows: Sequence[int]) -> Sample:

@@ -93,7 +93,8 @@ class Trainer:
         self.optimizer = _optimizer(self.parameters.values(), settings)
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if settings.ema else {}
         self.losses: list[float] = []
-        self.clip: Callable[[], Any] = lambda: nn.utils.clip_grad_norm_(self.parameters.values(), settings.clip)
+        # Nothing here holds this object: it, and what it has on a GPU, is gone as soon as nobody needs it.
+        self.clip: Callable[[], Any] = partial(nn.utils.clip_grad_norm_, list(self.parameters.values()), settings.clip)
 
     @property
     def rate(self) -> float:

@@ -63,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipes",),
     ("bank",),
     ("bench_files", "display", "drawing", "recipe"),
+    ("data_size",),
     ("room",),
     ("cards", "environment", "run", "speeds"),
     ("run_work",),

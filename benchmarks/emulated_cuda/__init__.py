@@ -138,6 +138,22 @@ class Stream:
     wait_stream = synchronize = wait_event
 
 
+class About(SimpleNamespace):
+    """What PyTorch tells of a device."""
+
+    @property
+    def total_memory(self) -> int:
+        """All of its memory, in bytes."""
+        return start().free()[1]
+
+
+def _copied(tensor: torch.Tensor, memo: dict[int, Any], plain: Any = torch.Tensor.__deepcopy__) -> Any:
+    """`copy.deepcopy` of a tensor, whose storage a CPU build does not know how to copy."""
+    if not tensor.is_cuda or type(tensor) is not torch.Tensor:
+        return plain(tensor, memo)
+    return memo.setdefault(id(tensor), tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+
 def _stand_in() -> None:
     """Kernels are taken for what lies on the device, and their twins in PyTorch run; the roofline is measured with little."""
     from ppclc import kernels, roofline
@@ -164,8 +180,8 @@ def start() -> Device:
     if reason := lacks():
         raise RuntimeError(reason)
     device = Device(_built())
-    about = SimpleNamespace(
-        name="Emulated GPU", total_memory=MEMORY, multi_processor_count=4, major=CAPABILITY[0], minor=CAPABILITY[1], uuid="emulated",
+    about = About(
+        name="Emulated GPU", multi_processor_count=4, major=CAPABILITY[0], minor=CAPABILITY[1], uuid="emulated",
         gcnArchName="", L2_cache_size=2**20, warp_size=32, regs_per_multiprocessor=2**16, max_threads_per_multi_processor=2048,
     )  # fmt: skip
     cuda: Any = torch.cuda
@@ -198,5 +214,6 @@ def start() -> Device:
     }
     for name, value in told.items():
         setattr(cuda, name, value)
+    torch.Tensor.__deepcopy__ = _copied  # type: ignore[method-assign,assignment]
     _stand_in()
     return device

@@ -205,6 +205,12 @@ Tensor addmm(const Tensor& sum, const Tensor& a, const Tensor& b, at::ScalarType
   return at::addmm(sum, a.to(dtype), b.to(dtype), beta, alpha);
 }
 
+// Whose mean is made of an output that is there already, with a warning that it is resized.
+Tensor mse_loss(const Tensor& self, const Tensor& target, int64_t reduction) {
+  Call call;
+  return call.device(at::mse_loss(call.host(self), call.host(target), reduction));
+}
+
 // Attention as a GPU has it: one operator that keeps no matrix of all pairs of tokens, where the CPU has one for these tensors.
 int64_t attention_choice(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask, double dropout, bool causal,
@@ -285,6 +291,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage_storage_offset", &set_strided);
   m.impl("_scaled_dot_product_fused_attention_overrideable", &attention);
   m.impl("_scaled_dot_product_fused_attention_overrideable_backward", &attention_backward);
+  m.impl("mse_loss", &mse_loss);
   m.impl("mm.dtype", &mm);
   m.impl("addmm.dtype", &addmm);
   m.impl("_local_scalar_dense", &local_scalar_dense);

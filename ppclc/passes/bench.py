@@ -17,7 +17,7 @@ from ppclc import kernels, plugins
 from ppclc.backends import Backend, Tensors
 from ppclc.bench_targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
 from ppclc.devices import device_here
-from ppclc.errors import PpclcError, RecipeError, first_line, memory_lacks
+from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
 from ppclc.gpu_state import gpu_state
 from ppclc.kernels import Kernels
@@ -240,7 +240,7 @@ def bench_models(
 
     Raises:
         RecipeError: models that do not take the same inputs, a size that is none, or a GPU that is asked for and not there.
-        UnavailableError: a provider, or kernels, that are asked for and not there.
+        UnavailableError: a provider, or kernels, that are asked for and not there, or no memory for any of the models.
     """
     with kernels.switched(settings.kernels or kernels.chosen()):
         return _bench_models(family, subjects, settings, dtype, progress)
@@ -260,9 +260,13 @@ def _bench_models(
         )
     works = {s.label: work_of(family, s.config, inputs, getattr(torch, dtype)) for s in subjects}
     with own_stream(device):
-        roofline = measured_roofline(device, getattr(torch, dtype), torch.get_num_threads())
-        _give_back(device)
+        roofline, without = _roofline_here(device, dtype)
         targets, notes = _targets(subjects, works, inputs, settings, device, dtype)
+        notes = without + notes
+        if not targets:
+            raise UnavailableError(
+                f"bench: {'; '.join(notes) or 'nothing to time'}; wanted a smaller bench.size, or a device with more memory"
+            )
         before = gpu_state(device)
         result = run_bench(
             targets,
@@ -276,7 +280,9 @@ def _bench_models(
             calls_a_step=2 if settings.guidance else 1,
             roofline=roofline,
         )
-    told = {"copy_bytes_per_s": roofline.bytes_per_s, "matrix_flops_per_s": roofline.flops_per_s, "threads": roofline.threads}
+    told = {}
+    if roofline:
+        told = {"copy_bytes_per_s": roofline.bytes_per_s, "matrix_flops_per_s": roofline.flops_per_s, "threads": roofline.threads}
     gpu = {"before": before, "after": gpu_state(device)} if device != "cpu" else {}
     return result.model_copy(update={"roofline": told, "gpu": gpu, "notes": notes}), notes
 
@@ -305,6 +311,18 @@ def size_of(settings: BenchSettings, lowered: Lowered, device: str) -> dict[str,
     if set(settings.size) != wanted:
         raise RecipeError(f"bench.size = {settings.size}: wanted {', '.join(sorted(wanted))}, whole numbers above 0, image sides in tokens")
     return {"batch": settings.batch, **settings.size}
+
+
+def _roofline_here(device: str, dtype: str) -> tuple[Roofline | None, list[str]]:
+    """What the device does at most, or a note why that could not be measured."""
+    try:
+        return measured_roofline(device, getattr(torch, dtype), torch.get_num_threads()), []
+    except Exception as error:
+        if not (lacking := memory_lacks(error)):
+            raise
+        return None, [f"the roofline was not measured: {lacking}"]
+    finally:
+        _give_back(device)
 
 
 def _moved(subject: Benched, device: str) -> str:
@@ -340,7 +358,7 @@ def _targets(
             continue
         for backend in (EAGER, "compile") if compiled else (EAGER,):
             made.add(subject, backend, Path(), works[subject.label])
-    if eager and not compiled:
+    if eager and not compiled and settings.compiled is None:
         made.notes.append("torch.compile was not timed: on a CPU it compiles for minutes; bench.compiled: true times it")
     for subject, folder in [(s, f) for s in subjects for f in s.exports]:
         export = read_export(folder)
@@ -394,9 +412,11 @@ class TargetMaker:
             if self.device != "cpu":
                 torch.cuda.synchronize()
         except Exception as error:  # runtimes raise what they like
-            if asked or isinstance(error, RecipeError):
+            lacking = memory_lacks(error)
+            if isinstance(error, RecipeError) or (asked and not lacking):
                 raise
-            self.notes.append(f"{name} was not timed: {error if isinstance(error, PpclcError) else first_line(error)}")
+            why = lacking or (error if isinstance(error, PpclcError) else first_line(error))
+            self.notes.append(f"{name} was not timed: {why}")
         else:
             self.targets.append(target)
             return target

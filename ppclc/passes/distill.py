@@ -151,7 +151,8 @@ def distill_edits(
         settings,
     )
     draw = partial(_draw, samples, settings.local_samples, device)
-    done, passing = 0, samples.tokens * width_of(samples.source.config) * teacher.dtype.itemsize * settings.local_samples
+    itemsize = 4 if settings.precision == "float32" else teacher.dtype.itemsize
+    done, passing = 0, samples.tokens * width_of(samples.source.config) * itemsize * settings.local_samples
     while done < len(edits):
         some = edits[done : done + edits_that_fit(edits[done:], room_for_edits(teacher, device, passing), settings, passing)]
         told = partial(_told_of_some, progress, done / len(edits), len(some) / len(edits))
@@ -176,7 +177,7 @@ def edits_that_fit(edits: Sequence[LocalEdit], room: float | None, settings: Tra
         return len(edits)
     count, taken = 0, 0
     for edit in edits:
-        taken += training_bytes(edit.build(), settings) + 2 * len(edit.stops) * passing  # of this batch and the next
+        taken += training_bytes(edit.build(), settings) + 2 * settings.accumulate * len(edit.stops) * passing  # of this step and the next
         if count and taken > room:
             break
         count += 1

@@ -11,22 +11,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import flow, plugins
-from ppclc.block_costs import width_of
-from ppclc.cache import TEXT
-from ppclc.devices import free_bytes, placed
+from ppclc.devices import placed
 from ppclc.errors import RecipeError
 from ppclc.judges import open_judges
 from ppclc.quality import BANDS, PSNR_TOP, difference_quality, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
 from ppclc.records import Gate, Measured, Quality, Verdict
-from ppclc.samples import Sample, Samples, picked
+from ppclc.samples import Sample, Samples, parts_that_fit
 from ppclc.sources import Source
 
 VERSION = 3
 PREVIEWS = 24
 SEED, BATCH = 77, 16
 """Of the samples that velocities are compared on; they are drawn so many at a time."""
-STATES = 40
-"""Memory of a sample's forward in 16 bits over that of its states, both streams: four widths in a network, twice, and what attention reads."""
 Progress = Callable[[float, str], None]
 Limit = Annotated[float, Field()] | Annotated[int, Field()]
 
@@ -163,17 +159,6 @@ def answers(
         return Answers(velocities, None)
     starts = parts_that_fit((noise, torch.ones(len(noise)), given), device, source)
     return Answers(velocities, torch.cat([flow.sample(model, x, known, known, 1, steps) for x, _, known in starts]))
-
-
-def parts_that_fit(sample: Sample, device: str, source: Source) -> list[Sample]:
-    """A batch as it is on a CPU; for a GPU in parts of which half of the free memory holds `STATES` states each."""
-    x, t, given = sample
-    if device == "cpu":
-        return [sample]
-    tokens = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3] // 4
-    tokens += sum(v.shape[1] for name, v in given.items() if name == TEXT)
-    rows = max(1, int(free_bytes(device) / 2 / (STATES * 2 * tokens * width_of(source.config))))
-    return [picked(sample, range(i, min(i + rows, len(t)))) for i in range(0, len(t), rows)]
 
 
 def judge_table(

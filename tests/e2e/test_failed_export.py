@@ -48,7 +48,7 @@ def test_a_run_whose_export_fails_is_judged_timed_and_told(teacher: Any, tmp_pat
     }
     again = CliRunner().invoke(cli.app, ["report", str(tmp_path / "out")])
     assert again.exit_code == 0, again.output
-    assert "without an export: student: " in again.stdout
+    assert "without an export: " in again.stdout
     told = json.loads((tmp_path / "out" / "report.json").read_text())
     assert told["bench"] == report["bench"]
     assert told["quality"] == report["quality"]

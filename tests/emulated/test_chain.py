@@ -20,7 +20,6 @@ from tests.e2e.test_pipelines import PIPELINES, recipe, with_images
 pytestmark = [
     pytest.mark.skipif(not emulated_cuda.started(), reason="pytest -p tests.emulated.plugin runs it, where there is a C++ compiler"),
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:An output with one or more elements was resized"),
 ]
 BENCH = {"runs": 2, "steps": 1, "compiled": False, "cuda_graphs": False, "size": {"height": 4, "width": 8, "text": 16}}
 

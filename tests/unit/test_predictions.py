@@ -13,6 +13,7 @@ import torch
 from ppclc import checkpoints, reach, run_bytes, run_costs, run_work, speeds
 from ppclc.block_costs import default_size
 from ppclc.classes import DTYPES, count_parameters, empty_model, random_model, student_config
+from ppclc.data_size import sample_size
 from ppclc.errors import PlanError
 from ppclc.families import Family
 from ppclc.models import apply_plan, save_model
@@ -21,7 +22,7 @@ from ppclc.plan import CompressionPlan
 from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
 from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.records import write_tensors
-from ppclc.run_work import Work, sample_size
+from ppclc.run_work import Work
 from ppclc.samples import open_samples
 from ppclc.search import Lessons
 from ppclc.sources import open_source
