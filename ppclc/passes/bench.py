@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppclc import kernels, plugins
 from ppclc.backends import Backend, Tensors
 from ppclc.bench_targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
-from ppclc.devices import device_here
+from ppclc.devices import device_here, give_back
 from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
 from ppclc.gpu_state import gpu_state
@@ -322,7 +322,7 @@ def _roofline_here(device: str, dtype: str) -> tuple[Roofline | None, list[str]]
             raise
         return None, [f"the roofline was not measured: {lacking}"]
     finally:
-        _give_back(device)
+        give_back()
 
 
 def _moved(subject: Benched, device: str) -> str:
@@ -335,15 +335,9 @@ def _moved(subject: Benched, device: str) -> str:
             raise
         subject.model.to("cpu")
         subject.lowered.module.to("cpu")
-        _give_back(device)
+        give_back()
         return lacking
     return ""
-
-
-def _give_back(device: str) -> None:
-    """Memory that PyTorch keeps for later goes back to the device, where other runtimes may want it."""
-    if device != "cpu":
-        torch.cuda.empty_cache()
 
 
 def _targets(
@@ -420,5 +414,5 @@ class TargetMaker:
         else:
             self.targets.append(target)
             return target
-        _give_back(self.device)  # only now nothing holds what failed any more
+        give_back()  # only now nothing holds what failed any more
         return None
