@@ -14,7 +14,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 CODE = Path(__file__).with_name("cuda.cpp")
+FOLDER = Path(__file__).parents[2] / "build" / "emulated_cuda"
 MEMORY = 8 * 2**30
 CAPABILITY = (9, 0)
 
@@ -49,11 +49,11 @@ def _compiler() -> str | None:
 def _built() -> Path:
     """The device's library: compiled, in a quarter of a minute, where this PyTorch's is not there yet. Raises RuntimeError, as the compiler says."""
     code = hashlib.sha256(CODE.read_bytes()).hexdigest()[:12]
-    folder, root = Path(tempfile.gettempdir()) / f"ppclc-emulated-{os.getuid()}", Path(torch.__file__).parent
-    made = folder / f"{torch.__version__}-{code}.so"
+    root = Path(torch.__file__).parent
+    made = FOLDER / f"torch-{torch.__version__}-{code}.so"
     if made.exists():
         return made
-    folder.mkdir(mode=0o700, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     part = made.with_suffix(f".{os.getpid()}")
     command = [_compiler() or "", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *includes, str(CODE), "-o", str(part)]

@@ -261,6 +261,7 @@ def test_models_are_fused_as_they_are_made(make_teacher: Callable[..., Any], tmp
     assert not any(STOCK in type(block).__dict__ for block in blocks_of(teacher, family))
 
 
+@pytest.mark.slow
 @each_model
 def test_whoever_listens_to_a_norm_is_told_and_changes_nothing(name: str, kind: str, taken: list[str]) -> None:
     """Each norm by itself, with a batch of two: modulations have a row a sample and states one a token."""
