@@ -93,7 +93,8 @@ class Backend:
     load: a session from the folder of an artefact; one that writes nothing runs the model itself instead.
     export: writes the artefact; None where there is none to write. artefact: name of the back end that
     writes what this one runs, where that is another. requires: modules, each with the extra of ppclc
-    that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults.
+    that brings it; `a|b` is satisfied by either. options: what a caller may set, with the defaults. check: raises RecipeError for values of
+    them that it cannot take, and UnavailableError for ones that this machine cannot.
     lacks: what this machine lacks to export beside libraries, with how to get it; empty where nothing. from_files: whether
     `export` heeds `ExportRequest.store`. cannot_run: why this machine cannot run what it writes; empty where it can.
     run_options: what `load` takes by keyword besides, with the defaults. graphs: whether calls can be captured as CUDA graphs from outside, or the
@@ -107,6 +108,7 @@ class Backend:
     requires: tuple[tuple[str, str], ...] = ()
     dtypes: tuple[str, ...] = ("float32",)
     options: Mapping[str, Any] = field(default_factory=dict)
+    check: Callable[[Mapping[str, Any]], None] = lambda _: None
     lacks: Callable[[], str] = lambda: ""
     from_files: bool = False
     cannot_run: Callable[[], str] = lambda: ""

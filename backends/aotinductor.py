@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,8 +59,7 @@ def export(request: ExportRequest) -> Written:
     """
     if request.dtype != dtype_name(request.module):
         raise RecipeError(f"export.dtype = {request.dtype!r}, of a model in {dtype_name(request.module)}: wanted the same for both")
-    if request.options["max_autotune"] not in (True, False):
-        raise RecipeError(f"export.max_autotune = {request.options['max_autotune']!r}: wanted true or false")
+    check_options(request.options)
     device = device_of(request.options["device"])
     path = request.out / PACKAGE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,13 @@ def export(request: ExportRequest) -> Written:
             raise VerificationError(f"aotinductor: the model does not compile: {error}") from error
     (request.out / RECEIPT).write_text(json.dumps(_here(device), indent=1) + "\n", "utf-8")
     return Written(dict(request.options) | {"device": device}, {"lower": lowered - start, "compile": time.perf_counter() - lowered})
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise RecipeError for values that an export cannot take, UnavailableError for a GPU that is not there."""
+    if not isinstance(options["max_autotune"], bool):
+        raise RecipeError(f"export.max_autotune = {options['max_autotune']!r}: wanted true or false")
+    device_of(options["device"])
 
 
 def device_of(wanted: str | None) -> str:
@@ -157,4 +163,12 @@ def _told(machine: dict[str, Any]) -> str:
     return f"PyTorch {machine['torch']} on {machine['gpu'] or machine['machine']}"
 
 
-PLUGIN = Backend(name="aotinductor", load=load, export=export, dtypes=DTYPES, options={"max_autotune": False, "device": None}, lacks=lacks)
+PLUGIN = Backend(
+    name="aotinductor",
+    load=load,
+    export=export,
+    dtypes=DTYPES,
+    options={"max_autotune": False, "device": None},
+    check=check_options,
+    lacks=lacks,
+)

@@ -6,7 +6,9 @@ In 16 bits positions, timestep and guidance are float32 inputs all the same. Ext
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -54,13 +56,19 @@ def export(request: ExportRequest) -> Written:
 
 
 def _check_request(request: ExportRequest) -> None:
-    dtype, opset = dtype_name(request.module), request.options["opset"]
+    dtype = dtype_name(request.module)
     if request.dtype != dtype:
         raise RecipeError(f"export.dtype = {request.dtype!r}, of a model in {dtype}: wanted the same for both")
+    check_options(request.options)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise RecipeError for values that an export cannot take."""
+    opset = options["opset"]
     if opset not in OPSETS:
         raise RecipeError(f"export.opset = {opset!r}: wanted one of {', '.join(map(str, OPSETS))}")
-    if request.options["external_data"] not in (True, False, None):
-        raise RecipeError(f"export.external_data = {request.options['external_data']!r}: wanted true, false or null")
+    if not any(options["external_data"] is value for value in (True, False, None)):
+        raise RecipeError(f"export.external_data = {options['external_data']!r}: wanted true, false or null")
 
 
 def output_names(request: ExportRequest) -> list[str]:
@@ -117,4 +125,5 @@ PLUGIN = Backend(
     dtypes=(*DTYPES, "float8"),
     from_files=True,
     options={"opset": 23, "external_data": None},
+    check=check_options,
 )

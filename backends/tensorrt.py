@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -116,6 +116,19 @@ class Log:
         """Matrix products and attention whose activations are float32, of a profile."""
         heavy = [line for line in self.layers if "LayerType: gemm" in line or "mha" in line.partition(",")[0]]
         return sum("Datatype: Float," in line.partition("Constants:")[0] for line in heavy) // profiles
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise RecipeError for values that a build cannot take, UnavailableError for a library that is not there."""
+    library(options["library"])
+    if options["graph"] is None:
+        onnx.check_options({"opset": options["opset"], "external_data": None})
+    for name in ("dynamic", "weight_streaming", "refit"):
+        if not isinstance(options[name], bool):
+            raise RecipeError(f"export.{name} = {options[name]!r}: wanted true or false")
+    room = options["workspace_gb"]
+    if room is not None and (isinstance(room, bool) or not isinstance(room, int | float) or room <= 0):
+        raise RecipeError(f"export.workspace_gb = {room!r}: wanted a number above 0, or null")
 
 
 def export(request: ExportRequest) -> Written:
@@ -389,6 +402,7 @@ PLUGIN = Backend(
     requires=(("onnx", "onnx"), ("onnxscript", "onnx"), ("tensorrt|tensorrt_rtx", "tensorrt-rtx")),
     dtypes=(*DTYPES, "float8"),
     options=OPTIONS,
+    check=check_options,
     from_files=True,
     cannot_run=cannot_run,
     graphs="captured",

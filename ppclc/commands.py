@@ -30,7 +30,7 @@ from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import verify as verify_pass
-from ppclc.passes.bench import bench_models, device_of
+from ppclc.passes.bench import bench_models, check_providers, device_of, size_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.published import open_outline
@@ -334,7 +334,11 @@ def bench(
     if settings.kernels:
         kernels.check(settings.kernels)
     asked = asked_for(targets, against, random_weights, dtype)
-    set_threads(next(iter(asked.sources.values())))
+    check_providers(settings, [read_export(folder).backend for folders in asked.exports.values() for folder in folders])
+    first = next(iter(asked.sources.values()))
+    if settings.size is not None:
+        size_of(settings, first.family.lowered(model_outline(first.family, first.config)), device)
+    set_threads(first)
     models = {label: load_source(source, asked.dtype) for label, source in asked.whole.items()}
     display = Display(2, verbosity)
     for note in [*asked.notes, *(note for source in asked.sources.values() for note in source.notes)]:

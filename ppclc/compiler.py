@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from ppclc.display import Display
 from ppclc.distilling import bank_of, distill
 from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
-from ppclc.errors import OutputError, PlanError, RecipeError, UnavailableError, VerificationError
+from ppclc.errors import OutputError, PlanError, RecipeError, UnavailableError, VerificationError, memory_lacks
 from ppclc.families import Lowered
 from ppclc.interrupts import raise_if_stopped
 from ppclc.judges import open_judges
@@ -71,7 +72,7 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
 
 def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str, ranks: Ranks) -> Run:
     with ranks.main_first(), memory_told("start", recipe):
-        run = prepare(recipe, name, out, display, ranks, planned=until != PASSES[0])
+        run = prepare(recipe, name, out, display, ranks, PASSES[: PASSES.index(until) + 1])
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
         "calibrate": calibrate,
         "analyze": analyze,
@@ -97,13 +98,18 @@ def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str
     return run
 
 
+def go_on(out: Path) -> str:
+    """How a run is gone on with."""
+    return f"go on with: ppclc compress {shlex.quote(str(out / 'recipe.yaml'))} -o {shlex.quote(str(out))}"
+
+
 def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
     """A run of `compress` as it stands: its teacher, moments and analysis, nothing made and nothing written; its store is frozen.
 
     Raises:
         OutputError: the folder holds the work of another teacher, or a run that has not come as far as its analysis.
     """
-    again = f"go on with: ppclc compress {out / 'recipe.yaml'} -o {out}"
+    again = go_on(out)
     source = open_source(*recipe.model.place)
     check_teacher(source)
     set_threads(source)
@@ -139,7 +145,7 @@ def reported(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         bench(run, lambda *_: None)
     except OutputError as error:
         if run.student is None or run.verdict is None:
-            again = f"go on with: ppclc compress {out / 'recipe.yaml'} -o {out}"
+            again = go_on(out)
             raise OutputError(f"{out}: the run is not finished ({error}); {again}") from None
         display.say("warning: measured on another machine, or not at all: the report has no latencies; ppclc bench measures here")
     report(run, lambda *_: None)
@@ -316,13 +322,14 @@ def export(run: Run, progress: Callable[[float, str], None]) -> None:
                 valid=partial(is_intact, folder=folder),
                 stage="export",
             )
-        except VerificationError as error:  # what has been trained is still to be judged, timed and told
-            run.failed.append(f"export failed: {role}: {error}")
-            continue
-        except OutputError:
-            if not run.store.frozen:
+        except Exception as error:  # what has been trained is still to be judged, timed and told
+            lacking = memory_lacks(error)
+            if isinstance(error, OutputError) and run.store.frozen:
+                run.failed.append(f"without an export: {folder} is not there, or of an earlier {role}")
+            elif isinstance(error, VerificationError) or lacking:
+                run.failed.append(f"export failed: {role}: {lacking or error}")
+            else:
                 raise
-            run.failed.append(f"without an export: {folder} is not there, or of an earlier {role}")
             continue
         (run.exports if role == "student" else run.teacher_exports).append(record)
         progress((n + 1) / len(jobs), f"{target.backend} {role}")
@@ -389,14 +396,15 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
         return result
 
     try:
-        run.benchmark = run.store.make(
-            Benchmark,
-            "bench",
-            bench_pass.VERSION,
-            [settings.model_dump(), machine(run.source)],
-            (made(run.student), *run.exports, *run.teacher_exports),
-            build,
-        )
+        with memory_told("bench", run.recipe):
+            run.benchmark = run.store.make(
+                Benchmark,
+                "bench",
+                bench_pass.VERSION,
+                [settings.model_dump(), machine(run.source)],
+                (made(run.student), *run.exports, *run.teacher_exports),
+                build,
+            )
     except UnavailableError as error:  # what has been trained and judged is still to be told
         run.benchmark = None
         run.failed.append(f"bench failed: {error}")

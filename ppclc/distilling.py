@@ -51,8 +51,9 @@ def distill(run: Run, progress: Callable[[float, str], None]) -> None:
 
     def refit() -> None:
         if any(e.stands_on for e in widths):
+            teacher = run.by_blocks  # on the device before trajectories of prompts are drawn
             drawn = distill_pass.refit_samples(samples, settings, run.ranks.device)
-            bank.update(refitted(run.by_blocks, teaching, plan, bank, drawn, ridge, max(1, settings.chunk // settings.batch)))
+            bank.update(refitted(teacher, teaching, plan, bank, drawn, ridge, max(1, settings.chunk // settings.batch)))
 
     widths = width_edits(teaching, plan, bank, settings.weights)
     under = {e.edit: e for e in own}

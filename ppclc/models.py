@@ -84,6 +84,13 @@ def load_part(root: Path, part: str, dtype: str) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def check_headers(source: Source) -> None:
+    """Raise ModelError for weights that are truncated, or lack a tensor, or have one too many or of a wrong shape, by their files' headers alone."""
+    if source.layout is None:
+        empty = model_outline(source.family, source.config, str(source.folder / "config.json"))
+        check_tensors(source, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, source.places())
+
+
 def load_source(source: Source, dtype: str = "float32") -> Any:
     """The model, in evaluation mode, every tensor accounted for and finite.
 
@@ -92,8 +99,7 @@ def load_source(source: Source, dtype: str = "float32") -> Any:
     """
     if source.layout is not None:
         return _from_layout(source, source.layout, dtype)
-    empty = model_outline(source.family, source.config, str(source.folder / "config.json"))
-    check_tensors(source, {k: tuple(v.shape) for k, v in empty.state_dict().items()}, source.places())
+    check_headers(source)
     model, info = model_class(source.family, source.config).from_pretrained(
         source.folder,
         torch_dtype=DTYPES[dtype],

@@ -44,7 +44,7 @@ def memory_told(step: str, recipe: Recipe) -> Iterator[None]:
             raise
         streamed = recipe.distill.teacher == "streamed"
         ways = [*WAYS.get(step, ()), *(["a smaller distill.chunk"] if streamed and step == "distill" else [])]
-        ways += [] if streamed or step in ("start", "bench") else [STREAMED]
+        ways += [STREAMED] if not streamed and step in ("calibrate", "analyze", "distill", "verify") else []
         wanted = f"; wanted {', or '.join(ways)}" if ways else ""
         raise UnavailableError(f"{step}: {lacking}{wanted}; what is done is kept, and the same command goes on from there") from error
 

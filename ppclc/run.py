@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from ppclc.display import Display
 from ppclc.encoding import Unencoded, cached, find_data
 from ppclc.errors import OutputError, RecipeError
 from ppclc.judges import open_judges
-from ppclc.models import load_source, set_threads
+from ppclc.models import check_headers, load_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.passes.bench import check_providers, device_of, size_of
@@ -93,7 +94,7 @@ class Run:
     @property
     def is_finetuned(self) -> bool:
         """Whether a fine-tune has been done in this folder: one that goes on, perhaps on fewer devices, may have nothing left to train."""
-        return any((self.out / "records").glob("finetune-*"))
+        return finetuned(self.out)
 
     def write_recipe(self) -> None:
         """`recipe.yaml`, with every default filled in: what the folder's plan was made by."""
@@ -131,16 +132,19 @@ class Run:
         return samples
 
 
-def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks, planned: bool = True) -> Run:
-    """Check all that can be checked before work begins, load the teacher, claim the output folder. planned: whether a plan is to be made."""
+def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks, passes: Sequence[str]) -> Run:
+    """Check all that can be checked before work begins, load the teacher, claim the output folder. passes: those that are to be run."""
+    planned = "analyze" in passes
     source = open_source(*recipe.model.place)
     for target in recipe.export:
         export_pass.check_backend(target.backend, target.dtype, target.options)
         export_pass.check_float16(source.family, target.dtype, target.force)
     check_teacher(source)
     check_late_settings(recipe, source)
-    device_of(recipe.bench)
-    check_resident(recipe, source, ranks.device)
+    if "bench" in passes:
+        device_of(recipe.bench)
+    if not finetuned(out):
+        check_resident(recipe, source, ranks.device)
     if (root := pipeline_of(source)) is not None:
         components(root)  # one that no student can be made whole by is refused before work begins
     set_threads(source)
@@ -155,6 +159,7 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     check_by_hand(source, recipe.plan, recipe.calibrate.longest)
     if planned:
         check_target(recipe.plan, budget)
+    check_headers(source)  # before anything is encoded
     # Before the teacher is there: both may not fit in memory.
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display, ranks.device)
     run = Run(recipe, name, out, display, source, cache, ranks)
@@ -175,8 +180,15 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     return run
 
 
+def finetuned(out: Path) -> bool:
+    """Whether a fine-tune has been done in a run's folder."""
+    return any((out / "records").glob("finetune-*"))
+
+
 def check_late_settings(recipe: Recipe, source: Source) -> None:
     """Raise RecipeError for what an export or a bench would refuse when all before it is done, whatever the machine."""
+    for target in recipe.export:
+        export_pass.named_backend(target.backend, target.dtype, target.options)
     sizes = [target.options for target in recipe.export if "sizes" in target.options]
     if sizes or recipe.bench.size is not None:
         lowered = source.family.lowered(model_outline(source.family, source.config))

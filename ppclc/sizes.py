@@ -285,7 +285,7 @@ def finetune_settings(out: Path, recipe: Recipe, changes: list[str]) -> DistillS
     if wrong := [*sections, *local]:
         raise RecipeError(
             f"--set {wrong[0]}: a slice takes the edits of {out} as they are; wanted distill.finetune_steps and what that training is set by; "
-            f"for anything else run: ppclc compress {out / 'recipe.yaml'}"
+            f"for anything else run: ppclc compress {shlex.quote(str(out / 'recipe.yaml'))}"
         )
     if changes and not changed.distill.finetune_steps:
         raise RecipeError(f"--set {changes[0]}: nothing is trained without steps; wanted distill.finetune_steps above 0 beside it")
@@ -459,7 +459,7 @@ def _open_bank(run: Run) -> EditBank:
     """The bank of a reopened run. Raises OutputError when nothing was distilled yet."""
     assert run.stats is not None
     bank = EditBank(distilling.bank_of(run), run.stats, run.recipe.analyze.ridge, run.source.family)
-    again = f"go on with: ppclc compress {run.out / 'recipe.yaml'} -o {run.out}"
+    again = compiler.go_on(run.out)
     if not bank.folders and not (run.out / "model" / "transformer" / "config.json").is_file():
         raise OutputError(f"{run.out}: the run is not finished, its bank is empty; {again}")
     followed = run.out / "plan.json"

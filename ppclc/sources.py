@@ -230,8 +230,9 @@ def _local_or_hub(path: str, revision: str | None, variant: str | None) -> Path:
             raise ModelError(f"{path}: is a folder, which has no revision {revision!r}; wanted a hub id, or no revision")
         return root
     if root.exists() or not hub.ID.fullmatch(path) or path.startswith("."):
+        below = "" if root.is_absolute() else f" below {Path.cwd()}"
         raise ModelError(
-            f"{path}: no such model folder; wanted a folder, a hub id such as 'Qwen/Qwen-Image', a .safetensors file, or builtin:two-digits"
+            f"{path}: no such model folder{below}; wanted a folder, a hub id such as 'Qwen/Qwen-Image', a .safetensors file, or builtin:two-digits"
         )
     return hub.fetch(path, revision, variant)
 

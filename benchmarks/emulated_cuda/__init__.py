@@ -32,13 +32,7 @@ def lacks() -> str:
     """Why there can be none here; empty where there can."""
     if torch.version.cuda is not None:
         return "this PyTorch is built with CUDA"
-    if _compiler() is None:
-        return "there is no C++ compiler"
-    try:
-        _built()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+    return "" if _compiler() else "there is no C++ compiler"
 
 
 def _compiler() -> str | None:

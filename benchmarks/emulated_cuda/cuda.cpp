@@ -200,9 +200,14 @@ c10::Scalar local_scalar_dense(const Tensor& self) {
 }
 
 // Products that a GPU adds up in another dtype than that of their factors.
-Tensor mm(const Tensor& a, const Tensor& b, at::ScalarType dtype) { return at::mm(a.to(dtype), b.to(dtype)); }
-Tensor addmm(const Tensor& sum, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha) {
+Tensor wide_mm(const Tensor& a, const Tensor& b, at::ScalarType dtype) { return at::mm(a.to(dtype), b.to(dtype)); }
+Tensor wide_addmm(const Tensor& sum, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha) {
   return at::addmm(sum, a.to(dtype), b.to(dtype), beta, alpha);
+}
+Tensor& mm_out(const Tensor& a, const Tensor& b, at::ScalarType dtype, Tensor& out) { return out.copy_(wide_mm(a, b, dtype)); }
+Tensor& addmm_out(
+    const Tensor& sum, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha, Tensor& out) {
+  return out.copy_(wide_addmm(sum, a, b, dtype, beta, alpha));
 }
 
 // Whose mean is made of an output that is there already, with a warning that it is resized.
@@ -292,8 +297,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_scaled_dot_product_fused_attention_overrideable", &attention);
   m.impl("_scaled_dot_product_fused_attention_overrideable_backward", &attention_backward);
   m.impl("mse_loss", &mse_loss);
-  m.impl("mm.dtype", &mm);
-  m.impl("addmm.dtype", &addmm);
+  m.impl("mm.dtype", &wide_mm);
+  m.impl("mm.dtype_out", &mm_out);
+  m.impl("addmm.dtype_out", &addmm_out);
+  m.impl("addmm.dtype", &wide_addmm);
   m.impl("_local_scalar_dense", &local_scalar_dense);
 }
 

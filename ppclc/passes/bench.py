@@ -250,7 +250,6 @@ def _bench_models(
     family: Family, subjects: Sequence[Benched], settings: BenchSettings, dtype: str, progress: Progress
 ) -> tuple[Benchmark, list[str]]:
     device = device_of(settings)
-    check_providers(settings, [read_export(folder).backend for subject in subjects for folder in subject.exports])
     size = size_of(settings, subjects[0].lowered, device)
     inputs = {name: tensor.to(device) for name, tensor in subjects[0].lowered.inputs(**size).items()}
     shapes = [{n: tuple(t.shape) for n, t in s.lowered.inputs(**size).items()} for s in subjects]
@@ -264,9 +263,8 @@ def _bench_models(
         targets, notes = _targets(subjects, works, inputs, settings, device, dtype)
         notes = without + notes
         if not targets:
-            raise UnavailableError(
-                f"bench: {'; '.join(notes) or 'nothing to time'}; wanted a smaller bench.size, or a device with more memory"
-            )
+            way = "; wanted a smaller bench.size, or a device with more memory" if any("no memory left" in note for note in notes) else ""
+            raise UnavailableError(f"bench: {'; '.join(notes) or 'nothing to time'}{way}")
         before = gpu_state(device)
         result = run_bench(
             targets,

@@ -51,9 +51,21 @@ def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
     """The back end that writes what `name` runs, when it can do so here.
 
     Raises:
-        RecipeError: no such back end, one that writes nothing, a dtype or an option that it has not.
+        RecipeError: no such back end, one that writes nothing, a dtype or an option that it has not, a value that an option cannot have.
         UnavailableError: a library that it needs is not installed.
     """
+    writer = named_backend(name, dtype, options)
+    for modules, extra in {**dict(writer.requires), **dict(plugins.load("backends", name).requires)}.items():
+        require_library(modules, extra)
+    if reason := writer.lacks():
+        raise UnavailableError(f"export.backend = {name!r}: {reason}")
+    own = {option: value for option, value in (options or {}).items() if option not in OWN_OPTIONS}
+    writer.check({**writer.options, **own})
+    return writer
+
+
+def named_backend(name: str, dtype: str, options: Mapping[str, Any] | None = None) -> Backend:
+    """The back end that writes what `name` runs, whatever the machine. Raises RecipeError as `check_backend` does, but for values."""
     if name not in plugins.names("backends"):
         raise RecipeError(f"export.backend = {name!r}: no such back end; there are {', '.join(plugins.names('backends'))}")
     writer = _writer(name)
@@ -64,10 +76,6 @@ def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
     for option in options or {}:
         if option not in (*writer.options, *OWN_OPTIONS):
             raise RecipeError(f"export.{option}: {name} has no such option; it has {', '.join(writer.options) or 'none'}")
-    for modules, extra in {**dict(writer.requires), **dict(plugins.load("backends", name).requires)}.items():
-        require_library(modules, extra)
-    if reason := writer.lacks():
-        raise UnavailableError(f"export.backend = {name!r}: {reason}")
     return writer
 
 

@@ -74,6 +74,8 @@ def check_gates(settings: VerifySettings, source: Source) -> None:
     for name in settings.gates:
         if name not in known:
             raise RecipeError(f"verify.gates.{name}: no such metric for {source.path}; wanted one of {', '.join(known)}")
+        if source.task is None and settings.images < 2 and name in ("ssim", "psnr", *plugins.names("judges")):
+            raise RecipeError(f"verify.images = {settings.images}: verify.gates.{name} is measured on images; wanted 2 or more")
 
 
 def measure(model: Any, source: Source, settings: VerifySettings, progress: Progress, work: Path | None = None) -> Measured:

@@ -424,6 +424,8 @@ LATE = [
     ("bench.size={height: 3}", "bench.size = {'height': 3}: wanted height, text, width"),
     ("bench.providers=[cpu]", "bench.providers = ['cpu']: nothing is timed in ONNX Runtime"),
     ("export=[{backend: onnx, options: {sizes: [{height: 3}]}}]", "export.sizes"),
+    ("export=[{backend: foo}]", "export.backend = 'foo': no such back end"),
+    ("export=[{backend: onnx, dtype: float33}]", "export.dtype = 'float33'"),
 ]
 
 
@@ -434,3 +436,38 @@ def test_what_the_last_passes_would_refuse_is_refused_first(command: str, change
     assert code == 2
     assert told in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [("{opset: 3}", "export.opset = 3: wanted one of"), ("{external_data: 5}", "export.external_data = 5: wanted true, false or null")],
+)
+def test_values_that_an_export_cannot_take_are_refused_before_the_training(options: str, told: str, ppclc: Any, tmp_path: Path) -> None:
+    change = f"export=[{{backend: onnx, options: {options}}}]"
+    code, _, err = ppclc("compress", "two_digits", "-o", str(tmp_path / "out"), "--set", change)
+    assert code == 2
+    assert told in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_to_go_on_with_can_be_pasted(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}")
+    out = tmp_path / "my runs" / "one"
+    assert ppclc("compress", "r.yaml", "-o", str(out), "--until", "calibrate")[0] == 0
+    code, _, err = ppclc("report", str(out))
+    assert code == 2
+    assert f"ppclc compress '{out}/recipe.yaml' -o '{out}'" in err
+
+
+def test_a_broken_teacher_is_told_before_anything_is_encoded(ppclc: Any, tmp_path: Path) -> None:
+    from tests.e2e.test_pipelines import recipe, with_images
+
+    folder = with_images("sd3", tmp_path)
+    (file,) = (folder / "pipeline" / "transformer").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(folder)))
+    code, _, err = ppclc("compress", "r.yaml", "-o", "out", "--until", "calibrate")
+    assert code == 2
+    assert str(file) in err
+    assert "encoding" not in err
+    assert not (tmp_path / "out" / "records").exists()

@@ -24,7 +24,7 @@ def test_a_run_whose_export_fails_is_judged_timed_and_told(teacher: Any, tmp_pat
         "distill": {"steps": 1, "width_steps": 1, "finetune_steps": 1, "batch": 2},
         "verify": {"samples": 4},
         "export": [{"backend": "onnx"}],
-        "bench": {"runs": 3, "steps": 1},
+        "bench": {"runs": 3, "steps": 1, "providers": ["cpu"]},
     }
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     whole = export_pass.export_source

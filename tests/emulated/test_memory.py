@@ -21,6 +21,7 @@ from ppclc.display import Display
 from ppclc.errors import UnavailableError
 from ppclc.models import load_source
 from ppclc.passes import bench as bench_pass
+from ppclc.passes import distill as distill_pass
 from ppclc.passes.distill import DistillSettings, edits_that_fit
 from ppclc.recipe import parse_recipe
 from ppclc.samples import Samples, open_samples, parts_that_fit
@@ -154,6 +155,54 @@ def test_a_bench_without_room_costs_the_report_nothing_but_its_latencies(
     run = start()  # the same command again, once there is room
     assert not run.failed
     assert len(json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["bench"]) == 2
+
+
+@pytest.mark.parametrize("at", ["run_bench", "work_of"])
+def test_memory_that_runs_out_within_a_bench_costs_no_report(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def runs_out(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_pass, at, runs_out)
+    folder = with_images("sd3", tmp_path)
+    run = compress(given(folder), "recipe", tmp_path / "out", Display(0, -1), ranks=CUDA)
+    (told,) = run.failed
+    assert told.startswith("bench failed: bench: the GPU has no memory left (CUDA out of memory); wanted a smaller bench.size")
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["bench"] == []
+
+
+def test_a_run_that_goes_on_draws_trajectories_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher is brought there before what linear networks are fitted to is drawn, also where all before that was done by an earlier run."""
+    folder = with_images("qwen_image", tmp_path)
+    (folder / "prompts.txt").write_text("\n".join(f"a cat in front of house {i}" for i in range(12)))
+    prompts = {"source": "prompts", "path": str(folder / "prompts.txt"), "resolution": [16, 32], "samples": 16, "longest": 3}
+    plan = {"intervals": [[0, 1]], "ffn": [{"block": 0, "stream": "image"}], "text_stream": "none", "modulation_rank": "none"}
+    asked = given(
+        folder, calibrate=prompts, plan=plan, target={"parameters": 0.99}, distill={"steps": 1, "width_steps": 1, "finetune_steps": 0}
+    )
+    start = partial(compress, asked, "recipe", tmp_path / "out", Display(0, -1), "distill", CUDA)
+    refit, drawn = distill_pass.refit_samples, Samples._trajectory
+    places: list[str] = []
+
+    def stopped(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_pass, "refit_samples", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+
+    def seen(self: Samples, *args: Any) -> Any:
+        places.append(self.teacher.device.type)
+        return drawn(self, *args)
+
+    def fitted(*args: Any, **more: Any) -> Any:
+        monkeypatch.setattr(Samples, "_trajectory", seen)
+        return refit(*args, **more)
+
+    monkeypatch.setattr(distill_pass, "refit_samples", fitted)
+    start()
+    assert places
+    assert set(places) == {"cuda"}
 
 
 def test_memory_that_runs_out_names_the_pass_and_what_takes_less(tmp_path: Path, device: emulated_cuda.Device) -> None:
