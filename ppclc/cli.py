@@ -99,11 +99,11 @@ def compress(
     """Run every pass, recipe to report. Resumes where an earlier run stopped."""
     from ppclc import commands
 
-    failed, document = commands.compress(recipe, changes or [], out, until, verbose - quiet)
+    code, document = commands.compress(recipe, changes or [], out, until, verbose - quiet)
     if as_json and document is not None:
         typer.echo(json.dumps(document))
-    if failed:
-        raise typer.Exit(1)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command(name="slice")

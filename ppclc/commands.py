@@ -191,8 +191,11 @@ def default_out(recipe: Path) -> Path:
     return Path("out") / recipe.stem
 
 
-def compress(recipe_name: str, changes: list[str], out: Path | None, until: str, verbosity: int) -> tuple[bool, dict[str, Any] | None]:
-    """Run the passes; whether a gate failed, and the report's head, None on ranks that have nothing to say."""
+def compress(recipe_name: str, changes: list[str], out: Path | None, until: str, verbosity: int) -> tuple[int, dict[str, Any] | None]:
+    """Run the passes; the exit code, and the report's head, None on ranks that have nothing to say.
+
+    The code is 1 where a gate or an export failed, 3 where this machine lacked what an export or the bench takes.
+    """
     path = find_recipe(recipe_name)
     recipe = read_recipe(path, changes)
     folder = out or default_out(path)
@@ -202,7 +205,7 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
         display.say(warning)
     run = compiler.compress(recipe, path.name, folder, display, until, ranks)
     if not ranks.is_main:
-        return False, None
+        return 0, None
     document: dict[str, Any] = {}
     if run.plan is not None:
         document["plan"] = run.plan.model_dump(mode="json")
@@ -218,7 +221,7 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
             display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")
     for failed in run.failed:
         display.say(failed)
-    return bool(run.failed) or any(not g.passed for g in gates), document
+    return 3 if run.lacked else int(bool(run.failed) or any(not g.passed for g in gates)), document
 
 
 def slice_size(

@@ -328,6 +328,7 @@ def export(run: Run, progress: Callable[[float, str], None]) -> None:
                 run.failed.append(f"without an export: {folder} is not there, or of an earlier {role}")
             elif isinstance(error, VerificationError) or lacking:
                 run.failed.append(f"export failed: {role}: {lacking or error}")
+                run.lacked |= bool(lacking)
             else:
                 raise
             continue
@@ -406,7 +407,7 @@ def bench(run: Run, progress: Callable[[float, str], None]) -> None:
                 build,
             )
     except UnavailableError as error:  # what has been trained and judged is still to be told
-        run.benchmark = None
+        run.benchmark, run.lacked = None, True
         run.failed.append(f"bench failed: {error}")
 
 

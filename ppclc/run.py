@@ -49,7 +49,10 @@ from ppclc.training import check_optimizer
 
 @dataclass
 class Run:
-    """One compilation: recipe, output folder, store, and what has been made so far; `ranks` are the processes that share it."""
+    """One compilation: recipe, output folder, store, and what has been made so far; `ranks` are the processes that share it.
+
+    failed: what the report is without. lacked: whether that is for want of something on this machine.
+    """
 
     recipe: Recipe
     name: str
@@ -68,6 +71,7 @@ class Run:
     exports: list[Export] = field(default_factory=list)
     teacher_exports: list[Export] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    lacked: bool = False
     benchmark: Benchmark | None = None
     report: dict[str, Any] | None = None
 

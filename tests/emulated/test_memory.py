@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks import emulated_cuda
-from ppclc import room
+from ppclc import commands, room
 from ppclc.compiler import compress
 from ppclc.devices import Ranks, total_bytes
 from ppclc.display import Display
@@ -146,6 +146,7 @@ def test_a_bench_without_room_costs_the_report_nothing_but_its_latencies(
         run = start()
     (told,) = run.failed
     assert told.startswith("bench failed: ")
+    assert run.lacked
     assert "the GPU has no memory left" in told
     assert "wanted a smaller bench.size" in told
     report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
@@ -158,15 +159,20 @@ def test_a_bench_without_room_costs_the_report_nothing_but_its_latencies(
 
 
 @pytest.mark.parametrize("at", ["run_bench", "work_of"])
-def test_memory_that_runs_out_within_a_bench_costs_no_report(at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_within_a_bench_costs_no_report(
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def runs_out(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(bench_pass, at, runs_out)
     folder = with_images("sd3", tmp_path)
-    run = compress(given(folder), "recipe", tmp_path / "out", Display(0, -1), ranks=CUDA)
-    (told,) = run.failed
-    assert told.startswith("bench failed: bench: the GPU has no memory left (CUDA out of memory); wanted a smaller bench.size")
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe(folder) | {"export": [], "bench": BENCH}))
+    code, document = commands.compress(str(tmp_path / "r.yaml"), [], tmp_path / "out", "report", 0)
+    assert code == 3
+    assert document is not None
+    assert document["student"]["parameters"] < document["teacher"]["parameters"]
+    assert "bench failed: bench: the GPU has no memory left (CUDA out of memory); wanted a smaller bench.size" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["bench"] == []
 
 
