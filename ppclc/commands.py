@@ -30,7 +30,7 @@ from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import verify as verify_pass
-from ppclc.passes.bench import bench_models, check_providers, device_of, size_of
+from ppclc.passes.bench import bench_models, check_providers, check_size, device_of
 from ppclc.plan import CompressionPlan
 from ppclc.predictions import predict
 from ppclc.published import open_outline
@@ -40,7 +40,7 @@ from ppclc.records import check_writable, write_text
 from ppclc.run import check_late_settings, newest_out
 from ppclc.run_costs import run_costs
 from ppclc.slicing import check_weights
-from ppclc.sources import BUILTIN, Source, check_teacher, open_source, run_at
+from ppclc.sources import BUILTIN, STUDENT, Source, check_teacher, open_source, run_at
 
 HEAD = ("teacher", "student", "plan", "gates")
 """What `compress` and `slice` print of a report."""
@@ -194,7 +194,7 @@ def default_out(recipe: Path) -> Path:
 def compress(recipe_name: str, changes: list[str], out: Path | None, until: str, verbosity: int) -> tuple[int, dict[str, Any] | None]:
     """Run the passes; the exit code, and the report's head, None on ranks that have nothing to say.
 
-    The code is 1 where a gate or an export failed, 3 where this machine lacked what an export or the bench takes.
+    The code is 1 where a gate failed, else 3 where this machine lacked what an export or the bench takes, else 1 where an export failed.
     """
     path = find_recipe(recipe_name)
     recipe = read_recipe(path, changes)
@@ -221,7 +221,9 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
             display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")
     for failed in run.failed:
         display.say(failed)
-    return 3 if run.lacked else int(bool(run.failed) or any(not g.passed for g in gates)), document
+    if any(not gate.passed for gate in gates):
+        return 1, document
+    return 3 if run.lacked else int(bool(run.failed)), document
 
 
 def slice_size(
@@ -289,7 +291,7 @@ def export(
     export_pass.check_backend(backend, dtype, options)
     own = {name: value for name, value in options.items() if name not in export_pass.OWN_OPTIONS}
     run = newest_out() if model is None else run_at(model)
-    source = open_source(str(run or model), revision, variant)
+    source = open_source(str(run / STUDENT if run else model), revision, variant)
     export_pass.check_float16(source.family, dtype, force)
     set_threads(source)
     home = run / "export" if run else Path("export") / Path(str(model).removeprefix(BUILTIN)).name
@@ -339,8 +341,7 @@ def bench(
     asked = asked_for(targets, against, random_weights, dtype)
     check_providers(settings, [read_export(folder).backend for folders in asked.exports.values() for folder in folders])
     first = next(iter(asked.sources.values()))
-    if settings.size is not None:
-        size_of(settings, first.family.lowered(model_outline(first.family, first.config)), device)
+    check_size(settings, first.family, first.config)
     set_threads(first)
     models = {label: load_source(source, asked.dtype) for label, source in asked.whole.items()}
     display = Display(2, verbosity)

@@ -19,7 +19,7 @@ from ppclc.judges import open_judges
 from ppclc.models import check_headers, load_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
-from ppclc.passes.bench import check_providers, device_of, size_of
+from ppclc.passes.bench import check_providers, check_size, device_of
 from ppclc.pipelines import components, pipeline_of
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe
@@ -193,12 +193,9 @@ def check_late_settings(recipe: Recipe, source: Source) -> None:
     """Raise RecipeError for what an export or a bench would refuse when all before it is done, whatever the machine."""
     for target in recipe.export:
         export_pass.named_backend(target.backend, target.dtype, target.options)
-    sizes = [target.options for target in recipe.export if "sizes" in target.options]
-    if sizes or recipe.bench.size is not None:
-        lowered = source.family.lowered(model_outline(source.family, source.config))
-        for options in sizes:
-            export_pass.check_sizes(lowered, options)
-        size_of(recipe.bench, lowered, "cpu")
+        if "sizes" in target.options:
+            export_pass.check_sizes(source.family.lowered(model_outline(source.family, source.config)), target.options)
+    check_size(recipe.bench, source.family, source.config)
     check_providers(recipe.bench, [target.backend for target in recipe.export])
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppclc import kernels, plugins
 from ppclc.backends import Backend, Tensors
 from ppclc.bench_targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
+from ppclc.classes import model_outline
 from ppclc.devices import device_here, give_back
 from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
@@ -283,6 +284,12 @@ def _bench_models(
         told = {"copy_bytes_per_s": roofline.bytes_per_s, "matrix_flops_per_s": roofline.flops_per_s, "threads": roofline.threads}
     gpu = {"before": before, "after": gpu_state(device)} if device != "cpu" else {}
     return result.model_copy(update={"roofline": told, "gpu": gpu, "notes": notes}), notes
+
+
+def check_size(settings: BenchSettings, family: Family, config: Mapping[str, Any]) -> None:
+    """Raise RecipeError for a size that a model of this configuration does not take."""
+    if settings.size is not None:
+        size_of(settings, family.lowered(model_outline(family, config)), "cpu")
 
 
 def check_providers(settings: BenchSettings, exports: Iterable[str]) -> None:

@@ -158,18 +158,20 @@ def test_a_bench_without_room_costs_the_report_nothing_but_its_latencies(
     assert len(json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["bench"]) == 2
 
 
-@pytest.mark.parametrize("at", ["run_bench", "work_of"])
+@pytest.mark.parametrize(("at", "gate", "wanted"), [("run_bench", 100, 3), ("work_of", 1e-6, 1)])
 def test_memory_that_runs_out_within_a_bench_costs_no_report(
-    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    at: str, gate: float, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def runs_out(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(bench_pass, at, runs_out)
     folder = with_images("sd3", tmp_path)
-    (tmp_path / "r.yaml").write_text(json.dumps(recipe(folder) | {"export": [], "bench": BENCH}))
+    asked = recipe(folder) | {"export": [], "bench": BENCH}
+    asked["verify"]["gates"] = {"ssim": {"drop_percent": gate}}  # which goes first where it fails
+    (tmp_path / "r.yaml").write_text(json.dumps(asked))
     code, document = commands.compress(str(tmp_path / "r.yaml"), [], tmp_path / "out", "report", 0)
-    assert code == 3
+    assert code == wanted
     assert document is not None
     assert document["student"]["parameters"] < document["teacher"]["parameters"]
     assert "bench failed: bench: the GPU has no memory left (CUDA out of memory); wanted a smaller bench.size" in capsys.readouterr().err
