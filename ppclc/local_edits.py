@@ -125,9 +125,9 @@ def interval_edit(
     def loss(module: nn.Module, batch: BatchStates) -> Terms:
         output = teaching.call(module, interval.first, batch.states[interval.first], batch.shared)
         target = batch.states[interval.last + 1]
-        terms = {"image": weights.image * state_loss(output["image"], target["image"], weights.magnitude)}
+        terms = {"image": state_loss(output["image"], target["image"], weights.magnitude, weight=weights.image)}
         if not last:
-            terms["text"] = weights.text * state_loss(output["text"], target["text"], weights.magnitude, batch.mask)
+            terms["text"] = state_loss(output["text"], target["text"], weights.magnitude, batch.mask, weights.text)
         return terms
 
     return LocalEdit(
@@ -186,7 +186,7 @@ def text_edit(teaching: Teaching, plan: CompressionPlan, edit: TextStreamEdit, b
         carried = torch.cat([batch.states[reference_end + 1]["text"], source], dim=-1)
         output = teaching.call(module, edit.block, {"image": batch.states[edit.block]["image"], "text": carried}, batch.shared)
         after = batch.states[end + 1]
-        terms = {"image": weights.image * state_loss(output["image"], after["image"], weights.magnitude)}
+        terms = {"image": state_loss(output["image"], after["image"], weights.magnitude, weight=weights.image)}
         if not silent:
             terms["text"] = weights.text * relative_error(output["text"], after["text"], batch.mask)
         return terms | {

@@ -27,6 +27,7 @@ from ppclc.curves import Curve
 from ppclc.devices import Ranks, gradients_settle
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.interrupts import noted_interrupts
+from ppclc.kernels.distillation_loss import one
 from ppclc.records import write_tensors
 from ppclc.shards import forget_older, like, local, newest_step, shard_file, whole
 
@@ -116,7 +117,7 @@ class Trainer:
             with gradients_settle(self.called, last=n == len(parts)):
                 with self.autocast():
                     terms = part(self.called)
-                torch.stack([t / len(parts) for t in terms.values()]).sum().backward()
+                _backward(list(terms.values()), len(parts))
             found += [(name, term.detach()) for name, term in terms.items()]
         norm = whole(self.clip())  # of all ranks' gradients: all find the same
         # Read at once: each look at a number waits for the device.
@@ -226,6 +227,16 @@ def autocast(module: nn.Module, wanted: torch.dtype) -> torch.autocast:
     """A context in which products of a module, whose weights are float32, are made in a dtype."""
     device = next(iter(module.parameters())).device.type
     return torch.autocast(device, torch.bfloat16 if wanted == torch.float32 else wanted, enabled=wanted != torch.float32)
+
+
+def _backward(terms: Sequence[torch.Tensor], parts: int) -> None:
+    """Add the gradients of a sum of scalars, one of so many parts of a mean, to the parameters.
+
+    Each term is begun with on its own: adding them up, and making the ones that a sum begins with, are as many kernels more on a GPU.
+    """
+    learnt = [t for t in terms if t.requires_grad]
+    ones = [one(t.device, t.dtype) for t in learnt]
+    torch.autograd.backward(learnt, ones if parts == 1 else [o / parts for o in ones])
 
 
 class Saving:

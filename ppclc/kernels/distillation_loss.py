@@ -8,6 +8,7 @@ Shape suffixes: B batch, T token, N rows, D width.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,27 +20,44 @@ WIDEST = 8192
 """Rows up to it fit into registers."""
 
 
-def state_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean over tokens of `2 - 2 cos` plus `magnitude` times the squared relative error of the norm, in float32 or better.
+def state_loss(
+    student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None, weight: float = 1.0
+) -> torch.Tensor:
+    """`weight` times the mean over tokens of `2 - 2 cos` plus `magnitude` times the squared relative error of the norm, in float32 or better.
 
-    Tokens where the mask is zero do not count, whatever they hold. The gradient goes to the student's states alone.
+    Tokens where the mask is zero do not count, whatever they hold. The gradient goes to the student's states alone. A weight that is given here,
+    and a backward from `one`, leave the gradient as the forward wrote it.
 
     Source: arXiv 2511.16156, equation 6 (direction); the magnitude term is ours.
     """
     if not takes("distillation_loss", student_BTD, teacher_BTD) or student_BTD.shape[-1] > WIDEST:
-        return reference(student_BTD, teacher_BTD, magnitude, mask_BT)
+        return reference(student_BTD, teacher_BTD, magnitude, mask_BT, weight)
     if torch.compiler.is_compiling() or not (plain(student_BTD) and plain(teacher_BTD)):
         width = student_BTD.shape[-1]
         mask_N = None if mask_BT is None else mask_BT.flatten()
         loss: torch.Tensor = torch.ops.ppclc.distillation_loss(
-            student_BTD.reshape(-1, width), teacher_BTD.detach().reshape(-1, width), magnitude, mask_N
+            student_BTD.reshape(-1, width), teacher_BTD.detach().reshape(-1, width), magnitude, mask_N, weight
         )[0]
     else:  # the dispatcher takes longer on the host than all of this on a GPU
-        loss = _Loss.apply(student_BTD, teacher_BTD, magnitude, mask_BT)  # type: ignore[no-untyped-call]
+        loss = _Loss.apply(student_BTD, teacher_BTD, magnitude, mask_BT, weight)  # type: ignore[no-untyped-call]
     return loss
 
 
-def reference(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None) -> torch.Tensor:
+@cache
+def one(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A scalar one, always the same: as the upstream of a loss it is known without a look at the device, and takes no kernel to make."""
+    return torch.ones((), device=device, dtype=dtype)
+
+
+def _is_one(upstream: torch.Tensor) -> bool:
+    """Whether a scalar is `one`, or a view of it."""
+    known = one(upstream.device, upstream.dtype)
+    return type(upstream) is torch.Tensor and upstream.numel() == 1 and upstream.data_ptr() == known.data_ptr()
+
+
+def reference(
+    student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None = None, weight: float = 1.0
+) -> torch.Tensor:
     """The same in plain PyTorch."""
     student_BTD, teacher_BTD = _at_least_single(student_BTD), _at_least_single(teacher_BTD)
     if mask_BT is not None:
@@ -48,10 +66,8 @@ def reference(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: f
     norm_s, norm_t = student_BTD.norm(dim=-1).clamp(min=LEAST_NORM), teacher_BTD.norm(dim=-1).clamp(min=LEAST_NORM)
     cosine = (student_BTD * teacher_BTD).sum(-1) / (norm_s * norm_t)
     loss = 2 - 2 * cosine + magnitude * (norm_s / norm_t - 1).square()
-    if mask_BT is not None:
-        return _masked_mean(loss, mask_BT.bool())
-    mean: torch.Tensor = loss.mean()
-    return mean
+    mean: torch.Tensor = loss.mean() if mask_BT is None else _masked_mean(loss, mask_BT.bool())
+    return weight * mean
 
 
 def _masked_mean(loss_BT: torch.Tensor, counts_BT: torch.Tensor) -> torch.Tensor:
@@ -62,14 +78,16 @@ def _at_least_single(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _loss_and_gradient(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
+def _loss_and_gradient(
+    student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None, weight: float
+) -> Parts:
     if runs(student_ND):
         from ppclc.kernels import distillation_loss_triton, tuning
 
         with tuning.on_device_of(student_ND):
-            return distillation_loss_triton.run(student_ND, teacher_ND, magnitude, mask_N)
-    gradient_ND = _gradient(_at_least_single(student_ND), _at_least_single(teacher_ND), magnitude, mask_N)
-    loss = reference(student_ND, teacher_ND, magnitude, mask_N)
+            return distillation_loss_triton.run(student_ND, teacher_ND, magnitude, mask_N, weight)
+    gradient_ND = weight * _gradient(_at_least_single(student_ND), _at_least_single(teacher_ND), magnitude, mask_N)
+    loss = reference(student_ND, teacher_ND, magnitude, mask_N, weight)
     return loss.float(), gradient_ND.to(student_ND.dtype), loss.new_empty(0, dtype=torch.float32)
 
 
@@ -97,9 +115,11 @@ def _scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor)
 
 
 @torch.library.custom_op("ppclc::distillation_loss", mutates_args=())
-def distillation_loss(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
+def distillation_loss(
+    student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None, weight: float
+) -> Parts:
     """The loss, a scalar in float32, its gradient (N, D) in the dtype of the student's rows, and what is still to be multiplied with it, if anything."""
-    return _loss_and_gradient(student_ND, teacher_ND, magnitude, mask_N)
+    return _loss_and_gradient(student_ND, teacher_ND, magnitude, mask_N, weight)
 
 
 @torch.library.custom_op("ppclc::scale_gradient", mutates_args=("gradient_ND",))
@@ -109,7 +129,7 @@ def scale_gradient(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch
 
 
 @distillation_loss.register_fake
-def _(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None) -> Parts:
+def _(student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None, weight: float) -> Parts:
     scalar = student_ND.new_empty((), dtype=torch.float32)
     late = student_ND.dtype == torch.float16 and runs(student_ND)
     gradient_ND = torch.empty_like(student_ND, memory_format=torch.contiguous_format)
@@ -121,33 +141,34 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Parts) -> None:
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+def _backward(ctx: Any, upstream: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
     gradient_ND, share = ctx.saved_tensors
     scaled = gradient_ND.clone()  # compiled code leaves the copy out
     torch.ops.ppclc.scale_gradient(scaled, upstream, share)
-    return scaled, None, None, None
+    return scaled, None, None, None, None
 
 
 distillation_loss.register_autograd(_backward, setup_context=_keep)
 
 
 class _Loss(torch.autograd.Function):
-    """The same without the dispatcher. The gradient is scaled where it lies: one backward a forward."""
+    """The same without the dispatcher. The gradient is scaled where it lies, if at all: one backward a forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None
+        ctx: Any, student_BTD: torch.Tensor, teacher_BTD: torch.Tensor, magnitude: float, mask_BT: torch.Tensor | None, weight: float
     ) -> torch.Tensor:
         width = student_BTD.shape[-1]
         rows = student_BTD.reshape(-1, width), teacher_BTD.reshape(-1, width)
-        loss, gradient_ND, share = _loss_and_gradient(*rows, magnitude, None if mask_BT is None else mask_BT.flatten())
+        loss, gradient_ND, share = _loss_and_gradient(*rows, magnitude, None if mask_BT is None else mask_BT.flatten(), weight)
         ctx.made = gradient_ND.view(student_BTD.shape), share
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         if ctx.made is None:
             raise RuntimeError("distillation loss: its gradient is made once, in the forward; wanted one backward a forward")
         (gradient_BTD, share), ctx.made = ctx.made, None
-        _scale(gradient_BTD, upstream, share)
-        return gradient_BTD, None, None, None
+        if share.numel() or not _is_one(upstream):
+            _scale(gradient_BTD, upstream, share)
+        return gradient_BTD, None, None, None, None

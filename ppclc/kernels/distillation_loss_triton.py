@@ -15,15 +15,17 @@ from ppclc.kernels import LEAST_NORM
 
 FEW_WARPS, MANY_WARPS = 4, 8
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 512
+TOTAL_BLOCK, LONGEST_TOTAL = 4096, 2**16
+"""What one program adds up at a time, and how much of it before PyTorch's many programs are faster."""
 
 
 @triton.jit
 def loss_kernel(
     student, teacher, mask, share, gradient, losses,
-    stride_s, stride_t, width, each, magnitude, least,
+    stride_s, stride_t, width, weight, each, magnitude, least,
     HAS_MASK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its share of the loss, and its gradient, of the share or of the row as it is.
+    """One row: its share of the weighted loss, and its gradient, of the share or of the row as it is.
 
     share: of a row in the mean, on the device where a mask tells it, else `each`.
     """
@@ -42,12 +44,14 @@ def loss_kernel(
     norm_t = tl.where(length_t < least, least, length_t)
     cosine = dot / (norm_s * norm_t)
     stretch = norm_s / norm_t - 1
-    weight = each
+    whole = weight
     if HAS_MASK:
-        weight = tl.load(share)
+        weight *= tl.load(share)
+    else:
+        weight *= each
     loss = (2 - 2 * cosine + magnitude * stretch * stretch) * weight
     if not SHARED:
-        weight = 1.0
+        weight = whole
     by_teacher = -2 / (norm_s * norm_t) * weight
     # A clamped norm does not move with the student.
     by_student = tl.where(length_s < least, 0.0, (2 * cosine / norm_s + 2 * magnitude * stretch / norm_t) / norm_s * weight)
@@ -59,6 +63,22 @@ def loss_kernel(
     tl.store(
         gradient + row * width + columns, (by_teacher * t + by_student * s).to(gradient.dtype.element_ty), mask=inside, cache_modifier=".cs"
     )
+
+
+@triton.jit
+def total_kernel(values, total, count, SHARE: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of a few thousand values by one program, always in the same order; or one over how many are not zero, at least one."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, count, BLOCK):
+        places = first + tl.arange(0, BLOCK)
+        found = tl.load(values + places, mask=places < count, other=0)
+        if SHARE:
+            found = found != 0
+        sums += found.to(tl.float32)
+    found = tl.sum(sums, 0)
+    if SHARE:
+        found = 1 / tl.maximum(found, 1.0)
+    tl.store(total, found)
 
 
 @triton.jit
@@ -75,9 +95,9 @@ def scale_kernel(values, factor, share, count, HAS_SHARE: tl.constexpr, BLOCK: t
 
 
 def run(
-    student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None
+    student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None, weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean loss in float32, its gradient (N, D) in the student's dtype, and by what the gradient is still to be multiplied, where by anything.
+    """The weighted mean loss in float32, its gradient (N, D) in the student's dtype, and by what the gradient is still to be multiplied, where by anything.
 
     In float16 a row's share in the mean would push its gradient below the least number, so that it is left for later.
     """
@@ -88,16 +108,28 @@ def run(
     each, share, shared = 1 / max(rows, 1), None, student_ND.dtype != torch.float16
     if mask_N is not None:
         mask_N = mask_N.bool().contiguous()
-        share = mask_N.sum(dtype=torch.float32).clamp(min=1).reciprocal()
+        share = _total(mask_N, share=True)
     block = max(16, triton.next_power_of_2(width))
     loss_kernel[(rows,)](
         student_ND, teacher_ND, mask_N, share, gradient, losses,
-        student_ND.stride(0), teacher_ND.stride(0), width, each, magnitude, LEAST_NORM,
+        student_ND.stride(0), teacher_ND.stride(0), width, weight, each, magnitude, LEAST_NORM,
         HAS_MASK=mask_N is not None, SHARED=shared, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
+    loss = _total(losses)
     if shared:
-        return losses.sum(), gradient, losses.new_empty(0)
-    return losses.sum(), gradient, losses.new_full((), each) if share is None else share
+        return loss, gradient, losses.new_empty(0)
+    return loss, gradient, losses.new_full((), each) if share is None else share
+
+
+def _total(values_N: torch.Tensor, share: bool = False) -> torch.Tensor:
+    """The sum, or with `share` one over how many are not zero: by one small program, which takes less than PyTorch's."""
+    count = len(values_N)
+    if count > LONGEST_TOTAL:
+        total = values_N.sum(dtype=torch.float32)
+        return total.clamp(min=1).reciprocal() if share else total
+    total = torch.empty((), dtype=torch.float32, device=values_N.device)
+    total_kernel[(1,)](values_N, total, count, SHARE=share, BLOCK=TOTAL_BLOCK, num_warps=MANY_WARPS)
+    return total
 
 
 def scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
@@ -120,11 +152,16 @@ def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str,
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"student": f"*{dtype}", "teacher": f"*{dtype}", "mask": "*i1", "share": "*fp32", "gradient": f"*{dtype}", "losses": "*fp32"}
-        signature = rows | dict.fromkeys(("stride_s", "stride_t", "width"), "i32") | dict.fromkeys(("each", "magnitude", "least"), "fp32")
+        signature = (
+            rows | dict.fromkeys(("stride_s", "stride_t", "width"), "i32") | dict.fromkeys(("weight", "each", "magnitude", "least"), "fp32")
+        )
         for block in (64, 2048, 4096, 8192):
             for masked in (False, True):
                 constants = {"HAS_MASK": masked, "SHARED": dtype != "fp16", "BLOCK": block}
                 found.append((f"loss-{dtype}-{block}-{masked}", loss_kernel, signature, constants, {"num_warps": _warps(block)}))
         signature = {"values": f"*{dtype}", "factor": "*fp32", "share": "*fp32", "count": "i32"}
         found.append((f"scale-{dtype}", scale_kernel, signature, {"HAS_SHARE": True, "BLOCK": SCALE_BLOCK}, {"num_warps": FEW_WARPS}))
+    for share, kind in ((False, "fp32"), (True, "i1")):
+        signature = {"values": f"*{kind}", "total": "*fp32", "count": "i32"}
+        found.append((f"total-{kind}", total_kernel, signature, {"SHARE": share, "BLOCK": TOTAL_BLOCK}, {"num_warps": MANY_WARPS}))
     return found

@@ -245,8 +245,9 @@ def joint_terms(settings: DistillSettings, states: list[torch.Tensor], student: 
         terms["data"] = share * nn.functional.mse_loss(velocity, lesson.data)
     if lesson.states:
         pairs = zip(states[: len(lesson.states)], lesson.states, strict=True)
-        losses = [state_loss(own[:, -wanted.shape[1] :], wanted, settings.magnitude) for own, wanted in pairs]
-        terms["states"] = settings.state_weight * torch.stack(losses).mean()
+        each = settings.state_weight / len(lesson.states)
+        losses = [state_loss(own[:, -wanted.shape[1] :], wanted, settings.magnitude, weight=each) for own, wanted in pairs]
+        terms["states"] = torch.stack(losses).sum()
     states.clear()
     return terms
 

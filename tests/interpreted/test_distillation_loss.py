@@ -9,7 +9,7 @@ import torch
 
 from ppclc import kernels
 from ppclc.kernels import distillation_loss
-from ppclc.kernels.distillation_loss import reference, state_loss
+from ppclc.kernels.distillation_loss import one, reference, state_loss
 
 if not kernels.interpreted():
     pytest.skip("TRITON_INTERPRET=1 runs it", allow_module_level=True)
@@ -48,6 +48,52 @@ def states(batch: int, tokens: int, width: int, dtype: torch.dtype) -> tuple[tor
     torch.manual_seed(width)
     teacher = torch.randn(batch, tokens, width)
     return (teacher + 0.3 * torch.randn(batch, tokens, width)).to(dtype), teacher.to(dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_weight_is_in_the_loss_and_in_its_gradient(masked: bool, dtype: torch.dtype) -> None:
+    student, teacher = states(2, 5, 100, dtype)
+    mask = (torch.arange(10) % 3 != 1).view(2, 5) if masked else None
+    found, wanted = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss, exact = state_loss(found, teacher, 0.3, mask, 0.37), 0.37 * reference(wanted, teacher.double(), 0.3, mask)
+    loss.backward()
+    exact.backward()
+    assert found.grad is not None
+    assert wanted.grad is not None
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-6)
+    assert distance(found.grad, wanted.grad) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("count", [1, 4095, 4097, 70_000])
+def test_totals(count: int) -> None:
+    """Of whole blocks and of a part, by one program and, of more than that is for, by PyTorch."""
+    from ppclc.kernels.distillation_loss_triton import _total
+
+    values = torch.rand(count, generator=torch.Generator().manual_seed(count)) - 0.3
+    assert _total(values).item() == pytest.approx(values.double().sum().item(), rel=1e-5)
+    assert _total(values > 0, share=True).item() == pytest.approx(1 / max(1, int((values > 0).sum())), rel=1e-6)
+    assert _total(values > 2, share=True).item() == 1.0  # none counts
+
+
+def test_a_backward_from_one_does_not_look_at_the_gradient_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does one through a sum of such losses; any other upstream is looked at, and float16 has its share still to get."""
+    looked: list[float] = []
+    scale = distillation_loss._scale
+    monkeypatch.setattr(distillation_loss, "_scale", lambda g, factor, share: (looked.append(float(factor)), scale(g, factor, share)))
+    student, teacher = states(1, 5, 64, torch.float32)
+    gradients = {}
+    for name, upstream in (("one", one(student.device, torch.float32)), ("ones", torch.ones(())), ("two", torch.tensor(2.0))):
+        (gradients[name],) = torch.autograd.grad(state_loss(student.requires_grad_(), teacher, 0.1), student, upstream)
+    assert looked == [1.0, 2.0]
+    assert torch.equal(gradients["one"], gradients["ones"])
+    assert torch.equal(2 * gradients["one"], gradients["two"])
+    both_of_them = torch.stack([state_loss(student, teacher, 0.1), state_loss(student, 2 * teacher, 0.1)]).sum()
+    torch.autograd.grad(both_of_them, student, one(student.device, torch.float32))
+    assert looked == [1.0, 2.0]
+    half = student.detach().half().requires_grad_()
+    torch.autograd.grad(state_loss(half, teacher.half(), 0.1), half, one(student.device, torch.float32))
+    assert looked == [1.0, 2.0, 1.0]
 
 
 def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

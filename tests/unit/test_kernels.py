@@ -34,7 +34,7 @@ def quiet(share: float, note: str) -> None:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Kernels are taken as on a GPU; calls of their twins, by name."""
-    calls = dict.fromkeys(("add_moments", "difference_reference", "_loss_and_gradient"), 0)
+    calls = dict.fromkeys(("add_moments", "difference_reference", "_loss_and_gradient", "_scale"), 0)
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -46,7 +46,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     for module in EVERYWHERE:
         if hasattr(module, "takes"):
             monkeypatch.setattr(module, "takes", lambda name, *tensors: not torch.compiler.is_exporting())
-    for module, name in ((device_sums, "add_moments"), (moment_kernels, "difference_reference"), (distillation_loss, "_loss_and_gradient")):
+    for module, name in (
+        (device_sums, "add_moments"),
+        (moment_kernels, "difference_reference"),
+        (distillation_loss, "_loss_and_gradient"),
+        (distillation_loss, "_scale"),
+    ):
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     return calls
 
@@ -213,9 +218,9 @@ def test_sums_may_take_half_of_what_is_free(free: int, full: bool, monkeypatch: 
 def test_distill_takes_its_loss_from_the_kernel(
     source: Source, samples: Samples, taken: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Twice a step, of both streams; the same training comes of it."""
+    """Twice a step, of both streams; the same training comes of it, and no gradient is gone over again, whatever its stream's weight."""
     teacher = ResidentTeacher(load_source(source), source.family)
-    settings = DistillSettings(steps=5, batch=4)
+    settings = DistillSettings(steps=5, batch=4, text_weight=0.5)
     teaching = Teaching(source.family, source.config, teacher.block_tensors)
     plan = CompressionPlan.of(source.family.name, teacher.num_blocks, [(1, 2)])
 
@@ -231,6 +236,7 @@ def test_distill_takes_its_loss_from_the_kernel(
     assert not any(taken.values())
     assert losses(tmp_path / "taken") == pytest.approx(wanted, rel=1e-5)
     assert taken["_loss_and_gradient"] == 2 * 5
+    assert taken["_scale"] == 0
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
@@ -243,8 +249,8 @@ def test_operators_are_what_pytorch_expects(dtype: torch.dtype) -> None:
     mask = torch.arange(9) % 2 == 0
     second, cross = torch.zeros(64, 64), torch.zeros(64, 32)
     for operator, args in (
-        ("distillation_loss", (x.clone().requires_grad_(), y, 0.1, None)),
-        ("distillation_loss", (x.clone().requires_grad_(), y, 0.1, mask)),
+        ("distillation_loss", (x.clone().requires_grad_(), y, 0.1, None, 1.0)),
+        ("distillation_loss", (x.clone().requires_grad_(), y, 0.1, mask, 0.5)),
         ("scale_gradient", (x.clone(), torch.tensor(2.0), torch.empty(0))),
         ("add_moments", (second, cross, x, z, None, [])),
         ("add_moments", (second, None, x, None, mask, [torch.zeros(64)])),
@@ -259,8 +265,8 @@ def test_the_twin_has_the_gradient_of_the_formula(masked: bool, magnitude: float
     torch.manual_seed(0)
     student, teacher = torch.randn(7, 64, dtype=torch.float64, requires_grad=True), torch.randn(7, 64, dtype=torch.float64)
     mask = torch.arange(7) % 3 != 0 if masked else None
-    (wanted,) = torch.autograd.grad(distillation_loss.reference(student, teacher, magnitude, mask), student)
-    _, found, _ = torch.ops.ppclc.distillation_loss(student.detach(), teacher, magnitude, mask)
+    (wanted,) = torch.autograd.grad(0.7 * distillation_loss.reference(student, teacher, magnitude, mask), student)
+    _, found, _ = torch.ops.ppclc.distillation_loss(student.detach(), teacher, magnitude, mask, 0.7)
     assert (found - wanted).norm() <= 1e-12 * wanted.norm()
 
 

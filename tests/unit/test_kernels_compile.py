@@ -27,6 +27,7 @@ REGISTERS = {
     "difference": 220,
     "prepare": 40,
     "loss": 104,
+    "total": 40,
     "scale": 168,
     "layer_norm_modulate_backward": 208,
     "layer_norm_modulate": 112,
