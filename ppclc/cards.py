@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ppclc import __version__
-from ppclc.passes.report import label, number, percent, plan_words
 from ppclc.pipelines import INDEX, OURS, pipeline_of
 from ppclc.plan import CompressionPlan
 from ppclc.records import Verdict, write_text
 from ppclc.sources import BUILTIN, Source, json_object
+from ppclc.words import label, number, percent, plan_words
 
 CARD = "README.md"
 RECIPE = "recipe.yaml"

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppclc.plan import CompressionPlan
+from ppclc.words import bytes_text
 
 CELL = 4
 LABEL = 12
@@ -117,14 +118,6 @@ def _run(run: dict[str, Any]) -> Text:
         if run[key] > there
     ]
     return Text(told + (f"; this machine has {' and '.join(lacking)}" if lacking else ""))
-
-
-def bytes_text(count: float) -> str:
-    """Bytes with a decimal unit: `3.0 MB`."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
 
 
 def duration_text(seconds: float) -> str:

@@ -18,6 +18,7 @@ from ppclc.search import AnalyzeSettings
 from ppclc.sources import Source
 from ppclc.training import state_bytes
 from ppclc.trials import STATE_BYTES
+from ppclc.words import bytes_text
 
 SHARE = 0.9
 """Of a device's memory, what weights in training may take."""
@@ -74,7 +75,7 @@ def check_resident(recipe: Recipe, source: Source, device: str) -> None:
     need = count_parameters(model_outline(source.family, source.config)) * DTYPES[recipe.model.dtype].itemsize
     if need > (there := total_bytes(device)):
         raise UnavailableError(
-            f"distill.teacher = 'resident': its weights take {gigabytes(need)} in {recipe.model.dtype}, the GPU has {gigabytes(there)}; wanted {STREAMED}"
+            f"distill.teacher = 'resident': its weights take {bytes_text(need)} in {recipe.model.dtype}, the GPU has {bytes_text(there)}; wanted {STREAMED}"
         )
 
 
@@ -89,16 +90,11 @@ def check_finetune(recipe: Recipe, source: Source, plan: CompressionPlan, ranks:
     need = student * (4 + state_bytes(settings)) // (ranks.world if ranks.sharded else 1)
     there = total_bytes(ranks.device)
     if need + teacher > SHARE * there:
-        beside = f" beside {gigabytes(teacher)} of its teacher" if resident else ""
+        beside = f" beside {bytes_text(teacher)} of its teacher" if resident else ""
         ways = ["distill.finetune_steps: 0", "more GPUs with --use_fsdp (docs/many-devices.md)"]
         ways += ["distill.optimizer: adamw8bit"] if settings.optimizer == "adamw" else []
         ways += [STREAMED] if resident else []
         raise UnavailableError(
-            f"distill.finetune_steps = {settings.finetune_steps}: training the whole student takes {gigabytes(need)}{beside} and more for what it "
-            f"computes, the GPU has {gigabytes(there)}; wanted {', or '.join(ways)}"
+            f"distill.finetune_steps = {settings.finetune_steps}: training the whole student takes {bytes_text(need)}{beside} and more for what it "
+            f"computes, the GPU has {bytes_text(there)}; wanted {', or '.join(ways)}"
         )
-
-
-def gigabytes(nbytes: float) -> str:
-    """Two digits at least."""
-    return f"{nbytes / 1e9:.0f} GB" if nbytes >= 1e10 else f"{nbytes / 1e9:.2g} GB"

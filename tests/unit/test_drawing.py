@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ppclc.drawing import bytes_text, duration_text, strip, words
+from ppclc.drawing import duration_text, strip, words
 from ppclc.plan import CompressionPlan, FfnEdit
 
 
@@ -54,11 +54,6 @@ def test_a_long_strip_is_folded_to_the_screen(width: int) -> None:
     numbers = [int(n) for line in lines if line.startswith("block") for n in line.split()[1:]]
     assert numbers == list(range(60))
     assert "".join(lines).count("┤") == 4  # two merged blocks, in both streams
-
-
-@pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (7_345_984, "7.3 MB"), (40_861_027_880, "40.9 GB"), (1500, "1.5 kB")])
-def test_bytes_read_well(count: int, text: str) -> None:
-    assert bytes_text(count) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3.2, "3 s"), (200, "3.3 min"), (2000, "33 min"), (10_000, "2.8 h"), (864_000, "10 days")])

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import __version__
+from ppclc import __version__, words
+from ppclc.charts import THEME
 from ppclc.passes import report
 from ppclc.passes.report import ReportInputs, report_html, report_json, write_report
 from ppclc.plan import CompressionPlan
@@ -328,7 +329,7 @@ def test_every_picture_has_words_and_follows_the_theme(page: str) -> None:
     assert len(charts) == 2 + 4 + 3 + 1
     assert all(chart["role"] == "img" and chart["aria-label"] and chart["viewbox"] for chart in charts)
     assert all(image["alt"] for image in found.all("img"))
-    assert not [stand_in for stand_in in report.THEME if stand_in in page]
+    assert not [stand_in for stand_in in THEME if stand_in in page]
     assert "prefers-color-scheme: dark" in found.style
     used = set(re.findall(r"var\((--[\w-]+)\)", page))
     assert used <= set(re.findall(r"(--[\w-]+):", found.style))
@@ -419,31 +420,31 @@ def test_many_edits_share_one_colour_and_all_are_in_the_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "words"),
+    ("value", "told"),
     [(1_830_000, "1,830,000"), (-0.71234, "−0.7123"), (3.1e-6, "3.1e−6"), (0.0, "0"), (None, "–"), (math.nan, "–")],
 )
-def test_numbers_in_words(value: float | None, words: str) -> None:
-    assert report.number(value) == words
+def test_numbers_in_words(value: float | None, told: str) -> None:
+    assert words.number(value) == told
 
 
 def test_other_words() -> None:
-    assert [report.size(n) for n in (0, 999, 7_320_000, 40_900_000_000)] == ["0 B", "999 B", "7.32 MB", "40.9 GB"]
-    assert [report.seconds(s) for s in (0.42, 38.2, 725, 12_000)] == ["0.42 s", "38 s", "12 min 05 s", "3 h 20 min"]
-    assert report.label("scene_accuracy_g2") == "scene accuracy, guidance 2"
-    assert report.label("scene_accuracy_g1.5") == "scene accuracy, guidance 1.5"
-    assert report.gate_label("scene_accuracy_g1.5.drop_percent") == "scene accuracy, guidance 1.5: drop in %"
-    assert report.gate_label("velocity_error") == "velocity error"
-    assert [report.many(n) for n in (1_830_000, 20_430_401_088)] == ["1,830,000", "20.43 billion"]
-    assert report.label("velocity_error") == "velocity error"
-    assert report.edit_words("text-9-10-8-8") == "text stream of 9–10 from 8"
-    assert report.edit_words("modulation") == "modulation"
+    assert [words.bytes_text(n) for n in (0, 999, 7_320_000, 40_900_000_000)] == ["0 B", "999 B", "7.32 MB", "40.9 GB"]
+    assert [words.seconds(s) for s in (0.42, 38.2, 725, 12_000)] == ["0.42 s", "38 s", "12 min 05 s", "3 h 20 min"]
+    assert words.label("scene_accuracy_g2") == "scene accuracy, guidance 2"
+    assert words.label("scene_accuracy_g1.5") == "scene accuracy, guidance 1.5"
+    assert words.gate_label("scene_accuracy_g1.5.drop_percent") == "scene accuracy, guidance 1.5: drop in %"
+    assert words.gate_label("velocity_error") == "velocity error"
+    assert [words.many(n) for n in (1_830_000, 20_430_401_088)] == ["1,830,000", "20.43 billion"]
+    assert words.label("velocity_error") == "velocity error"
+    assert words.edit_words("text-9-10-8-8") == "text stream of 9–10 from 8"
+    assert words.edit_words("modulation") == "modulation"
 
 
 def test_linear_networks_are_told_in_words_and_on_the_strip() -> None:
     plan = CompressionPlan.of("qwen_image", BLOCKS, [(3, 4)], [], ffn=[(2, "image"), (2, "text"), (3, "image")])
-    words = report.plan_words(plan)
-    assert "The text feed-forward network of block 2 became one linear map." in words
-    assert len(words) == 4
+    told = words.plan_words(plan)
+    assert "The text feed-forward network of block 2 became one linear map." in told
+    assert len(told) == 4
     strip = {stand.cells[0].block: stand for stand in report.stands(plan)}
     assert (strip[2].badges, strip[3].badges, strip[5].badges) == (("image ffn", "text ffn"), ("image ffn",), ())
     made = "image feed-forward network made linear; text feed-forward network made linear"
@@ -453,12 +454,12 @@ def test_linear_networks_are_told_in_words_and_on_the_strip() -> None:
 
 def test_adapters_are_told_in_words_and_on_the_strip() -> None:
     plan = CompressionPlan.of("qwen_image", BLOCKS, [(3, 4), (6, 8)], adapters=[(6, 8)])
-    assert report.plan_words(plan)[-1] == "Blocks 6–8 have linear adapters before them, one a stream."
+    assert words.plan_words(plan)[-1] == "Blocks 6–8 have linear adapters before them, one a stream."
     strip = {stand.cells[0].block: stand for stand in report.stands(plan)}
     assert (strip[3].badges, strip[6].badges) == ((), ("adapter",))
     assert strip[6].cells[1].note == "Teacher block 7: blocks 6–8 became student block 5; linear adapters in front of it"
-    assert report.edit_words("interval-6-8-adapted") == "blocks 6–8 as one, with adapters"
-    assert report.edit_words("interval-6-8") == "blocks 6–8 as one"
+    assert words.edit_words("interval-6-8-adapted") == "blocks 6–8 as one, with adapters"
+    assert words.edit_words("interval-6-8") == "blocks 6–8 as one"
 
 
 def test_starts_are_told_with_the_blocks_that_they_are_for() -> None:
