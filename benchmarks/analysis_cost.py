@@ -17,18 +17,18 @@ from typing import Any
 import torch
 
 from benchmarks.results_file import write_results
-from ppclc.budget import PlanSettings
-from ppclc.closed_forms import Probes, cka_map
-from ppclc.edit_costs import EditCosts
+from ppclc.analysis.budget import PlanSettings
+from ppclc.analysis.closed_forms import Probes, cka_map
+from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.moments import near_of
+from ppclc.analysis.search import AnalyzeSettings, Search
+from ppclc.data.samples import Samples, open_samples
 from ppclc.families import STREAMS
+from ppclc.loading.sources import open_source
 from ppclc.models import load_source, quiet_libraries, set_threads
-from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import BATCH, CalibrateSettings, calibrate
 from ppclc.records import CalibrationStats, measured
-from ppclc.samples import Samples, open_samples
-from ppclc.search import AnalyzeSettings, Search
-from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, Teacher
 
 

@@ -20,12 +20,12 @@ import torch
 
 from benchmarks.fake_cuda import Calls, Counted, fake_cuda, fake_sample, put
 from benchmarks.results_file import write_results
-from ppclc.block_costs import width_of
-from ppclc.classes import empty_model
-from ppclc.moments import Moments
+from ppclc.analysis.moments import Moments
+from ppclc.costs.blocks import width_of
+from ppclc.data.samples import Sample
+from ppclc.loading.classes import empty_model
+from ppclc.loading.published import published_config
 from ppclc.passes.calibrate import CalibrateSettings, Calibration, Piece, by_timestep, far_every
-from ppclc.published import published_config
-from ppclc.samples import Sample
 from ppclc.teachers import ResidentTeacher
 
 BLOCKS = (12, 24)

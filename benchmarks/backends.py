@@ -18,9 +18,9 @@ import torch
 
 from benchmarks.results_file import write_results
 from ppclc import plugins
-from ppclc.bench_targets import session_target
+from ppclc.benching.roofline import work_of
+from ppclc.benching.targets import session_target
 from ppclc.passes.bench import run_bench
-from ppclc.roofline import work_of
 from tests.contracts.test_backends import ROLES, SMALL, in_dtype, lower
 
 SIZE = {"batch": 4, "height": 16, "width": 16, "text": 64}

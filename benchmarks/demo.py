@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from benchmarks.results_file import write_results
+from ppclc.loading.sources import open_source
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes.verify import VerifySettings
-from ppclc.sources import open_source
 
 
 def main() -> None:

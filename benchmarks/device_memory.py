@@ -22,17 +22,17 @@ import torch
 
 from benchmarks import emulated_cuda
 from benchmarks.results_file import write_results
-from ppclc.block_costs import width_of
-from ppclc.classes import model_class
-from ppclc.local_edits import Teaching, interval_edit
+from ppclc.costs.blocks import width_of
+from ppclc.data.samples import STATES as FORWARD_STATES
+from ppclc.data.samples import Sample, Share, moved
+from ppclc.loading.classes import model_class
+from ppclc.loading.published import published_config
+from ppclc.loading.sources import Source
 from ppclc.passes import verify
 from ppclc.passes.distill import STATES, DistillSettings, distill_edits, training_bytes
 from ppclc.plan import CompressionPlan
-from ppclc.published import published_config
-from ppclc.samples import STATES as FORWARD_STATES
-from ppclc.samples import Sample, Share, moved
-from ppclc.sources import Source
 from ppclc.teachers import ResidentTeacher
+from ppclc.training.local_edits import Teaching, interval_edit
 
 BLOCKS, TEXT, BYTES = 3, 256, 2
 MEMORY = 64 * 2**30
@@ -40,7 +40,7 @@ MEMORY = 64 * 2**30
 
 @dataclass
 class Noise:
-    """Samples of one size, as `ppclc.samples.Samples` gives them."""
+    """Samples of one size, as `ppclc.data.samples.Samples` gives them."""
 
     source: Source
     side: int

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from benchmarks.results_file import write_results
-from ppclc.devices import open_ranks
+from ppclc.data.samples import open_samples
+from ppclc.loading.sources import open_source
+from ppclc.machine.devices import open_ranks
 from ppclc.models import apply_plan, load_source, quiet_libraries
 from ppclc.passes import distill
 from ppclc.plan import CompressionPlan
-from ppclc.samples import open_samples
-from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
 
 INTERVALS = [(3, 4), (6, 7), (9, 10)]

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from benchmarks.results_file import write_results
-from ppclc.classes import predicted_parameters
+from ppclc.analysis.detection import even_intervals
 from ppclc.compiler import compress
-from ppclc.detection import even_intervals
-from ppclc.display import Display
+from ppclc.loading.classes import predicted_parameters
+from ppclc.loading.sources import open_source
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes.verify import VerifySettings
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe, parse_recipe, read_recipe
 from ppclc.run import Run
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 
 
 def training_seconds(report: list[dict[str, Any]]) -> float:

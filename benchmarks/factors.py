@@ -20,12 +20,11 @@ import torch
 
 from benchmarks.judging import Judge, better_by
 from benchmarks.results_file import write_results
-from ppclc.closed_forms import closed_form_bank, interval_adapters
+from ppclc.analysis.closed_forms import closed_form_bank, interval_adapters
+from ppclc.analysis.edit_costs import kept_choices
 from ppclc.compiler import compress
-from ppclc.display import Display
-from ppclc.edit_costs import kept_choices
-from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit
-from ppclc.local_phase import LocalPhase, LocalSettings
+from ppclc.data.samples import Samples, open_samples
+from ppclc.loading.sources import open_source
 from ppclc.models import build_student, load_source, set_threads
 from ppclc.passes import distill as distill_pass
 from ppclc.passes.distill import DistillSettings
@@ -33,9 +32,10 @@ from ppclc.plan import CompressionPlan, Interval
 from ppclc.quality import velocity_error
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
-from ppclc.samples import Samples, open_samples
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
+from ppclc.training.local_edits import BatchStates, LocalEdit, Teaching, interval_edit
+from ppclc.training.local_phase import LocalPhase, LocalSettings
 
 BLOCKS, GONE, RANK, TRIED_STEPS = 12, 6, 8, 30
 DISTILL = {"steps": 100, "learning_rate": 5e-3, "finetune_steps": 200, "finetune_learning_rate": 7e-3}
@@ -199,8 +199,8 @@ def laboratory(out: Path, strategy: str = "output_error") -> Lab:
 
 def parameters_left(source: Any) -> int:
     """Parameters of a student with so many blocks gone at that rank."""
-    from ppclc.classes import predicted_parameters
-    from ppclc.detection import even_intervals
+    from ppclc.analysis.detection import even_intervals
+    from ppclc.loading.classes import predicted_parameters
 
     like = CompressionPlan.of(source.family.name, BLOCKS, even_intervals([BLOCKS], GONE), [], RANK, True)
     return predicted_parameters(source.family, source.config, like)

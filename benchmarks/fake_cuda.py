@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from ppclc import kernels
-from ppclc.device_sums import HostCopies, Place
-from ppclc.samples import Sample
+from ppclc.analysis.device_sums import HostCopies, Place
+from ppclc.data.samples import Sample
 from ppclc.teachers import ResidentTeacher
 
 DEVICE = torch.device("cuda", 0)

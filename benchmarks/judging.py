@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ppclc.devices import cores
+from ppclc.loading.sources import Source
+from ppclc.machine.devices import cores
 from ppclc.passes.verify import VerifySettings
 from ppclc.records import digest_of, write_tensors
-from ppclc.sources import Source
 
 Outcomes = dict[str, torch.Tensor]
 

@@ -24,8 +24,8 @@ import torch
 from benchmarks.results_file import write_results
 from benchmarks.slicing import published, write_teacher
 from ppclc import plugins
-from ppclc.classes import model_outline
 from ppclc.families import Family
+from ppclc.loading.classes import model_outline
 
 SPARSE_BEYOND = 8
 IMPORTS = (

@@ -21,8 +21,8 @@ import torch
 from benchmarks.factors import Lab, laboratory
 from benchmarks.judging import Judge, better_by
 from benchmarks.results_file import write_results
+from ppclc.loading.sources import open_source
 from ppclc.models import load_source, set_threads
-from ppclc.sources import open_source
 
 RATIO = 6
 """Local steps for one joint step. Source: arXiv 2511.16156, training set-up (6,000 and 1,000)."""

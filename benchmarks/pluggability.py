@@ -21,10 +21,10 @@ from benchmarks.judging import Judge
 from benchmarks.results_file import write_results
 from ppclc import sizes
 from ppclc.compiler import compress
-from ppclc.display import Display
+from ppclc.loading.sources import open_source
 from ppclc.models import load_model, load_source, set_threads
 from ppclc.recipe import parse_recipe
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 
 
 def recipe(seed: int) -> dict[str, Any]:

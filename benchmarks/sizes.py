@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 
 from benchmarks.judging import Judge, Outcomes
 from benchmarks.results_file import write_results
-from ppclc.classes import count_parameters, predicted_parameters
+from ppclc.analysis.detection import even_intervals
 from ppclc.compiler import compress
-from ppclc.detection import even_intervals
-from ppclc.display import Display
+from ppclc.data.samples import open_samples
+from ppclc.loading.classes import count_parameters, predicted_parameters
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, load_model, load_source, set_threads
 from ppclc.passes import distill as distill_pass
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.records import write_tensors
 from ppclc.run import Run
-from ppclc.samples import open_samples
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
 
 BLOCKS, GONE = 12, 5

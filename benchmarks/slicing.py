@@ -30,13 +30,13 @@ import torch
 
 from benchmarks.results_file import write_results
 from ppclc import plugins
-from ppclc.checkpoints import Made, write_checkpoint
-from ppclc.classes import empty_model, random_model
 from ppclc.families import Family
+from ppclc.loading.checkpoints import Made, write_checkpoint
+from ppclc.loading.classes import empty_model, random_model
+from ppclc.loading.sources import open_source
 from ppclc.models import quiet_libraries
 from ppclc.passes.slice import slice_student
 from ppclc.plan import CompressionPlan
-from ppclc.sources import open_source
 
 MODELS = {"qwen": "qwen_image", "flux": "flux"}
 RANK = 64

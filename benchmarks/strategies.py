@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 
 from benchmarks.even_blocks import difference
 from benchmarks.results_file import write_results
-from ppclc.classes import predicted_parameters
+from ppclc.analysis.detection import even_intervals
 from ppclc.compiler import compress
-from ppclc.detection import even_intervals
-from ppclc.display import Display
+from ppclc.loading.classes import predicted_parameters
+from ppclc.loading.sources import open_source
 from ppclc.passes import verify
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 
 STRATEGIES = ("output_error", "ppcl", "block_influence", "laptop", "even")
 BLOCKS = 12

@@ -43,17 +43,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.results_file import write_results
-from ppclc.checkpoints import WEIGHTS
-from ppclc.classes import empty_model, random_model
+from ppclc.data.samples import Sample
 from ppclc.families import Family
-from ppclc.local_edits import Teaching, Weights, interval_edit
-from ppclc.local_phase import LocalPhase, LocalSettings
+from ppclc.loading.checkpoints import WEIGHTS
+from ppclc.loading.classes import empty_model, random_model
+from ppclc.loading.sources import open_source
 from ppclc.models import blocks_of, load_source, quiet_libraries
 from ppclc.plan import CompressionPlan
-from ppclc.samples import Sample
-from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Sweep, Teacher
-from ppclc.training import TrainingSettings
+from ppclc.training.local_edits import Teaching, Weights, interval_edit
+from ppclc.training.local_phase import LocalPhase, LocalSettings
+from ppclc.training.trainer import TrainingSettings
 
 BAR = 1.5
 HEAD = 64

@@ -24,12 +24,12 @@ from typing import Any
 
 from benchmarks.results_file import write_results
 from benchmarks.streamed import MODES, drop_from_cache, forget_the_past, peak_resident, teacher_config, write_teacher
-from ppclc.classes import count_parameters, model_outline, random_model
 from ppclc.compiler import compress
-from ppclc.display import Display
+from ppclc.loading.classes import count_parameters, model_outline, random_model
+from ppclc.loading.sources import open_source
 from ppclc.models import blocks_of, quiet_libraries
 from ppclc.recipe import parse_recipe
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 
 EVERY_S = 0.01
 

@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 __all__ = ["CompressionPlan", "PpclcError", "__version__", "apply_plan", "load_exported", "load_model"]
 
 if TYPE_CHECKING:
+    from ppclc.artefacts.exported import load_exported
     from ppclc.errors import PpclcError
-    from ppclc.exported import load_exported
     from ppclc.models import apply_plan, load_model
     from ppclc.plan import CompressionPlan
 
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         "CompressionPlan": "plan",
         "PpclcError": "errors",
         "apply_plan": "models",
-        "load_exported": "exported",
+        "load_exported": "artefacts.exported",
         "load_model": "models",
     }
     if name not in homes:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import PlanSettings, adapted_spans
-from ppclc.closed_forms import closed_form_bank
+from ppclc.analysis.budget import PlanSettings, adapted_spans
+from ppclc.analysis.closed_forms import closed_form_bank
 from ppclc.families import Bank, Family
 from ppclc.passes import distill
 from ppclc.passes.distill import DistillSettings

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import even_plan
-from ppclc.classes import DTYPES, Pool, model_outline, random_model, student_config
-from ppclc.devices import free_bytes
+from ppclc.analysis.budget import even_plan
+from ppclc.artefacts.receipts import RECORD, model_digest_of, read_export
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family, Lowered
+from ppclc.loading.classes import DTYPES, Pool, model_outline, random_model, student_config
+from ppclc.loading.published import open_outline, published
+from ppclc.loading.sources import Source, open_configuration, open_source
+from ppclc.machine.devices import free_bytes
 from ppclc.passes.bench import Benched
-from ppclc.published import open_outline, published
-from ppclc.receipts import RECORD, model_digest_of, read_export
 from ppclc.recipe import find_recipe, read_recipe
 from ppclc.records import digest_of
 from ppclc.run import newest_out
-from ppclc.sources import Source, open_configuration, open_source
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ppclc.errors import PpclcError, memory_lacks
-from ppclc.interrupts import terminate_as_interrupt
+from ppclc.machine.interrupts import terminate_as_interrupt
 
 INTERRUPTED, TOLD = 130, "ppclc: interrupted; the same command goes on from here"
 app = typer.Typer(

@@ -13,34 +13,35 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ppclc import block_costs, compiler, kernels, sizes
-from ppclc.bench_files import write_bench
+from ppclc import compiler, kernels, sizes
+from ppclc.analysis.budget import budget_of, check_by_hand, check_target, even_plan
+from ppclc.artefacts.receipts import RECORD, read_export
 from ppclc.bench_subjects import asked_for, random_models, subjects_of
-from ppclc.budget import budget_of, check_by_hand, check_target, even_plan
-from ppclc.classes import count_parameters, model_outline
-from ppclc.devices import launcher_warning, open_ranks
-from ppclc.display import Display
-from ppclc.drawing import plan_drawing
-from ppclc.encoding import is_there, kind_at
+from ppclc.benching.files import write_bench
+from ppclc.costs import blocks as block_costs
+from ppclc.costs.predictions import predict
+from ppclc.data.encoding import is_there, kind_at
 from ppclc.environment import accelerator, machine, versions
 from ppclc.errors import OutputError, RecipeError
-from ppclc.lora import remap
+from ppclc.forecast.runs import run_costs
+from ppclc.loading.classes import count_parameters, model_outline
+from ppclc.loading.published import open_outline
+from ppclc.loading.sources import BUILTIN, STUDENT, Source, check_teacher, open_source, run_at
+from ppclc.loras.remap import remap
 from ppclc.lowering import gpu
+from ppclc.machine.devices import launcher_warning, open_ranks
 from ppclc.models import load_source, quiet_libraries, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.passes.bench import bench_models, check_providers, check_size, device_of
 from ppclc.plan import CompressionPlan
-from ppclc.predictions import predict
-from ppclc.published import open_outline
-from ppclc.receipts import RECORD, read_export
 from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
 from ppclc.records import check_writable, write_text
 from ppclc.run import check_late_settings, newest_out
-from ppclc.run_costs import run_costs
+from ppclc.screens.display import Display
+from ppclc.screens.drawing import plan_drawing
 from ppclc.slicing import check_weights
-from ppclc.sources import BUILTIN, STUDENT, Source, check_teacher, open_source, run_at
 
 HEAD = ("teacher", "student", "plan", "gates")
 """What `compress` and `slice` print of a report."""

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 
 from ppclc import kernels
+from ppclc.analysis.closed_forms import check_calibrated, check_reach
+from ppclc.analysis.reach import reach_of
+from ppclc.analysis.search import AnalyzeSettings, Lessons
+from ppclc.artefacts.receipts import RECORD, is_intact, read_export
 from ppclc.bank import joined, needed
-from ppclc.cards import Card, write_card
-from ppclc.classes import count_parameters, model_outline, student_config
-from ppclc.closed_forms import check_calibrated, check_reach
-from ppclc.devices import Ranks, alone_here
-from ppclc.display import Display
+from ppclc.data.encoding import Unencoded, cached, decoder, find_data
 from ppclc.distilling import bank_of, distill
-from ppclc.encoding import Unencoded, cached, decoder, find_data
 from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError, UnavailableError, VerificationError, memory_lacks
 from ppclc.families import Lowered
-from ppclc.interrupts import raise_if_stopped
 from ppclc.judges import open_judges
-from ppclc.locks import alone_in
+from ppclc.loading.classes import count_parameters, model_outline, student_config
+from ppclc.loading.sources import Source, check_teacher, open_source
+from ppclc.machine.devices import Ranks, alone_here
+from ppclc.machine.interrupts import raise_if_stopped
+from ppclc.machine.locks import alone_in
 from ppclc.models import load_model, load_source, quiet_libraries, set_threads
 from ppclc.passes import analyze as analyze_pass
 from ppclc.passes import bench as bench_pass
@@ -35,16 +37,14 @@ from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import slice as slice_pass
 from ppclc.passes import verify as verify_pass
-from ppclc.pipelines import surround
 from ppclc.plan import CompressionPlan
-from ppclc.reach import reach_of
-from ppclc.receipts import RECORD, is_intact, read_export
+from ppclc.publishing.cards import Card, write_card
+from ppclc.publishing.pipelines import surround
 from ppclc.recipe import ExportTarget, Recipe
 from ppclc.records import Analysis, Benchmark, CalibrationStats, Export, Measured, Record, Student, Verdict, measured, write_text
 from ppclc.room import check_finetune, memory_told
 from ppclc.run import Run, check_mark, made, prepare
-from ppclc.search import AnalyzeSettings, Lessons
-from ppclc.sources import Source, check_teacher, open_source
+from ppclc.screens.display import Display
 
 SCALE_BATCHES, SCALE_BATCH = 8, 8
 """Of the run's samples, on which float8 finds its scales."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppclc.block_costs import default_size
-from ppclc.cache import TEXT, open_cache
-from ppclc.encoding import kind_at
+from ppclc.costs.blocks import default_size
+from ppclc.data.cache import TEXT, open_cache
+from ppclc.data.encoding import kind_at
 from ppclc.errors import PpclcError
-from ppclc.pipelines import pipeline_of
+from ppclc.loading.sources import Source, part_config
+from ppclc.publishing.pipelines import pipeline_of
 from ppclc.recipe import Recipe
-from ppclc.sources import Source, part_config
 
 PIXELS, TEXT_TOKENS = 16, 512
 """Of a token's side, and of a prompt, where neither the pipeline nor encoded samples tell: what published pipelines have, and take at most."""

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppclc.analysis.closed_forms import interval_adapters
+from ppclc.analysis.refits import refitted, text_blocks
 from ppclc.bank import held_edits, interval_job, intervals_to_distill, joined, start_of, width_job
-from ppclc.closed_forms import interval_adapters
 from ppclc.families import Bank
-from ppclc.local_edits import LocalEdit, Teaching, interval_edit, width_edits
 from ppclc.models import build_student
 from ppclc.passes import distill as distill_pass
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import CalibrationStats, Distilled, Job
-from ppclc.refits import refitted, text_blocks
 from ppclc.room import check_finetune
 from ppclc.run import Run, made
+from ppclc.training.local_edits import LocalEdit, Teaching, interval_edit, width_edits
 
 BlockTensors = Callable[[int], Mapping[str, torch.Tensor]]
 """A teacher's block by number, its tensors on the CPU."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from ppclc.gpu_state import gpu_state
+from ppclc.loading.sources import Source
 from ppclc.lowering import gpu
+from ppclc.machine.gpu_state import gpu_state
 from ppclc.models import set_threads
-from ppclc.sources import Source
 
 LIBRARIES = ("torch", "diffusers", "transformers", "safetensors", "onnx", "onnxscript", "onnxruntime", "numpy", "scikit-learn")
 

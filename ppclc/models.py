@@ -20,26 +20,26 @@ import torch
 from torch import nn
 
 from ppclc import families
-from ppclc.checkpoints import STATES, Piece, held, places_in, write_checkpoint
-from ppclc.classes import (
+from ppclc.errors import ModelError, UnavailableError, first_line
+from ppclc.families import Bank, Family, Group, Layout
+from ppclc.kernels.fused import fuse
+from ppclc.loading.checkpoints import STATES, Piece, held, places_in, write_checkpoint
+from ppclc.loading.classes import (
     DTYPES,
     empty_model,
     model_class,
     model_outline,
     student_config,
 )
-from ppclc.devices import cores
-from ppclc.errors import ModelError, UnavailableError, first_line
-from ppclc.families import Bank, Family, Group, Layout
-from ppclc.kernels.fused import fuse
-from ppclc.plan import CompressionPlan
-from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
-from ppclc.sources import (
+from ppclc.loading.sources import (
     Source,
     check_tensors,
     json_object,
     open_source,
 )
+from ppclc.machine.devices import cores
+from ppclc.plan import CompressionPlan
+from ppclc.records import StoredTensors, disk_errors, file_digest, write_text
 from ppclc.student_tensors import student_tensor
 from ppclc.students.parts import Travelling, bring_class
 

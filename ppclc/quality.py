@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ppclc import flow
+from ppclc.data import flow
 from ppclc.records import Quality
 
 

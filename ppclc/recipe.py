@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ppclc.budget import PlanSettings, TargetSettings
+from ppclc.analysis.budget import PlanSettings, TargetSettings
+from ppclc.analysis.search import AnalyzeSettings
 from ppclc.errors import RecipeError
 from ppclc.kernels import Kernels
 from ppclc.passes.bench import BenchSettings
 from ppclc.passes.calibrate import CalibrateSettings
 from ppclc.passes.distill import DistillSettings
 from ppclc.passes.verify import VerifySettings
-from ppclc.search import AnalyzeSettings
 
 SHIPPED = Path(__file__).parent / "recipes"
 

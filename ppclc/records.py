@@ -25,8 +25,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppclc.devices import Ranks
 from ppclc.errors import OutputError, UnavailableError
+from ppclc.machine.devices import Ranks
 from ppclc.plan import CompressionPlan
 
 
@@ -41,12 +41,12 @@ class Record(BaseModel):
 
 
 class CalibrationStats(Record):
-    """Second moments of a teacher's states, as `ppclc.moments` names them: in float64, or in float32 where kernels on a GPU summed them up.
+    """Second moments of a teacher's states, as `ppclc.analysis.moments` names them: in float64, or in float32 where kernels on a GPU summed them up.
 
     State i is the input of block i (i = `num_blocks`: the output of the last). Near moments of streams
     `image`, `text` and `temb` (of `SiLU(temb)`, one row a forward), far ones of `image`, `text` and
     `text_input` (the modulated text state that feeds block i's keys and values), and those of the
-    feed-forward networks (`ppclc.ffn_maps`). When `grouped`, near
+    feed-forward networks (`ppclc.analysis.ffn_maps`). When `grouped`, near
     moments also stand under `chunk.<c>.` and `band.<b>.`: of every eighth batch, and of each band of
     timesteps. Rows are counted in `rows`; `moment_seconds` went into moments, beside the forwards.
     """

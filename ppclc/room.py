@@ -7,18 +7,18 @@ from contextlib import contextmanager
 
 import torch
 
-from ppclc.classes import DTYPES, count_parameters, model_outline, predicted_parameters
+from ppclc.analysis.search import AnalyzeSettings
+from ppclc.analysis.trials import STATE_BYTES
+from ppclc.costs.predictions import activation_bytes, by_depth
 from ppclc.data_size import sample_size
-from ppclc.devices import Ranks, total_bytes
 from ppclc.errors import PpclcError, UnavailableError, memory_lacks
+from ppclc.loading.classes import DTYPES, count_parameters, model_outline, predicted_parameters
+from ppclc.loading.sources import Source
+from ppclc.machine.devices import Ranks, total_bytes
 from ppclc.plan import CompressionPlan
-from ppclc.predictions import activation_bytes, by_depth
 from ppclc.recipe import Recipe
-from ppclc.search import AnalyzeSettings
-from ppclc.sources import Source
-from ppclc.training import state_bytes
-from ppclc.trials import STATE_BYTES
-from ppclc.words import bytes_text
+from ppclc.screens.words import bytes_text
+from ppclc.training.trainer import state_bytes
 
 SHARE = 0.9
 """Of a device's memory, what weights in training may take."""

@@ -8,20 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ppclc.budget import TargetSettings, budget_of, check_by_hand, check_target, even_plan
-from ppclc.cache import FEW, Cache
-from ppclc.classes import model_outline
-from ppclc.devices import Ranks, give_back
-from ppclc.display import Display
-from ppclc.encoding import Unencoded, cached, find_data
+from ppclc.analysis.budget import TargetSettings, budget_of, check_by_hand, check_target, even_plan
+from ppclc.analysis.search import AnalyzeSettings
+from ppclc.data.cache import FEW, Cache
+from ppclc.data.encoding import Unencoded, cached, find_data
+from ppclc.data.samples import Samples, open_samples
 from ppclc.errors import OutputError, RecipeError
 from ppclc.judges import open_judges
+from ppclc.loading.classes import model_outline
+from ppclc.loading.sources import Source, check_teacher, open_source
+from ppclc.machine.devices import Ranks, give_back
 from ppclc.models import check_headers, load_source, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import verify as verify_pass
 from ppclc.passes.bench import check_providers, check_size, device_of
-from ppclc.pipelines import components, pipeline_of
 from ppclc.plan import CompressionPlan
+from ppclc.publishing.pipelines import components, pipeline_of
 from ppclc.recipe import Recipe
 from ppclc.records import (
     Analysis,
@@ -40,11 +42,9 @@ from ppclc.records import (
     write_text,
 )
 from ppclc.room import analysis_here, check_finetune, check_resident
-from ppclc.samples import Samples, open_samples
-from ppclc.search import AnalyzeSettings
-from ppclc.sources import Source, check_teacher, open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
-from ppclc.training import check_optimizer
+from ppclc.training.trainer import check_optimizer
 
 
 @dataclass

@@ -17,24 +17,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ppclc import comfyui, compiler, distilling, selection
+from ppclc import compiler, distilling
+from ppclc.analysis import selection
+from ppclc.analysis.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
+from ppclc.analysis.selection import Budget, Options, Span
 from ppclc.bank import INTERVAL, EditBank, considered, interval_plan, needed
-from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
-from ppclc.cards import CARD, Card, write_card
-from ppclc.classes import student_config
-from ppclc.display import Display
 from ppclc.errors import OutputError, PlanError, RecipeError
-from ppclc.locks import alone_in
+from ppclc.loading.classes import student_config
+from ppclc.loading.sources import BUILTIN, Source, check_teacher, open_source
+from ppclc.machine.locks import alone_in
 from ppclc.models import quiet_libraries
 from ppclc.passes import slice as slice_pass
 from ppclc.passes.distill import DistillSettings
-from ppclc.pipelines import names_in, surround
 from ppclc.plan import CompressionPlan, Interval
+from ppclc.publishing import comfyui
+from ppclc.publishing.cards import CARD, Card, write_card
+from ppclc.publishing.pipelines import names_in, surround
 from ppclc.recipe import Recipe, read_recipe
 from ppclc.records import Analysis, Distilled, Store, Student, check_writable, digest_of, file_digest, whole_folder, write_text
 from ppclc.run import Run
-from ppclc.selection import Budget, Options, Span
-from ppclc.sources import BUILTIN, Source, check_teacher, open_source
+from ppclc.screens.display import Display
 
 VERSION = 1
 SIZE_FILE = "size.json"

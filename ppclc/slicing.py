@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from ppclc.checkpoints import Made, Piece
-from ppclc.classes import model_outline, student_config
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Bank
+from ppclc.loading.checkpoints import Made, Piece
+from ppclc.loading.classes import model_outline, student_config
+from ppclc.loading.sources import Source, check_tensors, json_object
+from ppclc.loading.weight_files import WeightFiles, is_finite
 from ppclc.models import load_source
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
-from ppclc.sources import Source, check_tensors, json_object
 from ppclc.student_tensors import student_tensor
-from ppclc.weight_files import WeightFiles, is_finite
 
 
 class _Outlines(Mapping[str, torch.Tensor]):

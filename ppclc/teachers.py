@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppclc import flow
-from ppclc.classes import DTYPES, empty_model
-from ppclc.devices import free_bytes
+from ppclc.data import flow
+from ppclc.data.samples import Sample, picked
 from ppclc.families import Family, Group, States
+from ppclc.loading.classes import DTYPES, empty_model
+from ppclc.loading.sources import Source
+from ppclc.loading.weight_files import WeightFiles
+from ppclc.machine.devices import free_bytes
 from ppclc.models import ALIGNMENT, Shared, block_state, blocks_of, groups_of
-from ppclc.samples import Sample, picked
-from ppclc.sources import Source
-from ppclc.weight_files import WeightFiles
 
 TEXT_INPUT = "text_input"
 HELD_BLOCKS, HELD_BYTES = 2, 2**28

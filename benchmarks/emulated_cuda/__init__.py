@@ -150,7 +150,8 @@ def _copied(tensor: torch.Tensor, memo: dict[int, Any], plain: Any = torch.Tenso
 
 def _stand_in() -> None:
     """Kernels are taken for what lies on the device, and their twins in PyTorch run; the roofline is measured with little."""
-    from ppclc import kernels, roofline
+    from ppclc import kernels
+    from ppclc.benching import roofline
     from ppclc.kernels import distillation_loss, modulation, moments, qk_norm_rope
 
     kernels._lacks = lambda _: ""  # type: ignore[assignment]

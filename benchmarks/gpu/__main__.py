@@ -30,7 +30,7 @@ from benchmarks.gpu.measuring import NotRun, Proof, Row, alive, reclaim, short
 from benchmarks.gpu.tables import markdown
 from benchmarks.results_file import RESULTS, processor, unused
 from ppclc.environment import versions
-from ppclc.gpu_state import gpu_fields, nvidia_smi
+from ppclc.machine.gpu_state import gpu_fields, nvidia_smi
 from ppclc.models import quiet_libraries
 
 PARTS = {"correctness": 20, "speed": 45, "ladder": 60, "analysis": 30, "engines": 30}

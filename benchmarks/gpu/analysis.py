@@ -20,17 +20,17 @@ from torch import nn
 from benchmarks.gpu.ladder import Pool, Rung, stand
 from benchmarks.gpu.measuring import NotRun, Proof, Row, kernels, kernels_here, reclaim, rows_of, synchronize
 from ppclc import plugins
-from ppclc.devices import Ranks
+from ppclc.analysis.moments import Moments
+from ppclc.data.samples import Sample, moved
 from ppclc.families import Family
-from ppclc.local_edits import BatchStates, Teaching, Weights, interval_edit
-from ppclc.local_phase import batch_states
-from ppclc.moments import Moments
+from ppclc.loading.published import published_config
+from ppclc.machine.devices import Ranks
 from ppclc.passes.calibrate import CalibrateSettings, Calibration, Piece, by_timestep, far_every
 from ppclc.plan import CompressionPlan
-from ppclc.published import published_config
-from ppclc.samples import Sample, moved
 from ppclc.teachers import ResidentTeacher
-from ppclc.training import Trainer, TrainingSettings
+from ppclc.training.local_edits import BatchStates, Teaching, Weights, interval_edit
+from ppclc.training.local_phase import batch_states
+from ppclc.training.trainer import Trainer, TrainingSettings
 
 BLOCKS, LONGEST = 6, 10
 REPEATS, STEPS = 3, 6

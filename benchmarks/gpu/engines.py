@@ -24,9 +24,9 @@ from benchmarks.gpu.ladder import DTYPE, Pool, Rung, stand
 from benchmarks.gpu.measuring import NotRun, Proof, Row, interleaved_ms, reclaim, rows_of, short
 from ppclc import plugins
 from ppclc.families import Family, Lowered
+from ppclc.loading.published import published_config
 from ppclc.lowering import parity, quiet
 from ppclc.passes.export import export_model
-from ppclc.published import published_config
 
 BLOCKS = 4
 ROUNDS = 10

@@ -31,16 +31,16 @@ from benchmarks.gpu.measuring import (
     short,
     told,
 )
-from ppclc.budget import even_plan
-from ppclc.classes import DTYPES, empty_model, student_config
+from ppclc.analysis.budget import even_plan
+from ppclc.benching.roofline import Roofline, Work
 from ppclc.families import Family, typed
 from ppclc.kernels import lacks
+from ppclc.loading.classes import DTYPES, empty_model, student_config
+from ppclc.loading.published import open_outline, published_config
 from ppclc.models import blocks_of
 from ppclc.passes.bench import ratio
 from ppclc.plan import CompressionPlan
-from ppclc.published import open_outline, published_config
 from ppclc.recipe import find_recipe, read_recipe
-from ppclc.roofline import Roofline, Work
 
 DTYPE = "bfloat16"
 SDPA = ("flash", "cudnn", "efficient")

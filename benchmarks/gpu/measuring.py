@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ppclc.bench_targets import pinned
+from ppclc.benching.targets import pinned
 from ppclc.kernels import lacks, switched
 
 L2_BYTES = 50 * 2**20

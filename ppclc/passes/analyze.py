@@ -1,8 +1,8 @@
 """analyze: probes, CKA, first differences, candidates with their costs, and the plan that meets the target.
 
-PPCL's detection (arXiv 2511.16156) follows from second moments alone (`ppclc.closed_forms`). The selection
+PPCL's detection (arXiv 2511.16156) follows from second moments alone (`ppclc.analysis.closed_forms`). The selection
 under a budget is ours: a candidate's cost is the velocity error with a closed-form stand-in swapped in
-(`ppclc.edit_costs`), and the cheapest mix of edits that meets the target is taken (`ppclc.selection`).
+(`ppclc.analysis.edit_costs`), and the cheapest mix of edits that meets the target is taken (`ppclc.analysis.selection`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ppclc import detection
-from ppclc.budget import PlanSettings, TargetSettings
-from ppclc.closed_forms import Probes, cka_map, far_of, modulation_basis
-from ppclc.detection import Span
-from ppclc.edit_costs import EditCosts
+from ppclc.analysis import detection
+from ppclc.analysis.budget import PlanSettings, TargetSettings
+from ppclc.analysis.closed_forms import Probes, cka_map, far_of, modulation_basis
+from ppclc.analysis.detection import Span
+from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.moments import BANDS, CHUNKS, near_of, solving_device
+from ppclc.analysis.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
+from ppclc.data.samples import Sample, Samples
 from ppclc.families import STREAMS
-from ppclc.moments import BANDS, CHUNKS, near_of, solving_device
+from ppclc.loading.sources import Source
 from ppclc.records import Agreement, Analysis, CalibrationStats
-from ppclc.samples import Sample, Samples
-from ppclc.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
-from ppclc.sources import Source
 from ppclc.teachers import Teacher
 
 VERSION = 7

@@ -14,18 +14,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppclc import kernels, plugins
+from ppclc.artefacts.receipts import read_export, runner, runner_of
 from ppclc.backends import Backend, Tensors
-from ppclc.bench_targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
-from ppclc.classes import model_outline
-from ppclc.devices import device_here, give_back
+from ppclc.benching.roofline import Roofline, Work, measured_roofline, work_of
+from ppclc.benching.targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
+from ppclc.benching.timing import Call, Stopwatch, interleaved, stopwatch
 from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
-from ppclc.gpu_state import gpu_state
 from ppclc.kernels import Kernels
-from ppclc.receipts import read_export, runner, runner_of
+from ppclc.loading.classes import model_outline
+from ppclc.machine.devices import device_here, give_back
+from ppclc.machine.gpu_state import gpu_state
 from ppclc.records import Benchmark, BenchRow, Export
-from ppclc.roofline import Roofline, Work, measured_roofline, work_of
-from ppclc.timing import Call, Stopwatch, interleaved, stopwatch
 
 VERSION = 3
 TEACHER = "teacher"

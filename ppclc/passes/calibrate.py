@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppclc.block_costs import width_of
-from ppclc.devices import free_bytes
+from ppclc.analysis.ffn_maps import FfnMoments
+from ppclc.analysis.moments import BANDS, CHUNKS, TOGETHER, Moments, numbers_of, rows_of
+from ppclc.analysis.reach import EVERYTHING, KINDS, Reach, grouped, moment_counts
+from ppclc.costs.blocks import width_of
+from ppclc.data.samples import Sample, Samples, SourceKind, picked
 from ppclc.families import STREAMS, States
-from ppclc.ffn_maps import FfnMoments
-from ppclc.moments import BANDS, CHUNKS, TOGETHER, Moments, numbers_of, rows_of
-from ppclc.reach import EVERYTHING, KINDS, Reach, grouped, moment_counts
+from ppclc.machine.devices import free_bytes
 from ppclc.records import CalibrationStats
-from ppclc.samples import Sample, Samples, SourceKind, picked
 from ppclc.teachers import TEXT_INPUT, Inside, StreamedTeacher, Teacher
 
 VERSION = 4

@@ -1,6 +1,6 @@
 """distill: every edit on its own, from the teacher's states; then everything together, on the teacher's velocity and on data.
 
-The local phase is `ppclc.local_phase`, what each edit learns in it `ppclc.local_edits`. One record an edit, so
+The local phase is `ppclc.training.local_phase`, what each edit learns in it `ppclc.training.local_edits`. One record an edit, so
 that a distilled edit serves every plan that contains it.
 """
 
@@ -16,20 +16,20 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ppclc import flow
-from ppclc.batches import Feed, Share
-from ppclc.block_costs import width_of
-from ppclc.curves import Curve
-from ppclc.devices import Ranks, free_bytes, has_spare_core
+from ppclc.costs.blocks import width_of
+from ppclc.data import flow
+from ppclc.data.batches import Feed, Share
+from ppclc.data.samples import Sample, Samples, moved
 from ppclc.families import Group
 from ppclc.kernels.distillation_loss import state_loss
-from ppclc.local_edits import LocalEdit, Weights
-from ppclc.local_phase import LocalPhase, LocalSettings
+from ppclc.machine.devices import Ranks, free_bytes, has_spare_core
 from ppclc.models import blocks_of, groups_of
 from ppclc.records import Distilled
-from ppclc.samples import Sample, Samples, moved
 from ppclc.teachers import StreamedTeacher, Teacher
-from ppclc.training import ALONE, Progress, Terms, Trainer, TrainingSettings, state_bytes, train
+from ppclc.training.curves import Curve
+from ppclc.training.local_edits import LocalEdit, Weights
+from ppclc.training.local_phase import LocalPhase, LocalSettings
+from ppclc.training.trainer import ALONE, Progress, Terms, Trainer, TrainingSettings, state_bytes, train
 
 VERSION = 4
 EDITS_SHARE, STATES = 0.9, 60

@@ -18,18 +18,18 @@ import torch
 
 import ppclc
 from ppclc import plugins
+from ppclc.artefacts.receipts import RECORD, export_json, is_intact, read_export
+from ppclc.artefacts.triage import block_paths, first_divergence, overflow
 from ppclc.backends import Backend, ExportRequest, Profile
-from ppclc.classes import DTYPES
 from ppclc.errors import OutputError, PpclcError, RecipeError, UnavailableError, VerificationError, first_line
 from ppclc.families import Family, Lowered
-from ppclc.float8 import ARITHMETIC, in_float8
+from ppclc.loading.classes import DTYPES
+from ppclc.loading.float8 import ARITHMETIC, in_float8
+from ppclc.loading.mapped import can_be_mapped, mapped_model, store
+from ppclc.loading.sources import Source
 from ppclc.lowering import MAX_ABS, REL_L2, parity, passes, worst
-from ppclc.mapped import can_be_mapped, mapped_model, store
 from ppclc.models import load_source, require_library
-from ppclc.receipts import RECORD, export_json, is_intact, read_export
 from ppclc.records import Export, Parity, digest_of, disk_errors, file_digest, whole_folder, write_text
-from ppclc.sources import Source
-from ppclc.triage import block_paths, first_divergence, overflow
 
 VERSION = 3
 LARGE = 10**9

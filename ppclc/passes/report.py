@@ -1,7 +1,7 @@
 """report: every record of a run as one JSON document for programs and one self-contained page for people.
 
 `report.json` is the contract. `report.html` shows the same figures with pictures; it loads nothing from
-anywhere, and needs the extra `ppclc[report]` (Jinja, Matplotlib). Its charts are `ppclc/charts.py`.
+anywhere, and needs the extra `ppclc[report]` (Jinja, Matplotlib). Its charts are `ppclc/screens/charts.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ppclc import __version__
-from ppclc.charts import analysis_charts, quality_charts, style, training_charts
 from ppclc.plan import CompressionPlan
 from ppclc.records import Analysis, Benchmark, Distilled, Export, Stage, Verdict, write_text
-from ppclc.words import (
+from ppclc.screens.charts import analysis_charts, quality_charts, style, training_charts
+from ppclc.screens.words import (
     bytes_text,
     edit_words,
     gate_label,

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ppclc.classes import DTYPES, count_parameters
 from ppclc.families import Bank
+from ppclc.loading.classes import DTYPES, count_parameters
+from ppclc.loading.sources import Source
+from ppclc.loading.weight_files import WeightFiles
 from ppclc.models import save_model
 from ppclc.plan import CompressionPlan
 from ppclc.records import Student, file_digest, whole_folder
 from ppclc.slicing import empty_student, student_pieces, trained_pieces
-from ppclc.sources import Source
-from ppclc.weight_files import WeightFiles
 
 VERSION = 2
 

@@ -10,14 +10,15 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppclc import flow, plugins
-from ppclc.devices import placed
+from ppclc import plugins
+from ppclc.data import flow
+from ppclc.data.samples import Sample, Samples, parts_that_fit
 from ppclc.errors import RecipeError
 from ppclc.judges import open_judges
+from ppclc.loading.sources import Source
+from ppclc.machine.devices import placed
 from ppclc.quality import BANDS, PSNR_TOP, difference_quality, flow_losses, paired_quality, psnr, ssim, velocity_distances, velocity_table
 from ppclc.records import Gate, Measured, Quality, Verdict
-from ppclc.samples import Sample, Samples, parts_that_fit
-from ppclc.sources import Source
 
 VERSION = 3
 PREVIEWS = 24

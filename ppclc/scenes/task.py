@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ppclc import flow
-from ppclc.devices import cores
+from ppclc.data import flow
+from ppclc.machine.devices import cores
 from ppclc.quality import MeasureSettings, paired_quality
 from ppclc.records import Quality
 from ppclc.scenes import data, judge

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from ppclc import flow
+from ppclc.data import flow
 from ppclc.scenes import data, judge
 from ppclc.scenes.task import PLUGIN, conditioning
 

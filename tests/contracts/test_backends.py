@@ -19,7 +19,7 @@ import torch
 from ppclc import plugins
 from ppclc.backends import _onnx_graphs
 from ppclc.backends.tensorrt import ENGINE
-from ppclc.classes import DTYPES
+from ppclc.loading.classes import DTYPES
 from ppclc.lowering import MAX_ABS, REL_L2, parity, passes
 from ppclc.models import apply_plan
 from ppclc.passes.export import export_model, with_outliers

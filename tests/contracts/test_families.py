@@ -12,18 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import checkpoints, plugins
-from ppclc.classes import count_parameters, empty_model, model_class, predicted_parameters, travelling_class
+from ppclc import plugins
+from ppclc.data.samples import open_samples
 from ppclc.errors import PlanError
 from ppclc.families import STREAMS, Family
+from ppclc.loading import checkpoints
+from ppclc.loading.classes import count_parameters, empty_model, model_class, predicted_parameters, travelling_class
+from ppclc.loading.sources import Source, open_source
+from ppclc.loading.weight_files import WeightFiles
 from ppclc.models import apply_plan, block_state, blocks_of, groups_of, load_model, save_model
 from ppclc.passes.slice import slice_student
 from ppclc.plan import CompressionPlan
-from ppclc.samples import open_samples
 from ppclc.slicing import student_pieces
-from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
-from ppclc.weight_files import WeightFiles
 from tests.tracing import StandIn, linear_ffns, replaced, trace
 
 FAMILIES = plugins.names("families")
@@ -341,7 +342,7 @@ def test_counts_come_from_the_configuration(subject: Subject) -> None:
 
 def test_samples_go_through_the_flow(subject: Subject) -> None:
     """Random latents of the family's shape, timesteps as its forward wants them, and the sampler's steps."""
-    from ppclc import flow
+    from ppclc.data import flow
 
     source = Source("tiny", Path(), subject.config, subject.family)
     samples = open_samples("noise", source, subject.model, "train")

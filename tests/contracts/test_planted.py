@@ -21,19 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppclc import plugins
-from ppclc.budget import PlanSettings, TargetSettings
-from ppclc.classes import model_class, predicted_parameters
-from ppclc.closed_forms import Probes, cka_map
-from ppclc.edit_costs import EditCosts
+from ppclc.analysis.budget import PlanSettings, TargetSettings
+from ppclc.analysis.closed_forms import Probes, cka_map
+from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.moments import near_of
+from ppclc.analysis.search import AnalyzeSettings, Search
+from ppclc.analysis.selection import cheapest_chains
+from ppclc.data.samples import Samples, open_samples
 from ppclc.families import STREAMS, Family
+from ppclc.loading.classes import model_class, predicted_parameters
+from ppclc.loading.sources import Source
 from ppclc.models import blocks_of
-from ppclc.moments import near_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
-from ppclc.samples import Samples, open_samples
-from ppclc.search import AnalyzeSettings, Search
-from ppclc.selection import cheapest_chains
-from ppclc.sources import Source
 from ppclc.teachers import ResidentTeacher
 from tests.tracing import StandIn
 

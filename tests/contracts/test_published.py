@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from ppclc import commands
-from ppclc.classes import count_parameters, empty_model, model_outline, predicted_parameters
 from ppclc.errors import ModelError
+from ppclc.loading.classes import count_parameters, empty_model, model_outline, predicted_parameters
+from ppclc.loading.published import published, published_config
 from ppclc.models import blocks_of
 from ppclc.plan import CompressionPlan
-from ppclc.published import published, published_config
 
 PUBLISHED = published()
 EDITED = [name for name, family in PUBLISHED.items() if family.student_class and "schnell" not in name]
@@ -82,7 +82,7 @@ def test_edits_save_what_their_parts_hold(name: str) -> None:
 @pytest.mark.slow
 def test_a_published_model_is_planned_by_its_name_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is fetched; a folder of that name goes before."""
-    monkeypatch.setattr("ppclc.hub.fetch", None)
+    monkeypatch.setattr("ppclc.loading.hub.fetch", None)
     monkeypatch.chdir(tmp_path)
     document = commands.plan("qwen_image_12b", [], None)
     assert (document["teacher"]["parameters"], document["student"]["parameters"]) == (20_430_401_088, 11_934_618_688)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from ppclc.passes import export as export_pass
 
 
 @pytest.mark.slow
-def test_a_run_whose_export_fails_is_judged_timed_and_told(teacher: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher.save_pretrained(tmp_path / "teacher")
+def test_a_run_whose_export_fails_is_judged_timed_and_told(
+    make_teacher: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_teacher(3).save_pretrained(tmp_path / "teacher")
     recipe = {
         "model": {"path": str(tmp_path / "teacher")},
         "calibrate": {"source": "noise", "samples": 64, "longest": 3},

@@ -27,12 +27,12 @@ from benchmarks import kills
 from ppclc import compiler, plugins, records
 from ppclc.backends import ExportRequest
 from ppclc.compiler import PASSES, compress
-from ppclc.display import Display
-from ppclc.interrupts import SIGNALS, noted_interrupts, terminate_as_interrupt
+from ppclc.machine.interrupts import SIGNALS, noted_interrupts, terminate_as_interrupt
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe, parse_recipe
 from ppclc.records import digest_of, file_digest
 from ppclc.run import Run
+from ppclc.screens.display import Display
 
 WRITES = {"settle", "open", "os.rename", "os.mkdir", "os.remove", "shutil.rmtree", "shutil.copyfile"}
 TRAININGS = ("interval", "text", "ffn", "finetune")

@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from ppclc.compiler import compress
-from ppclc.display import Display
-from ppclc.encoding import decoder
+from ppclc.data.encoding import decoder
 from ppclc.errors import PlanError
+from ppclc.loading.sources import open_source
 from ppclc.models import load_model
 from ppclc.recipe import parse_recipe, read_recipe
+from ppclc.screens.display import Display
+from ppclc.screens.words import label, number, percent
 from ppclc.sizes import slice_size
-from ppclc.sources import open_source
-from ppclc.words import label, number, percent
 from tests.contracts.test_families import subject_of
 from tests.pipelines import flux2_pipeline, flux_pipeline, qwen_pipeline, sd3_pipeline
 

@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks import emulated_cuda
 from ppclc.compiler import compress
-from ppclc.devices import Ranks
-from ppclc.display import Display
+from ppclc.machine.devices import Ranks
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
+from ppclc.screens.display import Display
 from tests.e2e.test_pipelines import PIPELINES, recipe, with_images
 
 pytestmark = [

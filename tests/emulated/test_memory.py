@@ -16,18 +16,19 @@ from torch import nn
 from benchmarks import emulated_cuda
 from ppclc import commands, room
 from ppclc.compiler import compress
-from ppclc.devices import Ranks, total_bytes
-from ppclc.display import Display
+from ppclc.data.samples import Samples, open_samples, parts_that_fit
 from ppclc.errors import UnavailableError
+from ppclc.kernels.distillation_loss import one
+from ppclc.loading.sources import open_source
+from ppclc.machine.devices import Ranks, total_bytes
 from ppclc.models import load_source
 from ppclc.passes import bench as bench_pass
 from ppclc.passes import distill as distill_pass
 from ppclc.passes.distill import DistillSettings, edits_that_fit
 from ppclc.recipe import parse_recipe
-from ppclc.samples import Samples, open_samples, parts_that_fit
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
-from ppclc.training import Trainer, TrainingSettings
+from ppclc.training.trainer import Trainer, TrainingSettings
 from tests.e2e.test_pipelines import recipe, with_images
 from tests.emulated.test_chain import BENCH
 
@@ -58,6 +59,7 @@ def peak_of(device: emulated_cuda.Device, run: Callable[[], Any]) -> int:
 
 
 def test_a_training_that_is_done_leaves_nothing(device: emulated_cuda.Device) -> None:
+    one(torch.device("cuda", 0), torch.float32)  # stays for good
     before = device.held()
     gc.disable()
     try:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from ppclc.budget import PlanSettings, TargetSettings, even_plan
-from ppclc.detection import first_difference_intervals
-from ppclc.selection import cheapest_chains
-from ppclc.sources import open_source
+from ppclc.analysis.budget import PlanSettings, TargetSettings, even_plan
+from ppclc.analysis.detection import first_difference_intervals
+from ppclc.analysis.selection import cheapest_chains
+from ppclc.loading.sources import open_source
 
 
 def test_even_plan_of_the_embedded_teacher() -> None:

@@ -15,20 +15,20 @@ import torch
 
 from ppclc import plugins
 from ppclc.backends import aotinductor
-from ppclc.bench_targets import own_stream
-from ppclc.block_costs import example_call, measure
-from ppclc.classes import DTYPES, random_model, student_config
+from ppclc.benching.graphs import captured
+from ppclc.benching.roofline import measured_roofline
+from ppclc.benching.targets import own_stream
+from ppclc.benching.timing import by_cuda_events, stopwatch
+from ppclc.costs.blocks import example_call, measure
 from ppclc.environment import accelerator
 from ppclc.errors import UnavailableError, VerificationError
 from ppclc.families import Lowered
-from ppclc.graphs import captured
+from ppclc.loading.classes import DTYPES, random_model, student_config
 from ppclc.lowering import parity
 from ppclc.passes.bench import Benched, BenchSettings, bench_models
 from ppclc.passes.export import export_model
 from ppclc.plan import CompressionPlan
 from ppclc.records import Export
-from ppclc.roofline import measured_roofline
-from ppclc.timing import by_cuda_events, stopwatch
 from tests.contracts.test_families import subject_of
 
 # What libraries warn of on a GPU is theirs, and not what is tested here.

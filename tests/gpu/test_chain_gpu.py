@@ -10,10 +10,10 @@ import torch
 
 from ppclc import kernels
 from ppclc.compiler import compress
-from ppclc.devices import open_ranks
-from ppclc.display import Display
+from ppclc.machine.devices import open_ranks
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
+from ppclc.screens.display import Display
 from tests.e2e.test_pipelines import PIPELINES, WIDTH, recipe, with_images
 
 # What libraries warn of on a GPU is theirs, and not what is tested here.

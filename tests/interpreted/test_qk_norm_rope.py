@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ppclc import kernels, plugins
-from ppclc.classes import model_class
 from ppclc.families import Family
 from ppclc.kernels.fused import fuse, unfuse
 from ppclc.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from ppclc.loading.classes import model_class
 
 if not kernels.interpreted():
     pytest.skip("TRITON_INTERPRET=1 runs it", allow_module_level=True)

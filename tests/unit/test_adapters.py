@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from ppclc.budget import PlanSettings, TargetSettings, adapted_spans, budget_of, even_plan
-from ppclc.classes import count_parameters, empty_model, predicted_parameters, student_config
-from ppclc.closed_forms import interval_adapters
-from ppclc.edit_costs import EditCosts
+from ppclc.analysis.budget import PlanSettings, TargetSettings, adapted_spans, budget_of, even_plan
+from ppclc.analysis.closed_forms import interval_adapters
+from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.moments import Moments
+from ppclc.analysis.selection import Options, choose
+from ppclc.data.samples import Samples, open_samples
 from ppclc.errors import ModelError, PlanError, RecipeError
 from ppclc.families import Family
+from ppclc.loading.classes import count_parameters, empty_model, predicted_parameters, student_config
+from ppclc.loading.sources import Source, open_source
 from ppclc.models import apply_plan, block_state
-from ppclc.moments import Moments
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.quality import velocity_error
 from ppclc.records import CalibrationStats
-from ppclc.samples import Samples, open_samples
-from ppclc.selection import Options, choose
-from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher
 
 NAME = "qwen_image"

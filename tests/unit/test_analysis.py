@@ -15,28 +15,29 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppclc import flow, trials
-from ppclc.block_costs import BlockCosts
-from ppclc.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, budget_of, even_plan
-from ppclc.classes import count_parameters, empty_model, predicted_parameters, student_config
-from ppclc.closed_forms import Probes, cka_map, closed_form_bank, far_of, linear_map, modulation_basis, text_maps
-from ppclc.detection import even_intervals, first_difference_intervals, spans_of_dropped, trimmed
-from ppclc.edit_costs import EditCosts, kept_choices
+from ppclc.analysis import trials
+from ppclc.analysis.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, budget_of, even_plan
+from ppclc.analysis.closed_forms import Probes, cka_map, closed_form_bank, far_of, linear_map, modulation_basis, text_maps
+from ppclc.analysis.detection import even_intervals, first_difference_intervals, spans_of_dropped, trimmed
+from ppclc.analysis.edit_costs import EditCosts, kept_choices
+from ppclc.analysis.moments import BANDS, Moments, near_of
+from ppclc.analysis.search import AnalyzeSettings, Search, agreement
+from ppclc.analysis.selection import cheapest_chains
+from ppclc.analysis.supernet import fits
+from ppclc.costs.blocks import BlockCosts
+from ppclc.costs.predictions import vram_bytes, weight_bytes
+from ppclc.data import flow
+from ppclc.data.samples import Samples, open_samples
 from ppclc.errors import PlanError, RecipeError
 from ppclc.families import Family
+from ppclc.loading.classes import count_parameters, empty_model, predicted_parameters, student_config
+from ppclc.loading.sources import Source, open_source
 from ppclc.models import apply_plan
-from ppclc.moments import BANDS, Moments, near_of
 from ppclc.passes.analyze import analyze, probe_set
 from ppclc.passes.calibrate import CalibrateSettings, by_timestep, calibrate
 from ppclc.plan import CompressionPlan
-from ppclc.predictions import vram_bytes, weight_bytes
 from ppclc.quality import velocity_error
 from ppclc.records import Analysis, CalibrationStats
-from ppclc.samples import Samples, open_samples
-from ppclc.search import AnalyzeSettings, Search, agreement
-from ppclc.selection import cheapest_chains
-from ppclc.sources import Source, open_source
-from ppclc.supernet import fits
 from ppclc.teachers import ResidentTeacher
 from tests.tracing import trace
 
@@ -62,7 +63,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("together", [True, False])
 def test_moments_are_those_of_all_rows_at_once_under_every_prefix(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not together:
-        monkeypatch.setattr("ppclc.moments.TOGETHER", 0)
+        monkeypatch.setattr("ppclc.analysis.moments.TOGETHER", 0)
     g = torch.Generator().manual_seed(0)
     batches = [[torch.randn(n, 5, generator=g) + 0.5 for _ in range(4)] for n in (30, 80, 10)]
     moments = Moments()
@@ -109,7 +110,7 @@ def test_of_many_image_tokens_a_part_enters_the_sums_another_in_each_sample(
     source: Source, teacher: Any, noise: Samples, together: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        for module in ("ppclc.moments", "ppclc.passes.calibrate"):
+        for module in ("ppclc.analysis.moments", "ppclc.passes.calibrate"):
             monkeypatch.setattr(f"{module}.TOGETHER", 0)
     g = torch.Generator().manual_seed(4)
     batches = [by_timestep(noise.draw(count, g)) for count in (64, 6)]
@@ -807,7 +808,7 @@ def test_memory_and_latency_are_targets_too(planted: Planted, monkeypatch: pytes
     names = ("base_ms", "block_ms", "edit_ms")
     parts: dict[str, Any] = dict(zip(names, (1.0, {"transformer_blocks": 2.0}, {"text_stream": -0.75, "text_ffn": -0.25}), strict=True))
     costs = BlockCosts(version=1, family=NAME, key={}, runs=1, **parts)
-    monkeypatch.setattr("ppclc.budget.require_block_costs", lambda *_: costs)
+    monkeypatch.setattr("ppclc.analysis.budget.require_block_costs", lambda *_: costs)
     gb = vram_bytes(family, config, CompressionPlan.of(NAME, 8), "float32") / 1e9
     for target in ({"vram_gb": 0.7 * gb}, {"latency_ms": 12.0}):
         budget = budget_of(planted.source, TargetSettings(**target), "float32")

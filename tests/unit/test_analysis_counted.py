@@ -10,16 +10,16 @@ import torch
 
 from benchmarks import analysis_counted, fake_cuda
 from benchmarks.fake_cuda import DEVICE, Counted
-from ppclc.closed_forms import Probes, cka_map, far_of, linear_map
+from ppclc.analysis.closed_forms import Probes, cka_map, far_of, linear_map
+from ppclc.analysis.ffn_maps import ffn_map
+from ppclc.analysis.moments import near_of
+from ppclc.analysis.reach import moment_counts
+from ppclc.data.samples import open_samples
 from ppclc.families import Family
-from ppclc.ffn_maps import ffn_map
 from ppclc.kernels import takes
 from ppclc.kernels.distillation_loss import state_loss
-from ppclc.moments import near_of
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
-from ppclc.reach import moment_counts
 from ppclc.records import CalibrationStats
-from ppclc.samples import open_samples
 from ppclc.teachers import ResidentTeacher
 
 BLOCKS, WIDTH = 3, 3072

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ppclc.checkpoints import WEIGHTS
 from ppclc.errors import ModelError
+from ppclc.loading.checkpoints import WEIGHTS
+from ppclc.loading.sources import open_source
 from ppclc.models import load_model
 from ppclc.slicing import check_weights
-from ppclc.sources import open_source
 
 INDEX = f"{WEIGHTS}.index.json"
 SHARDS = tuple(WEIGHTS.replace(".safetensors", f"-0000{n}-of-00002.safetensors") for n in (1, 2))

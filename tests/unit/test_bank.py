@@ -13,24 +13,26 @@ import torch
 from safetensors.torch import load_file
 
 from ppclc import bank as bank_module
-from ppclc import cli, compiler, distilling, run_bytes, run_work, sizes
+from ppclc import cli, compiler, distilling, sizes
+from ppclc.analysis.budget import PlanSettings
+from ppclc.analysis.closed_forms import closed_form_bank
 from ppclc.bank import EditBank, considered, interval_job, intervals_to_distill, needed, width_job
-from ppclc.budget import PlanSettings
-from ppclc.classes import predicted_parameters
-from ppclc.closed_forms import closed_form_bank
-from ppclc.display import Display
+from ppclc.costs.predictions import predict
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
+from ppclc.forecast import memory as run_bytes
+from ppclc.forecast import work as run_work
+from ppclc.forecast.speeds import Speeds
+from ppclc.forecast.work import Work
+from ppclc.loading.classes import predicted_parameters
 from ppclc.models import apply_plan, load_model
 from ppclc.passes import report
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan, Interval
-from ppclc.predictions import predict
 from ppclc.recipe import Recipe, parse_recipe, read_recipe
 from ppclc.records import Distilled, Job, Record, StoredTensors, read_record
 from ppclc.run import Run
-from ppclc.run_work import Work
-from ppclc.speeds import Speeds
+from ppclc.screens.display import Display
 
 SMALL: dict[str, Any] = {
     "calibrate": {"samples": 64, "longest": 4},

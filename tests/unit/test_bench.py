@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from ppclc import bench_targets, kernels, plugins
+from ppclc import kernels, plugins
 from ppclc.backends import Backend
-from ppclc.bench_files import markdown, write_bench
-from ppclc.bench_targets import BenchTarget, BoundRun, session_target
-from ppclc.classes import model_class, random_model
+from ppclc.benching import targets as bench_targets
+from ppclc.benching.files import markdown, write_bench
+from ppclc.benching.graphs import Captured
+from ppclc.benching.roofline import Roofline, Work, measured_roofline, work_of
+from ppclc.benching.targets import BenchTarget, BoundRun, session_target
+from ppclc.benching.timing import by_clock
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family, qwen_image
-from ppclc.graphs import Captured
+from ppclc.loading.classes import model_class, random_model
 from ppclc.passes import bench
 from ppclc.passes.bench import (
     Benched,
@@ -36,8 +39,6 @@ from ppclc.passes.bench import (
 )
 from ppclc.recipe import bench_settings
 from ppclc.records import Benchmark
-from ppclc.roofline import Roofline, Work, measured_roofline, work_of
-from ppclc.timing import by_clock
 from tests.contracts.test_families import subject_of
 
 FAMILY: Family = plugins.load("families", "qwen_image")

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import block_costs
-from ppclc.block_costs import EDITS, default_size, example_call, measure, require_block_costs
-from ppclc.classes import random_model, student_config
-from ppclc.devices import free_bytes
+from ppclc.benching.timing import by_clock, interleaved
+from ppclc.costs import blocks as block_costs
+from ppclc.costs.blocks import EDITS, default_size, example_call, measure, require_block_costs
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.families import Family
+from ppclc.loading.classes import random_model, student_config
+from ppclc.loading.sources import Source, open_source
+from ppclc.machine.devices import free_bytes
 from ppclc.plan import CompressionPlan
-from ppclc.sources import Source, open_source
-from ppclc.timing import by_clock, interleaved
 
 MS = 1_000_000
 BASE, BLOCK, CLASS, MAPPED, DEAD = 7 * MS, 40 * MS, 2 * MS, -15 * MS, -4 * MS

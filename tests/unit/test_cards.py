@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ppclc.cards import Card, base_model, card_text, front_matter, write_card
+from ppclc.loading.sources import BUILTIN, Source, open_source
 from ppclc.plan import CompressionPlan
+from ppclc.publishing.cards import Card, base_model, card_text, front_matter, write_card
 from ppclc.records import Gate, Quality, Verdict
-from ppclc.sources import BUILTIN, Source, open_source
 
 CONFIG = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 6}
 PLAN = CompressionPlan.of("qwen_image", 6, [(1, 2)])
@@ -96,7 +96,7 @@ def test_the_base_is_what_the_teachers_card_says(folder: Path, card: str, base: 
 
 def test_a_hub_id_goes_before_the_card(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ppclc.hub.fetch", lambda *_: folder)
+    monkeypatch.setattr("ppclc.loading.hub.fetch", lambda *_: folder)
     (folder / "README.md").write_text("---\nbase_model: other/one\nlicense: apache-2.0\n---\n")
     found = open_source("Qwen/Qwen-Image")
     assert base_model(found, front_matter(found)) == "Qwen/Qwen-Image"

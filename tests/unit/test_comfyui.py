@@ -14,22 +14,23 @@ from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ppclc import cli, comfyui, commands, plugins
-from ppclc.checkpoints import WEIGHTS
-from ppclc.classes import empty_model
-from ppclc.comfyui import check_layout, write_single_file
+from ppclc import cli, commands, plugins
 from ppclc.compiler import compress
-from ppclc.display import Display
+from ppclc.data.samples import open_samples
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import rotary_axes
+from ppclc.loading.checkpoints import WEIGHTS
+from ppclc.loading.classes import empty_model
+from ppclc.loading.single_files import cuts_of, recognise, stacked_shapes
+from ppclc.loading.sources import open_source
+from ppclc.loading.weight_files import WeightFiles
 from ppclc.models import apply_plan, load_model, save_model
 from ppclc.plan import CompressionPlan
+from ppclc.publishing import comfyui
+from ppclc.publishing.comfyui import check_layout, write_single_file
 from ppclc.recipe import parse_recipe
-from ppclc.samples import open_samples
-from ppclc.single_files import cuts_of, recognise, stacked_shapes
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
-from ppclc.weight_files import WeightFiles
 from tests.contracts.test_families import subject_of
 
 PREFIX = "model.diffusion_model."
@@ -143,7 +144,7 @@ def test_another_dtype_is_that_of_the_folder(tmp_path: Path, dtype: torch.dtype)
 
 
 def test_sharded_weights_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppclc.checkpoints.SHARD_SIZE", "100KB")
+    monkeypatch.setattr("ppclc.loading.checkpoints.SHARD_SIZE", "100KB")
     student = student_of("flux", tmp_path)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
     assert (tmp_path / "transformer" / f"{WEIGHTS}.index.json").is_file()
@@ -180,7 +181,7 @@ def test_a_write_that_stops_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     def broken(*_: Any) -> None:
         raise OSError("gone")
 
-    monkeypatch.setattr("ppclc.checkpoints._Writer.move", broken)
+    monkeypatch.setattr("ppclc.loading.checkpoints._Writer.move", broken)
     with pytest.raises(OSError, match="gone"):
         write_single_file(tmp_path, file)
     assert file.read_bytes() == before

@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ppclc import cli
-from ppclc.batches import Share
-from ppclc.cache import Cache, open_cache
-from ppclc.devices import Ranks, has_spare_core, launcher_warning, open_ranks
+from ppclc.data.batches import Share
+from ppclc.data.cache import Cache, open_cache
+from ppclc.data.samples import Samples, open_samples, picked
 from ppclc.errors import UnavailableError
+from ppclc.loading.sources import open_source
+from ppclc.machine.devices import Ranks, has_spare_core, launcher_warning, open_ranks
 from ppclc.records import Distilled, Job, Store
-from ppclc.samples import Samples, open_samples, picked
-from ppclc.shards import forget_older, newest_step, shard_file
-from ppclc.sources import open_source
-from ppclc.training import Trainer, TrainingSettings
+from ppclc.training.shards import forget_older, newest_step, shard_file
+from ppclc.training.trainer import Trainer, TrainingSettings
 
 ROOT = Path(__file__).parents[2]
 TWO = ["--multi_gpu", "--num_processes", "2"]

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from ppclc import display
-from ppclc.display import Display
+from ppclc.screens import display
+from ppclc.screens.display import Display
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import flow
-from ppclc.batches import WHOLE
-from ppclc.closed_forms import closed_form_bank
+from ppclc.analysis.closed_forms import closed_form_bank
+from ppclc.data import flow
+from ppclc.data.batches import WHOLE
+from ppclc.data.samples import Samples, open_samples
 from ppclc.families import Family
 from ppclc.kernels.distillation_loss import state_loss
-from ppclc.local_edits import LocalEdit, Teaching, interval_edit
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, block_state, groups_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
@@ -23,9 +24,8 @@ from ppclc.passes.distill import DistillSettings, Lesson, distill_edits, finetun
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.quality import velocity_error
 from ppclc.records import Distilled
-from ppclc.samples import Samples, open_samples
-from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
+from ppclc.training.local_edits import LocalEdit, Teaching, interval_edit
 from tests.tracing import trace
 
 NAME = "qwen_image"

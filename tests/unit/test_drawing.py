@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ppclc.drawing import duration_text, strip, words
 from ppclc.plan import CompressionPlan, FfnEdit
+from ppclc.screens.drawing import duration_text, strip, words
 
 
 def drawn(plan: CompressionPlan, width: int = 80) -> list[str]:

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from ppclc import commands, lowering, plugins
+from ppclc.artefacts.receipts import read_export
 from ppclc.backends import Backend, ExportRequest, Written, aotinductor
-from ppclc.classes import model_class
 from ppclc.errors import OutputError, RecipeError, UnavailableError, VerificationError
 from ppclc.families import Family, Lowered
+from ppclc.loading.classes import model_class
 from ppclc.models import apply_plan, block_state
 from ppclc.passes import bench, export
 from ppclc.passes.export import check_backend, export_digest, export_model
 from ppclc.plan import CompressionPlan
-from ppclc.receipts import read_export
 from ppclc.records import Export, Parity, file_digest
 
 FAMILY: Family = plugins.load("families", "qwen_image")

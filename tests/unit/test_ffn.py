@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ppclc.classes import count_parameters, empty_model, predicted_parameters, student_config
+from ppclc.analysis.ffn_maps import FfnMoments, ffn_map, linear_map
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family
-from ppclc.ffn_maps import FfnMoments, ffn_map, linear_map
+from ppclc.loading.classes import count_parameters, empty_model, predicted_parameters, student_config
 from ppclc.models import apply_plan, load_model, save_model
 from ppclc.plan import CompressionPlan
 from tests.tracing import linear_ffns, replaced, trace

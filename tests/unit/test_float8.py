@@ -14,10 +14,10 @@ from torch import nn
 
 from ppclc import compiler
 from ppclc.backends import _onnx_graphs
-from ppclc.display import Display
-from ppclc.float8 import LARGEST, Float8Linear, in_float8, large_linears
+from ppclc.loading.float8 import LARGEST, Float8Linear, in_float8, large_linears
 from ppclc.passes.export import export_model, told
 from ppclc.recipe import parse_recipe
+from ppclc.screens.display import Display
 from tests.contracts.test_families import EDITED, subject_of
 from tests.unit.test_export import an_echo, use_backend
 

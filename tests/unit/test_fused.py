@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from ppclc import kernels, plugins
-from ppclc.classes import empty_model, model_class
 from ppclc.families import Family
 from ppclc.kernels import fused as fusing
 from ppclc.kernels import modulation, qk_norm_rope
 from ppclc.kernels.fused import STOCK, fuse, unfuse
+from ppclc.loading.classes import empty_model, model_class
 from ppclc.models import apply_plan, blocks_of, save_model
 from ppclc.plan import CompressionPlan
 

@@ -13,13 +13,14 @@ import torch
 
 from benchmarks import fake_cuda
 from benchmarks.fake_cuda import DEVICE
-from ppclc import devices, encoding
-from ppclc import samples as samples_module
+from ppclc.data import encoding
+from ppclc.data import samples as samples_module
+from ppclc.data.samples import Samples, open_samples
 from ppclc.errors import memory_lacks
 from ppclc.families import Family
+from ppclc.loading.sources import open_source
+from ppclc.machine import devices
 from ppclc.passes.verify import VerifySettings, judged_without_task
-from ppclc.samples import Samples, open_samples
-from ppclc.sources import open_source
 from tests.contracts.test_families import subject_of
 from tests.pipelines import flux2_pipeline, flux_pipeline, qwen_pipeline, sd3_pipeline
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import graphs
+from ppclc.benching import graphs
+from ppclc.benching.graphs import captured
+from ppclc.benching.timing import by_cuda_events
 from ppclc.errors import UnavailableError
-from ppclc.gpu_state import FIELDS, NOT_TOLD, REASONS, gpu_state
-from ppclc.graphs import captured
-from ppclc.timing import by_cuda_events
+from ppclc.machine.gpu_state import FIELDS, NOT_TOLD, REASONS, gpu_state
 
 
 class Device:

@@ -14,13 +14,13 @@ from onnx import numpy_helper
 from torch import nn
 
 from ppclc import plugins
+from ppclc.artefacts.triage import Tapped, overflow
 from ppclc.backends import Backend, ExportRequest, Written, _onnx_graphs
 from ppclc.errors import RecipeError, VerificationError
 from ppclc.families import FULL_PRECISION, Lowered, typed
 from ppclc.models import apply_plan
 from ppclc.passes.export import export_model
 from ppclc.plan import CompressionPlan
-from ppclc.triage import Tapped, overflow
 from tests.contracts.test_families import FAMILIES, subject_of
 from tests.unit.test_export import use_backend
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 
 from ppclc.errors import ModelError
-from ppclc.hub import needed, variant_of
+from ppclc.loading.hub import needed, variant_of
+from ppclc.loading.sources import open_source
 from ppclc.models import load_source
 from ppclc.plan import CompressionPlan
-from ppclc.sources import open_source
 
 ROOT = Path(__file__).parents[2]
 MODEL, SHA, TOKEN = "some/Model-1.0", "0123456789abcdef0123456789abcdef01234567", "hf_secret"

@@ -14,10 +14,10 @@ from ppclc import plugins
 from ppclc.errors import RecipeError, UnavailableError
 from ppclc.judges import Judge, open_judges
 from ppclc.judges.clip_score import prepared
+from ppclc.loading.sources import open_source
 from ppclc.passes.verify import VerifySettings, check_gates, judge_table
 from ppclc.quality import difference_quality
 from ppclc.recipe import parse_recipe
-from ppclc.sources import open_source
 from tests.pipelines import clip_tokenizer
 
 PROMPTS = ["a cat", "two dogs", "a red hat on a chair"]

@@ -9,20 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import device_sums, ffn_maps, kernels, moments, reach
+from ppclc import kernels
+from ppclc.analysis import device_sums, ffn_maps, moments, reach
+from ppclc.data.samples import Samples, open_samples, picked
 from ppclc.errors import UnavailableError
 from ppclc.kernels import distillation_loss
 from ppclc.kernels import moments as moment_kernels
-from ppclc.local_edits import Teaching, interval_edit
+from ppclc.loading.sources import Source, open_source
 from ppclc.models import load_source
 from ppclc.passes import calibrate as calibrate_pass
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, distill_edits
 from ppclc.plan import CompressionPlan, Interval
 from ppclc.records import CalibrationStats
-from ppclc.samples import Samples, open_samples, picked
-from ppclc.sources import Source, open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
+from ppclc.training.local_edits import Teaching, interval_edit
 
 EVERYWHERE = (moments, device_sums, ffn_maps, moment_kernels, distillation_loss)
 

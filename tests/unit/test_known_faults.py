@@ -26,15 +26,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ppclc import encoding
 from ppclc import run as run_module
-from ppclc.cache import open_cache
-from ppclc.closed_forms import closed_form_bank, far_of, linear_map
+from ppclc.analysis.closed_forms import closed_form_bank, far_of, linear_map
+from ppclc.analysis.refits import refitted
 from ppclc.compiler import compress
-from ppclc.display import Display
+from ppclc.data import encoding
+from ppclc.data.cache import open_cache
+from ppclc.data.samples import Sample, Samples, open_samples
 from ppclc.families import Family
-from ppclc.local_edits import BatchStates, LocalEdit, Teaching, interval_edit, width_edits
-from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, block_state, blocks_of, load_model, load_source, save_model
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings, distill_edits, finetune
@@ -42,12 +42,12 @@ from ppclc.plan import CompressionPlan
 from ppclc.quality import velocity_error
 from ppclc.recipe import parse_recipe
 from ppclc.records import Distilled, read_record
-from ppclc.refits import refitted
 from ppclc.run import Run
-from ppclc.samples import Sample, Samples, open_samples
-from ppclc.sources import open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher, StreamedTeacher
-from ppclc.training import TrainingSettings
+from ppclc.training.local_edits import BatchStates, LocalEdit, Teaching, interval_edit, width_edits
+from ppclc.training.local_phase import LocalPhase, LocalSettings, batch_states
+from ppclc.training.trainer import TrainingSettings
 
 NAME = "qwen_image"
 WIDTH = 32

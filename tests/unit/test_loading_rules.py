@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppclc.comfyui import write_single_file
 from ppclc.families import Family
 from ppclc.models import apply_plan, load_model, save_model
 from ppclc.plan import CompressionPlan
+from ppclc.publishing.comfyui import write_single_file
 from tests.contracts.test_families import subject_of
 
 PLANS = {
@@ -144,7 +144,7 @@ def test_model_connect_reads_the_counts_of_the_weights(cut: Cut) -> None:
 def test_large_weights_are_sharded_with_an_index_that_diffusers_follows(cut: Cut, monkeypatch: pytest.MonkeyPatch) -> None:
     name, family, student, folder = cut
     assert not list((folder / "transformer").glob("*.index.json"))
-    monkeypatch.setattr("ppclc.checkpoints.SHARD_SIZE", "60KB")
+    monkeypatch.setattr("ppclc.loading.checkpoints.SHARD_SIZE", "60KB")
     save_model(student, PLANS[name], folder / "sharded")
     home = folder / "sharded" / "transformer"
     index = json.loads((home / "diffusion_pytorch_model.safetensors.index.json").read_text("utf-8"))
@@ -158,7 +158,7 @@ def test_large_weights_are_sharded_with_an_index_that_diffusers_follows(cut: Cut
 
 
 def test_shards_hold_five_gigabytes() -> None:
-    from ppclc.checkpoints import SHARD_SIZE
+    from ppclc.loading.checkpoints import SHARD_SIZE
 
     assert SHARD_SIZE == "5GB"
 

@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc.closed_forms import closed_form_bank, interval_adapters
+from ppclc.analysis.closed_forms import closed_form_bank, interval_adapters
+from ppclc.analysis.refits import refitted, text_blocks
+from ppclc.data.samples import Sample, Samples, open_samples
 from ppclc.families import Family
-from ppclc.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
-from ppclc.local_phase import LocalPhase, LocalSettings, batch_states
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan
 from ppclc.passes import distill
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats, Distilled
-from ppclc.refits import refitted, text_blocks
-from ppclc.samples import Sample, Samples, open_samples
-from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
-from ppclc.training import CHECKPOINT, Trainer, TrainingSettings
+from ppclc.training.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
+from ppclc.training.local_phase import LocalPhase, LocalSettings, batch_states
+from ppclc.training.trainer import CHECKPOINT, Trainer, TrainingSettings
 
 NAME = "qwen_image"
 STEPS = 8

@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from ppclc import locks
 from ppclc.errors import OutputError
-from ppclc.locks import alone_in
+from ppclc.machine import locks
+from ppclc.machine.locks import alone_in
 
 pytest.importorskip("fcntl")
-HOLD = "import sys, time\nfrom pathlib import Path\nfrom ppclc.locks import alone_in\nwith alone_in(Path(sys.argv[1])):\n    print('in', flush=True)\n    time.sleep(60)"
+HOLD = """import sys, time
+from pathlib import Path
+from ppclc.machine.locks import alone_in
+with alone_in(Path(sys.argv[1])):
+    print('in', flush=True)
+    time.sleep(60)"""
 
 
 def holder(folder: Path) -> subprocess.Popen[str]:

@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ppclc import cli, plugins
-from ppclc.classes import stock_config
 from ppclc.errors import ModelError, OutputError, PlanError, PpclcError
 from ppclc.families import Family
-from ppclc.lora import remap
-from ppclc.lora_keys import names_of
-from ppclc.lora_parts import CUT, KEPT, LINEAR, MAPPED, NO_BASIS, PROJECTED, REMOVED, UNREAD, Modules, shapes_of
+from ppclc.loading.classes import stock_config
+from ppclc.loras.keys import names_of
+from ppclc.loras.parts import CUT, KEPT, LINEAR, MAPPED, NO_BASIS, PROJECTED, REMOVED, UNREAD, Modules, shapes_of
+from ppclc.loras.remap import remap
 from ppclc.models import apply_plan, save_model
 from ppclc.plan import CompressionPlan
 

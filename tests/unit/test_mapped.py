@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ppclc.checkpoints import places_in
 from ppclc.errors import ModelError, RecipeError, VerificationError
-from ppclc.mapped import mapped_model
+from ppclc.loading.checkpoints import places_in
+from ppclc.loading.mapped import mapped_model
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, load_model, load_source, save_model
 from ppclc.passes import export
 from ppclc.passes.export import export_source
 from ppclc.plan import CompressionPlan
-from ppclc.sources import open_source
 from tests.contracts.test_families import random_bank, subject_of
 
 

@@ -18,13 +18,13 @@ from diffusers import QwenImageTransformer2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppclc.classes import count_parameters, predicted_parameters
 from ppclc.errors import ModelError, PlanError
 from ppclc.families import Family
+from ppclc.loading.classes import count_parameters, predicted_parameters
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, left_out, load_model, save_model
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
-from ppclc.sources import open_source
 from tests.tracing import trace
 
 Banks = Callable[..., dict[str, dict[str, torch.Tensor]]]

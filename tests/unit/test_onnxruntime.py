@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from ppclc.backends import onnxruntime as back_end
 from ppclc.backends.onnxruntime import PROVIDERS, OnnxRuntimeSession, chosen_providers, load, provider_options
-from ppclc.bench_targets import Provider
+from ppclc.benching.targets import Provider
 from ppclc.errors import RecipeError, UnavailableError, VerificationError
 
 HERE = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ppclc.checkpoints import WEIGHTS
-from ppclc.classes import count_parameters
 from ppclc.errors import ModelError
 from ppclc.families import Family
+from ppclc.loading.checkpoints import WEIGHTS
+from ppclc.loading.classes import count_parameters
 from ppclc.models import blocks_of, load_model
 from ppclc.passes.export import export_model
 from tests.tracing import trace

@@ -10,23 +10,28 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import checkpoints, reach, run_bytes, run_costs, run_work, speeds
-from ppclc.block_costs import default_size
-from ppclc.classes import DTYPES, count_parameters, empty_model, random_model, student_config
+from ppclc.analysis import reach
+from ppclc.analysis.search import Lessons
+from ppclc.costs.blocks import default_size
+from ppclc.costs.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
+from ppclc.data.samples import open_samples
 from ppclc.data_size import sample_size
 from ppclc.errors import PlanError
 from ppclc.families import Family
+from ppclc.forecast import memory as run_bytes
+from ppclc.forecast import runs as run_costs
+from ppclc.forecast import speeds
+from ppclc.forecast import work as run_work
+from ppclc.forecast.speeds import Speeds
+from ppclc.forecast.work import Work
+from ppclc.loading import checkpoints
+from ppclc.loading.classes import DTYPES, count_parameters, empty_model, random_model, student_config
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, save_model
 from ppclc.passes import analyze, calibrate
 from ppclc.plan import CompressionPlan
-from ppclc.predictions import activation_bytes, predict, student_activation_bytes, weight_bytes
 from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.records import write_tensors
-from ppclc.run_work import Work
-from ppclc.samples import open_samples
-from ppclc.search import Lessons
-from ppclc.sources import open_source
-from ppclc.speeds import Speeds
 from ppclc.teachers import ResidentTeacher
 from tests.contracts.test_families import subject_of
 from tests.pipelines import qwen_pipeline
@@ -336,11 +341,11 @@ def test_larger_samples_cost_more(family: Family, teacher: Any, teacher_folder: 
     whole = CompressionPlan.of(family.name, 6)
     model = predict(family, config_of(teacher), whole, "float32")
     seconds = {}
-    for resolution in (512, 1024):
+    for resolution in (256, 512):
         calibrate_ = {"source": "images", "path": "not here", "resolution": resolution}
         recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "calibrate": calibrate_, "target": {"parameters": 0.5}}, "recipe")
         seconds[resolution] = run_costs.run_costs(recipe, open_source(str(teacher_folder)), whole, model, model)
-    small, large = seconds[512], seconds[1024]
+    small, large = seconds[256], seconds[512]
     assert large.seconds["calibrate"] > 2 * small.seconds["calibrate"]
     assert large.peak_bytes > small.peak_bytes
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from ppclc import flow
+from ppclc.data import flow
 from ppclc.quality import SampledDistance, paired_drop, paired_quality, velocity_error
 from ppclc.scenes.judge import frechet_distance
 

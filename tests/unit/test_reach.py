@@ -14,20 +14,20 @@ import torch
 from typer.testing import CliRunner
 
 from ppclc import cli
-from ppclc.budget import PlanSettings
-from ppclc.closed_forms import closed_form_bank, interval_adapters
-from ppclc.device_sums import HostCopies, Place
+from ppclc.analysis.budget import PlanSettings
+from ppclc.analysis.closed_forms import closed_form_bank, interval_adapters
+from ppclc.analysis.device_sums import HostCopies, Place
+from ppclc.analysis.reach import EVERYTHING, Reach, moment_counts, reach_of
+from ppclc.data.samples import Samples, open_samples
 from ppclc.errors import PlanError
 from ppclc.families import Family
+from ppclc.loading.published import published_config
+from ppclc.loading.sources import open_source
 from ppclc.passes import calibrate as calibrate_pass
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
-from ppclc.published import published_config
-from ppclc.reach import EVERYTHING, Reach, moment_counts, reach_of
 from ppclc.recipe import find_recipe, read_recipe
 from ppclc.records import CalibrationStats
-from ppclc.samples import Samples, open_samples
-from ppclc.sources import open_source
 from ppclc.teachers import ResidentTeacher
 
 SETTINGS = CalibrateSettings(samples=130, longest=4)
@@ -176,7 +176,7 @@ def test_a_plan_edited_into_what_was_not_calibrated_is_refused(tiny: Path, tmp_p
 def test_sums_lie_in_files_where_memory_is_short(
     whole: CalibrationStats, teacher: Any, family: Family, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ppclc.moments.LARGE_BYTES", 8 * 32**2)
+    monkeypatch.setattr("ppclc.analysis.moments.LARGE_BYTES", 8 * 32**2)
     nbytes = 8 * moment_counts(family, teacher.config, SETTINGS.longest).matrices * 32**2
     for free, files in ((4 * nbytes, False), (4 * nbytes - 8, True)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))

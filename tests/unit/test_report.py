@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import __version__, words
-from ppclc.charts import THEME
+from ppclc import __version__
 from ppclc.passes import report
 from ppclc.passes.report import ReportInputs, report_html, report_json, write_report
 from ppclc.plan import CompressionPlan
 from ppclc.records import Analysis, Benchmark, BenchRow, Candidate, Distilled, Export, Gate, Parity, Quality, Stage, StartResult, Verdict
+from ppclc.screens import words
+from ppclc.screens.charts import THEME
 
 BLOCKS = 12
 HOSTILE = "<script>alert('red three')</script> & \"blue\" five"

@@ -14,32 +14,34 @@ import torch
 
 from benchmarks import fake_cuda
 from benchmarks.fake_cuda import DEVICE
-from ppclc import edit_costs, flow, room
-from ppclc import samples as samples_module
-from ppclc.closed_forms import closed_form_bank
+from ppclc import room
+from ppclc.analysis import edit_costs
+from ppclc.analysis.closed_forms import closed_form_bank
+from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.moments import Moments, numbers_of, rows_of
+from ppclc.analysis.refits import PairMoments
+from ppclc.analysis.supernet import Supernet
+from ppclc.analysis.trials import Trial, lessons
 from ppclc.compiler import compress
-from ppclc.devices import Ranks
-from ppclc.display import Display
-from ppclc.edit_costs import EditCosts
+from ppclc.data import flow
+from ppclc.data import samples as samples_module
+from ppclc.data.samples import TRAJECTORY_STEPS, Samples, open_samples
 from ppclc.errors import OutputError, UnavailableError
 from ppclc.families import Family
+from ppclc.loading.published import published_config
+from ppclc.loading.sources import Source, open_source
+from ppclc.machine.devices import Ranks
 from ppclc.models import apply_plan
-from ppclc.moments import Moments, numbers_of, rows_of
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
-from ppclc.published import published_config
 from ppclc.quality import SampledDistance
 from ppclc.recipe import find_recipe, parse_recipe, read_recipe
 from ppclc.records import CalibrationStats
-from ppclc.refits import PairMoments
 from ppclc.room import analysis_here, check_finetune
-from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
-from ppclc.sources import Source, open_source
-from ppclc.supernet import Supernet
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
-from ppclc.training import SAVING_SHARE, Saving
-from ppclc.trials import Trial, lessons
+from ppclc.training.trainer import SAVING_SHARE, Saving
 from tests.contracts.test_families import subject_of
 
 H100 = 85 * 10**9
@@ -230,14 +232,14 @@ def test_a_disk_without_room_for_sums_is_told(tmp_path: Path, monkeypatch: pytes
     def full(descriptor: int, offset: int, nbytes: int) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("ppclc.moments.LARGE_BYTES", 1)
+    monkeypatch.setattr("ppclc.analysis.moments.LARGE_BYTES", 1)
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     with pytest.raises((OutputError, UnavailableError), match=r"No space left|no room|full"):
         Moments(tmp_path).accumulate("sum", torch.ones(8, 8))
 
 
 def test_sums_in_files_have_their_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ppclc.moments.LARGE_BYTES", 1)
+    monkeypatch.setattr("ppclc.analysis.moments.LARGE_BYTES", 1)
     Moments(tmp_path).accumulate("sum", torch.ones(512, 512, dtype=torch.float64))
     (file,) = tmp_path.iterdir()
     assert file.stat().st_blocks * 512 >= 8 * 512**2

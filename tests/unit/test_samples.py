@@ -16,19 +16,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ppclc import commands, encoding, flow
-from ppclc.cache import Cache, open_cache
+from ppclc import commands
 from ppclc.compiler import compress
-from ppclc.datasets import pixels, read_pictures
-from ppclc.display import Display
-from ppclc.encoding import Unencoded, cached, find_data, kind_at
+from ppclc.data import encoding, flow
+from ppclc.data.cache import Cache, open_cache
+from ppclc.data.datasets import pixels, read_pictures
+from ppclc.data.encoding import Unencoded, cached, find_data, kind_at
+from ppclc.data.samples import TRAJECTORY_STEPS, Samples, open_samples
 from ppclc.errors import ModelError, PpclcError, RecipeError
 from ppclc.families import Family
+from ppclc.loading.sources import Source, open_source
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.recipe import parse_recipe
 from ppclc.run import Run
-from ppclc.samples import TRAJECTORY_STEPS, Samples, open_samples
-from ppclc.sources import Source, open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
 from tests.pipelines import MEAN, STD, qwen_pipeline, qwen_text_encoder
 
@@ -764,7 +765,7 @@ def test_a_hubs_parts_are_fetched_when_they_are_needed(
         return folder
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ppclc.hub.fetch", fetch)
+    monkeypatch.setattr("ppclc.loading.hub.fetch", fetch)
     found = find_data("prompts", str(prompts_file), SIZE, open_source("some/model", "v1", "fp16"))
     assert isinstance(found, Unencoded)
     assert asked == [("some/model", "v1", "fp16"), ("some/model", "v1", "fp16", ("text_encoder", "tokenizer", "vae"))]

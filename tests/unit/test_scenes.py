@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import flow
-from ppclc.classes import count_parameters
+from ppclc.data import flow
+from ppclc.loading.classes import count_parameters
 from ppclc.models import load_model
 from ppclc.scenes import PLUGIN, data, judge
 from ppclc.scenes.task import conditioning

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ppclc import selection
-from ppclc.budget import TargetSettings, budget_of
-from ppclc.selection import Options
-from ppclc.sources import open_source
+from ppclc.analysis import selection
+from ppclc.analysis.budget import TargetSettings, budget_of
+from ppclc.analysis.selection import Options
+from ppclc.loading.sources import open_source
 
 
 def cheap_text_options(needed: int = 0, **changes: Any) -> Options:

@@ -16,17 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ppclc import checkpoints, commands
-from ppclc.checkpoints import WEIGHTS, Made, Place, held, places_in, places_of, write_checkpoint
+from ppclc import commands
 from ppclc.errors import ModelError, OutputError, PlanError, PpclcError, RecipeError
 from ppclc.families import Family
+from ppclc.loading import checkpoints
+from ppclc.loading.checkpoints import WEIGHTS, Made, Place, held, places_in, places_of, write_checkpoint
+from ppclc.loading.sources import open_source
+from ppclc.loading.weight_files import WeightFiles
 from ppclc.models import apply_plan, load_model
 from ppclc.passes.slice import slice_student
 from ppclc.plan import CompressionPlan
 from ppclc.records import file_digest
 from ppclc.slicing import check_weights, recorded_digests, student_pieces
-from ppclc.sources import open_source
-from ppclc.weight_files import WeightFiles
 
 NAME = "qwen_image"
 DEPTH = CompressionPlan.of(NAME, 6, [(1, 2), (4, 5)])

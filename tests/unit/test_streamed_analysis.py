@@ -9,22 +9,23 @@ from typing import Any
 import pytest
 import torch
 
-from ppclc import moments, run, teachers
-from ppclc.closed_forms import Probes
+from ppclc import run, teachers
+from ppclc.analysis import moments
+from ppclc.analysis.closed_forms import Probes
+from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.moments import near_of
 from ppclc.compiler import compress
-from ppclc.display import Display
-from ppclc.edit_costs import EditCosts
+from ppclc.data.samples import Samples, open_samples
 from ppclc.families import STREAMS
+from ppclc.loading.sources import Source, open_source
 from ppclc.models import load_source
-from ppclc.moments import near_of
 from ppclc.passes import calibrate as calibrate_pass
 from ppclc.passes.analyze import probe_set
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.records import CalibrationStats, Store
-from ppclc.samples import Samples, open_samples
-from ppclc.sources import Source, open_source
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 
 BLOCKS = 6
@@ -125,7 +126,7 @@ def test_large_states_pass_in_parts(
 def test_probes_keep_few_matrices_and_are_the_same_when_made_again(stats: CalibrationStats, monkeypatch: pytest.MonkeyPatch) -> None:
     probes = Probes(near_of(stats.tensors, stats.rows, "image", BLOCKS), 1e-4)
     first = [probes.step(i).clone() for i in range(BLOCKS)]
-    monkeypatch.setattr("ppclc.closed_forms.KEPT_PROBES", 2)
+    monkeypatch.setattr("ppclc.analysis.closed_forms.KEPT_PROBES", 2)
     probes = Probes(probes.near, 1e-4)
     again = [probes.step(i) for i in (*range(BLOCKS), 0)]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=False))

@@ -12,19 +12,19 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from ppclc.budget import PlanSettings, TargetSettings
-from ppclc.detection import spans_of_dropped
+from ppclc.analysis.budget import PlanSettings, TargetSettings
+from ppclc.analysis.detection import spans_of_dropped
+from ppclc.analysis.search import AnalyzeSettings
+from ppclc.analysis.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, search, surrogate
+from ppclc.analysis.trials import Teaching
+from ppclc.data.samples import open_samples
 from ppclc.families import Family
+from ppclc.loading.sources import open_source
 from ppclc.models import apply_plan, blocks_of
 from ppclc.passes.analyze import analyze
 from ppclc.passes.calibrate import CalibrateSettings, calibrate
 from ppclc.plan import CompressionPlan
-from ppclc.samples import open_samples
-from ppclc.search import AnalyzeSettings
-from ppclc.sources import open_source
-from ppclc.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, search, surrogate
 from ppclc.teachers import ResidentTeacher
-from ppclc.trials import Teaching
 
 LENGTH = 10
 GROUPS = [LENGTH]

@@ -12,19 +12,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import streamed as benchmark
-from ppclc import flow
-from ppclc.checkpoints import WEIGHTS
-from ppclc.classes import DTYPES
+from ppclc.data import flow
+from ppclc.data.samples import Sample, Samples
 from ppclc.errors import ModelError
 from ppclc.families import Family
+from ppclc.loading.checkpoints import WEIGHTS
+from ppclc.loading.classes import DTYPES
+from ppclc.loading.sources import open_source
+from ppclc.loading.weight_files import WeightFiles
 from ppclc.models import apply_plan, block_state, blocks_of, load_source
 from ppclc.plan import CompressionPlan
 from ppclc.quality import SampledDistance
-from ppclc.samples import Sample, Samples
-from ppclc.sources import open_source
 from ppclc.student_tensors import student_tensor
 from ppclc.teachers import TEXT_INPUT, ResidentTeacher, StreamedTeacher, Teacher
-from ppclc.weight_files import WeightFiles
 from tests.tracing import trace
 
 BLOCKS = 6

@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import nn
 
-from ppclc.batches import Feed
-from ppclc.curves import Curve
-from ppclc.devices import Ranks
+from ppclc.data.batches import Feed
 from ppclc.errors import RecipeError, UnavailableError
-from ppclc.interrupts import noted_interrupts
-from ppclc.training import CHECKPOINT, Trainer, TrainingSettings, steps_done, train
+from ppclc.machine.devices import Ranks
+from ppclc.machine.interrupts import noted_interrupts
+from ppclc.training.curves import Curve
+from ppclc.training.trainer import CHECKPOINT, Trainer, TrainingSettings, steps_done, train
 
 STEPS = 30
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ppclc.errors import ModelError
-from ppclc.pipelines import components, files_below, names_in, pipeline_of, surround
-from ppclc.sources import BUILTIN, Source, open_source
+from ppclc.loading.sources import BUILTIN, Source, open_source
+from ppclc.publishing.pipelines import components, files_below, names_in, pipeline_of, surround
 
 CONFIG = {"_class_name": "QwenImageTransformer2DModel", "num_layers": 2}
 INDEX: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""How latency and memory are measured."""

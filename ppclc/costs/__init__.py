@@ -1,0 +1,1 @@
+"""What blocks and students cost, from configurations alone."""

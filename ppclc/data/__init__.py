@@ -1,0 +1,1 @@
+"""What calibration and training are fed with."""

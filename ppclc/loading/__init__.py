@@ -1,0 +1,1 @@
+"""From a path or a hub to configurations and tensors."""

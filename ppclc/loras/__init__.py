@@ -1,0 +1,1 @@
+"""A teacher's LoRA for its student."""

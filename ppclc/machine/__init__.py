@@ -1,0 +1,1 @@
+"""Devices and processes: ranks, locks, stops, the state of a GPU."""

@@ -1,0 +1,1 @@
+"""Whole pipelines around students, and what goes beside them."""

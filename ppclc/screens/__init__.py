@@ -1,0 +1,1 @@
+"""Words, drawings, charts and progress."""

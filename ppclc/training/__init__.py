@@ -1,0 +1,1 @@
+"""Gradient steps: the loop, what each edit learns, and edits that learn beside each other."""
