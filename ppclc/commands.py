@@ -20,7 +20,7 @@ from ppclc.bench_subjects import asked_for, random_models, subjects_of
 from ppclc.benching.files import write_bench
 from ppclc.costs import blocks as block_costs
 from ppclc.costs.predictions import predict
-from ppclc.data.encoding import is_there, kind_at
+from ppclc.data.encoding import check_data
 from ppclc.environment import accelerator, machine, versions
 from ppclc.errors import OutputError, RecipeError
 from ppclc.forecast.runs import run_costs
@@ -142,9 +142,7 @@ def plan(recipe_name: str, changes: list[str], out: Path | None) -> dict[str, An
     family, config, dtype = source.family, source.config, recipe.model.dtype
     verify_pass.check_gates(recipe.verify, source)
     check_late_settings(recipe, source)
-    data = recipe.calibrate
-    if data.path is not None and source.task is None and (data.source == "auto" or not (is_there(data.path) or data.source == "noise")):
-        kind_at(data.path)  # what is not there, or of no known kind, would stop the run at once
+    check_data(recipe.calibrate.source, recipe.calibrate.path, recipe.calibrate.resolution, source)
     check_by_hand(source, recipe.plan, recipe.calibrate.longest)
     check_target(recipe.plan, budget_of(source, recipe.target, dtype))
     found = _analysed_plan(out or default_out(path), recipe)

@@ -11,7 +11,7 @@ import inspect
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +27,7 @@ from ppclc.families import Encoders
 from ppclc.loading.sources import Source, digest_parts, open_parts, part_config, pipeline_class
 from ppclc.machine.devices import free_bytes, give_back
 from ppclc.models import load_part
+from ppclc.publishing.pipelines import pipeline_of
 from ppclc.records import digest_of, disk_errors, replace_folder, write_tensors
 
 VERSION = 1
@@ -123,9 +124,21 @@ def kind_at(path: str) -> str:
     return _unfit(path, "holds nothing to calibrate on" if place.is_dir() else "no such file or folder")
 
 
-def is_there(path: str) -> bool:
-    """Whether a file, a folder or shards lie at a path."""
-    return Path(path).expanduser().exists() or bool(shards_at(path))
+def check_data(kind: str, path: str | None, resolution: int | list[int], source: Source) -> None:
+    """What of a recipe's data would stop a run at once, as far as a configuration tells: nothing of a pipeline need be here.
+
+    Raises:
+        RecipeError: nothing usable at the path, or a resolution that the pipeline's VAE cannot take.
+    """
+    if source.task is not None or kind == "noise" or (kind == "auto" and path is None):
+        return
+    if path is not None:
+        there = Path(path).expanduser().exists() or bool(shards_at(path))
+        kind = kind_at(path) if kind == "auto" or not there else kind
+    root = pipeline_of(source)
+    if kind != "cached" and root is not None and source.family.encoders is not None:
+        with suppress(ModelError):  # no VAE here
+            _size(resolution, source.family.encoders, root)
 
 
 def _unfit(path: str, what: str) -> str:

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -59,13 +59,12 @@ def check_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
         require_library(modules, extra)
     if reason := writer.lacks():
         raise UnavailableError(f"export.backend = {name!r}: {reason}")
-    own = {option: value for option, value in (options or {}).items() if option not in OWN_OPTIONS}
-    writer.check({**writer.options, **own})
+    _check_values(writer, options)
     return writer
 
 
 def named_backend(name: str, dtype: str, options: Mapping[str, Any] | None = None) -> Backend:
-    """The back end that writes what `name` runs, whatever the machine. Raises RecipeError as `check_backend` does, but for values."""
+    """The back end that writes what `name` runs, whatever the machine. Raises RecipeError as `check_backend` does."""
     if name not in plugins.names("backends"):
         raise RecipeError(f"export.backend = {name!r}: no such back end; there are {', '.join(plugins.names('backends'))}")
     writer = _writer(name)
@@ -76,7 +75,14 @@ def named_backend(name: str, dtype: str, options: Mapping[str, Any] | None = Non
     for option in options or {}:
         if option not in (*writer.options, *OWN_OPTIONS):
             raise RecipeError(f"export.{option}: {name} has no such option; it has {', '.join(writer.options) or 'none'}")
+    with suppress(UnavailableError):
+        _check_values(writer, options)
     return writer
+
+
+def _check_values(writer: Backend, options: Mapping[str, Any] | None) -> None:
+    own = {option: value for option, value in (options or {}).items() if option not in OWN_OPTIONS}
+    writer.check({**writer.options, **own})
 
 
 def writers() -> list[str]:

@@ -168,6 +168,31 @@ def test_a_plan_that_the_model_cannot_take_is_refused(edits: str, wanted: str, p
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("section", "wanted"),
+    [
+        ("export: [{backend: onnx, options: {opset: 3}}]", "export.opset = 3"),
+        ("calibrate: {source: prompts, path: words.txt, resolution: 1000}", "calibrate.resolution = 1000: wanted multiples of 16"),
+        ("calibrate: {source: prompts, path: nowhere.txt, resolution: 1024}", "nowhere.txt"),
+    ],
+)
+def test_what_compress_would_refuse_at_once_is_refused(section: str, wanted: str, ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
+    """By a configuration alone: of the pipeline there is what says how many pixels a token stands for."""
+    pipeline = tmp_path / "pipeline"
+    for part, config in (
+        ("transformer", json.loads((teacher_folder / "transformer" / "config.json").read_text())),
+        ("vae", {"temperal_downsample": [False, True, True]}),
+    ):
+        (pipeline / part).mkdir(parents=True)
+        (pipeline / part / "config.json").write_text(json.dumps(config))
+    (pipeline / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
+    (tmp_path / "words.txt").write_text("a cat\n")
+    (tmp_path / "r.yaml").write_text(f"model: {{path: {pipeline}}}\nplan: {{intervals: [[1, 2]], text_stream: none}}\n{section}\n")
+    code, out, err = ppclc("plan", "r.yaml")
+    assert (code, out) == (2, "")
+    assert wanted in err
+
+
 @pytest.mark.slow
 def test_bench_keeps_block_costs_that_plan_reads(ppclc: Any, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PPCLC_CACHE", str(tmp_path / "cache"))
