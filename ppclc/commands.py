@@ -215,6 +215,9 @@ def compress(recipe_name: str, changes: list[str], out: Path | None, until: str,
             display.say(line)
     elif run.plan is not None:
         display.say(f"stopped after {until}, as asked; plan: {folder / 'plan.json'}")
+        student = folder / "model" / "transformer" / "plan.json"
+        if student.is_file() and CompressionPlan.read(student) != run.plan:
+            display.say(f"{folder / 'model'} is still the student of an earlier plan; {compiler.go_on(folder)}")
     for gate in gates:
         if not gate.passed:
             display.say(f"gate failed: {gate.name} = {gate.value:.2f}, limit {gate.limit:g}")

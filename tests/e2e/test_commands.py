@@ -372,14 +372,16 @@ distill: {steps: 1, finetune_steps: 1, batch: 4}
 def test_a_refused_recipe_leaves_an_earlier_run_as_it_is(ppclc: Any, teacher_folder: Path, tmp_path: Path) -> None:
     """Also where the refusal comes after the costs were measured: sizes can still be cut, and `plan` tells no old plan for a new recipe."""
     (tmp_path / "r.yaml").write_text(f"model: {{path: {teacher_folder}}}\n{TINY}")
-    assert ppclc("compress", "r.yaml", "--until", "slice")[0] == 0
+    code, _, err = ppclc("compress", "r.yaml", "--until", "slice")
+    assert (code, "earlier plan" in err) == (0, False)
     stored = (tmp_path / "out/r/recipe.yaml").read_text()
     code, _, err = ppclc("compress", "r.yaml", "--until", "slice", "--set", "target.parameters=0.01")
     assert (code, "cannot be reached" in err) == (2, True)
     assert (tmp_path / "out/r/recipe.yaml").read_text() == stored
     assert ppclc("plan", "r.yaml", "--set", "target.parameters=0.01")[0] == 2
     assert ppclc("slice", "out/r", "--parameters", "0.9")[0] == 0
-    assert ppclc("compress", "r.yaml", "--until", "analyze", "--set", "target.parameters=0.9")[0] == 0
+    code, _, err = ppclc("compress", "r.yaml", "--until", "analyze", "--set", "target.parameters=0.9")
+    assert (code, "model is still the student of an earlier plan" in " ".join(err.split())) == (0, True)
     assert "parameters: 0.9" in (tmp_path / "out/r/recipe.yaml").read_text()
 
 
