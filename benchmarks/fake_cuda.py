@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks import compiled
 from ppclc import kernels
 from ppclc.analysis.device_sums import HostCopies, Place
 from ppclc.data.samples import Sample
@@ -41,31 +38,12 @@ TRIANGLE_TILE = 128
 @cache
 def lacks() -> str:
     """Why there can be no fake CUDA here; empty where the guard stands from now on."""
-    if torch.version.cuda is not None:
-        return "this PyTorch is built with CUDA, and would look for a device"
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return "there is no C++ compiler"
-    root = Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(GUARD, "utf-8")
-        command = [
-            compiler,
-            "-std=c++20",
-            "-shared",
-            "-fPIC",
-            f"-I{root / 'include'}",
-            str(source),
-            "-o",
-            str(library),
-            f"-L{root / 'lib'}",
-            "-lc10",
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        if done.returncode:
-            return f"the guard does not compile: {done.stderr[:200]}"
-        ctypes.CDLL(str(library))
+    if reason := compiled.lacks():
+        return reason
+    try:
+        ctypes.CDLL(str(compiled.library("fake_cuda", GUARD, ["c10"])))
+    except RuntimeError as error:
+        return str(error)
     return ""
 
 

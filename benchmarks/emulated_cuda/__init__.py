@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
 import time
 from functools import cache
 from pathlib import Path
@@ -22,40 +18,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.compiled import lacks, library
+
 CODE = Path(__file__).with_name("cuda.cpp")
-FOLDER = Path(__file__).parents[2] / "build" / "emulated_cuda"
+LINKS = ("c10", "torch_cpu", "torch")
 MEMORY = 8 * 2**30
 CAPABILITY = (9, 0)
-
-
-def lacks() -> str:
-    """Why there can be none here; empty where there can."""
-    if torch.version.cuda is not None:
-        return "this PyTorch is built with CUDA"
-    return "" if _compiler() else "there is no C++ compiler"
-
-
-def _compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("clang++")
-
-
-@cache
-def _built() -> Path:
-    """The device's library: compiled, in a quarter of a minute, where this PyTorch's is not there yet. Raises RuntimeError, as the compiler says."""
-    code = hashlib.sha256(CODE.read_bytes()).hexdigest()[:12]
-    root = Path(torch.__file__).parent
-    made = FOLDER / f"torch-{torch.__version__}-{code}.so"
-    if made.exists():
-        return made
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    includes = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    part = made.with_suffix(f".{os.getpid()}")
-    command = [_compiler() or "", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", *includes, str(CODE), "-o", str(part)]
-    done = subprocess.run([*command, f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the emulated GPU does not compile: {done.stderr[:2000]}")
-    part.replace(made)
-    return made
 
 
 class Device:
@@ -174,7 +142,7 @@ def start() -> Device:
     """
     if reason := lacks():
         raise RuntimeError(reason)
-    device = Device(_built())
+    device = Device(library("emulated_cuda", CODE.read_text("utf-8"), LINKS))
     about = About(
         name="Emulated GPU", multi_processor_count=4, major=CAPABILITY[0], minor=CAPABILITY[1], uuid="emulated",
         gcnArchName="", L2_cache_size=2**20, warp_size=32, regs_per_multiprocessor=2**16, max_threads_per_multi_processor=2048,

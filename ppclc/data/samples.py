@@ -156,13 +156,17 @@ class Samples:
 
 
 def parts_that_fit(sample: Sample, device: Any, source: Source) -> list[Sample]:
-    """A batch as it is for a CPU; for a GPU in parts of which half of the free memory holds `STATES` states each."""
+    """A batch as it is for a CPU; for a GPU in parts of which half of the free memory holds `STATES` states each.
+
+    Parts have a power of two of rows: a little more or less that is free gives the same parts, and so the same rounding.
+    """
     x, t, given = sample
     if torch.device(device).type == "cpu":
         return [sample]
     tokens = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3] // 4
     tokens += sum(v.shape[1] for name, v in given.items() if name == TEXT)
     rows = max(1, int(free_bytes(device) / 2 / (STATES * 2 * tokens * width_of(source.config))))
+    rows = 1 << rows.bit_length() - 1
     return [picked(sample, range(i, min(i + rows, len(t)))) for i in range(0, len(t), rows)]
 
 

@@ -105,6 +105,8 @@ def test_parts_hold_every_sample_once(prompts: dict[str, Samples], device: emula
     device.limit(device.held() + 40_000)
     parts = parts_that_fit(sample, "cuda", prompts["cpu"].source)
     assert len(parts) > 1
+    assert len({len(t) for _, t, _ in parts[:-1]}) <= 1
+    assert len(parts[0][1]).bit_count() == 1  # a power of two
     assert torch.equal(torch.cat([x for x, _, _ in parts]), sample[0])
     assert len(parts_that_fit(sample, "cpu", prompts["cpu"].source)) == 1
 
