@@ -117,17 +117,67 @@ def has_dtype(model: ir.Model, dtype: ir.DataType) -> bool:
     return any(value.dtype == dtype for value in [*model.graph.inputs, *model.graph.initializers.values()])
 
 
-def optimize_unread(model: ir.Model) -> None:
-    """What the exporter does to a graph at its end, but for transposing large weights, for which it would read and copy them."""
+def optimize(model: ir.Model, read: bool = True) -> None:
+    """What the exporter does to a graph at its end, with the rules that a transformer can meet.
+
+    Left out are those of convolutions and their like, and the search for slices that a Split could stand for: it never finds any here, and takes
+    time that grows with the square of the graph, minutes for sixty blocks. read: whether weights may be looked at; where not, none is transposed.
+    """
     import onnxscript.optimizer
     import onnxscript.rewriter.onnx_fusions
+    from onnx_ir.passes import common
+    from onnxscript.rewriter import RewriteRuleSet
 
     def fold(node: ir.Node) -> bool | None:
         large = any(v is not None and v.const_value is not None and v.const_value.size > SMALL for v in node.inputs)
-        return False if node.op_type == "Transpose" and large else None
+        return False if node.op_type == "Transpose" and large and not read else None
 
-    onnxscript.optimizer.optimize_ir(model, should_fold=fold)
+    rules = RewriteRuleSet(_rules())
+    clean: list[Any] = [common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()]
+    common.InlinePass()(model)
+    for _ in range(2):
+        folded = onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=fold).modified
+        rewritten = rules.apply_to_model(model)
+        for step in clean:
+            step(model)
+        if not (folded or rewritten):
+            break
+    for step in (
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
     onnxscript.rewriter.onnx_fusions.fuse(model)
+
+
+def _rules() -> list[Any]:
+    from onnxscript.rewriter.rules import common
+
+    return [
+        *common.mul_by_1_rule.commute(),
+        *common.add_0_rule.commute(),
+        common.sub_0_rule,
+        common.div_by_1_rule,
+        common.cast_constant_of_shape_rule,
+        common.cast_constant_of_shape_without_value_rule,
+        common.collapse_slice_rule,
+        common.collapse_slice2_rule,
+        common.materialize_reshape_shape_rule,
+        common.cast_cast_rule,
+        common.no_op_cast_rule,
+        common.no_op_expand_rule,
+        common.flatten_to_reshape_rule,  # before the next one
+        common.reshape_reshape_rule,
+        common.no_op_transpose_rule,
+        common.transpose_transpose_rule,
+        common.unsqueeze_unsqueeze_rule,
+        common.squeeze_reshape_1d_rule,
+        common.remove_optional_bias_from_gemm_rule,
+    ]
 
 
 def point_to(model: ir.Model, location: str, stored: Mapping[str, tuple[int, int]], folder: Path) -> None:

@@ -89,12 +89,11 @@ def _program(captured: ExportedProgram, request: ExportRequest) -> ONNXProgram:
         output_names=output_names(request),
         # The axes are dynamic already; given as words, they name the symbols.
         dynamic_shapes={name: dict(request.dynamic.get(name, {})) for name in request.inputs},
-        optimize=request.store is None,
+        optimize=False,  # but by what follows
         verbose=False,
     )
     assert program is not None
-    if request.store is not None:
-        _onnx_graphs.optimize_unread(program.model)
+    _onnx_graphs.optimize(program.model, read=request.store is None)
     ClearMetadataAndDocStringPass()(program.model)
     if request.dtype != "float32":
         _onnx_graphs.plain_permutations(program.model)

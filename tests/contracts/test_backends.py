@@ -7,6 +7,7 @@ those of ONNX and TensorRT-RTX. What a machine cannot do is a strict expected fa
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from ppclc import plugins
 from ppclc.backends import _onnx_graphs
 from ppclc.backends.tensorrt import ENGINE
 from ppclc.loading.classes import DTYPES
-from ppclc.lowering import MAX_ABS, REL_L2, parity, passes
+from ppclc.lowering import MAX_ABS, REL_L2, exported_program, parity, passes, quiet
 from ppclc.models import apply_plan
 from ppclc.passes.export import export_model, with_outliers
 from ppclc.plan import CompressionPlan
@@ -74,6 +75,25 @@ def in_dtype(family: str, role: str, dtype: str) -> Any:
 def lower(family: str, role: str, dtype: str, backend: str, folder: Path, **options: Any) -> Any:
     front = plugins.load("families", family)
     return export_model(in_dtype(family, role, dtype), front, backend, dtype, folder, "digest", options=options, force=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "role"), first(("sd3", "all")))
+def test_a_graph_is_what_the_exporter_s_own_optimizer_makes_of_it(family: str, role: str) -> None:
+    """Ours leaves out rules that find nothing, one of which takes time by the square of the graph."""
+    from onnxscript._framework_apis import torch_2_8
+
+    model = in_dtype(family, role, "bfloat16")
+    lowered = plugins.load("families", family).lowered(model)
+    with quiet():
+        captured = exported_program(lowered.module, lowered.inputs(**lowered.sizes[0]), lowered.dynamic, lowered.ranges)
+        ours, theirs = (torch.onnx.export(captured, dynamo=True, opset_version=23, optimize=False, verbose=False).model for _ in range(2))
+    _onnx_graphs.optimize(ours)
+    torch_2_8.optimize(theirs)
+    found, wanted = (Counter(node.op_type for node in graph) for graph in (ours.graph, theirs.graph))
+    assert found == wanted
+    assert len(ours.graph.initializers) == len(theirs.graph.initializers)
+    assert len(ours.functions) == len(theirs.functions) == 0
 
 
 @pytest.mark.slow
