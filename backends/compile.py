@@ -51,7 +51,15 @@ def load(folder: Path, subject: Subject) -> CompiledSession:
             for block in part:
                 block.compile(dynamic=False)
                 count += 1
+    _no_kind_left_out(count)
     return CompiledSession(module, {"compiled": f"{count} blocks", "mode": "default", "threads": torch.get_num_threads()})
+
+
+def _no_kind_left_out(count: int) -> None:
+    """So many kinds of blocks more may be compiled: beyond its limit PyTorch runs a block as it is, and says nothing."""
+    config: Any = torch._dynamo.config
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, name, getattr(config, name) + count)
 
 
 def _heavy(blocks: nn.ModuleList) -> bool:

@@ -26,7 +26,7 @@ from ppclc.families import Lowered
 from ppclc.judges import open_judges
 from ppclc.loading.classes import count_parameters, model_outline, student_config
 from ppclc.loading.sources import Source, check_teacher, open_source
-from ppclc.machine.devices import Ranks, alone_here
+from ppclc.machine.devices import Ranks, alone_here, give_back
 from ppclc.machine.interrupts import raise_if_stopped
 from ppclc.machine.locks import alone_in
 from ppclc.models import load_model, load_source, quiet_libraries, set_threads
@@ -93,6 +93,8 @@ def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str
                     break
             with memory_told(step, recipe), display.stage(step) as progress:
                 steps[step](run, progress)
+            if run.ranks.device != "cpu":
+                give_back()  # libraries make their own work space of what PyTorch does not keep
     if run.student is not None:
         describe(run)
     return run

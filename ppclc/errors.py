@@ -51,7 +51,9 @@ class VerificationError(PpclcError):
 def memory_lacks(error: BaseException) -> str:
     """What an error says of memory that could not be had, on a GPU or the host; empty where it is about something else."""
     told = first_line(error)
-    on_gpu = type(error).__name__ == "OutOfMemoryError"
+    on_gpu = (
+        type(error).__name__ == "OutOfMemoryError" or ("CUDA" in told.upper() and "out of memory" in told) or "_STATUS_ALLOC_FAILED" in told
+    )
     if on_gpu or isinstance(error, MemoryError) or "can't allocate memory" in told or "not enough memory" in told:
         return f"{'the GPU' if on_gpu else 'this machine'} has no memory left ({told})"
     return ""

@@ -48,7 +48,8 @@ class CalibrationStats(Record):
     `text_input` (the modulated text state that feeds block i's keys and values), and those of the
     feed-forward networks (`ppclc.analysis.ffn_maps`). When `grouped`, near
     moments also stand under `chunk.<c>.` and `band.<b>.`: of every eighth batch, and of each band of
-    timesteps. Rows are counted in `rows`; `moment_seconds` went into moments, beside the forwards.
+    timesteps. Rows are counted in `rows`; `moment_seconds` went into moments, beside the forwards; on
+    a GPU, which works on by itself, into asking for them.
     """
 
     num_blocks: int

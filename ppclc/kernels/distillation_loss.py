@@ -8,7 +8,6 @@ Shape suffixes: B batch, T token, N rows, D width.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ import torch
 from ppclc.kernels import LEAST_NORM, plain, runs, takes
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_ones: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 WIDEST = 8192
 """Rows up to it fit into registers."""
 
@@ -43,16 +43,21 @@ def state_loss(
     return loss
 
 
-@cache
 def one(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A scalar one, always the same: as the upstream of a loss it is known without a look at the device, and takes no kernel to make."""
-    return torch.ones((), device=device, dtype=dtype)
+    """A scalar one, always the same, not to be written to: as the upstream of a loss it is known without a look at the device, and no kernel makes it."""
+    known = _ones.get((device, dtype))
+    if known is None:
+        known = torch.ones((), device=device, dtype=dtype)
+        # What stands for a tensor, or is made while a graph is captured, holds no one afterwards.
+        if plain(known) and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _ones[device, dtype] = known
+    return known
 
 
 def _is_one(upstream: torch.Tensor) -> bool:
     """Whether a scalar is `one`, or a view of it."""
-    known = one(upstream.device, upstream.dtype)
-    return type(upstream) is torch.Tensor and upstream.numel() == 1 and upstream.data_ptr() == known.data_ptr()
+    known = _ones.get((upstream.device, upstream.dtype))
+    return known is not None and plain(upstream) and upstream.numel() == 1 and upstream.data_ptr() == known.data_ptr()
 
 
 def reference(

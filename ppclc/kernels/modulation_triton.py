@@ -166,7 +166,7 @@ def _launch(kernel: Any, configs: Configs, grid: Callable[[int], tuple[int, ...]
 
 def _launch_backward(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, **constants: Any) -> None:
     """Run a backward kernel, whose sums are the same in every run because nothing about it is tuned."""
-    launch(kernel, [({}, warps)], lambda _: grid, None, args, constants)
+    launch(kernel, [({}, warps)], lambda _: grid, warps, args, constants)
 
 
 def backward_warps(width: int) -> int:

@@ -132,7 +132,12 @@ class LocalPhase:
         """The steps of a chunk by all edits; streamed, those that a stop leaves out catch up when the run goes on."""
         if not self.streamed:
             lanes = max(1, cores() // local_world() // torch.get_num_threads()) if _on_cpu(chunk) else 1
-            with ThreadPoolExecutor(min(lanes, len(self.edits))) as pool:
+            lanes = min(lanes, len(self.edits))
+            if lanes == 1:  # in this thread: attention on a GPU plans anew in every other
+                for edit in self.edits:
+                    self._teach(edit, chunk, at)
+                return
+            with ThreadPoolExecutor(lanes) as pool:
                 for job in [pool.submit(self._teach, e, chunk, at) for e in self.edits]:
                     job.result()
             return

@@ -94,6 +94,8 @@ class Trainer:
         self.optimizer = _optimizer(self.parameters.values(), settings)
         self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if settings.ema else {}
         self.losses: list[float] = []
+        # The gradient of a parameter of one element may be what a backward began with itself, and gradients are scaled where they lie.
+        self.known = all(p.numel() > 1 for p in self.parameters.values())
         # Nothing here holds this object: it, and what it has on a GPU, is gone as soon as nobody needs it.
         self.clip: Callable[[], Any] = partial(nn.utils.clip_grad_norm_, list(self.parameters.values()), settings.clip)
 
@@ -117,7 +119,7 @@ class Trainer:
             with gradients_settle(self.called, last=n == len(parts)):
                 with self.autocast():
                     terms = part(self.called)
-                _backward(list(terms.values()), len(parts))
+                _backward(list(terms.values()), len(parts), self.known)
             found += [(name, term.detach()) for name, term in terms.items()]
         norm = whole(self.clip())  # of all ranks' gradients: all find the same
         # Read at once: each look at a number waits for the device.
@@ -229,14 +231,14 @@ def autocast(module: nn.Module, wanted: torch.dtype) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16 if wanted == torch.float32 else wanted, enabled=wanted != torch.float32)
 
 
-def _backward(terms: Sequence[torch.Tensor], parts: int) -> None:
-    """Add the gradients of a sum of scalars, one of so many parts of a mean, to the parameters.
+def _backward(terms: Sequence[torch.Tensor], parts: int, known: bool) -> None:
+    """Add the gradients of a sum of scalars, one of so many parts of a mean, to the parameters. known: begin with `one` itself where that is right.
 
     Each term is begun with on its own: adding them up, and making the ones that a sum begins with, are as many kernels more on a GPU.
     """
     learnt = [t for t in terms if t.requires_grad]
     ones = [one(t.device, t.dtype) for t in learnt]
-    torch.autograd.backward(learnt, ones if parts == 1 else [o / parts for o in ones])
+    torch.autograd.backward(learnt, ones if known and parts == 1 else [o / parts for o in ones])
 
 
 class Saving:

@@ -164,7 +164,9 @@ def test_compiled_blocks_give_what_eager_gives(family: str, role: str) -> None:
     inputs = lowered.inputs(**lowered.sizes[0])
     with torch.no_grad():
         wanted = lowered.reference(inputs)
+    before = torch._dynamo.config.recompile_limit
     distance = parity(wanted, plugins.load("backends", "compile").load(Path(), lowered).run(inputs))
+    assert torch._dynamo.config.recompile_limit > before  # each block may be of a kind of its own
     assert passes(distance, "float32")
 
 

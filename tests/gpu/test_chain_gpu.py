@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA 
 
 
 def compressed(folder: Path, out: Path, way: str, **changes: Any) -> Run:
-    given = recipe(folder) | {"kernels": way, "export": []} | changes
+    # Bench's compiled models and graphs are tested elsewhere, and take minutes.
+    bench = {"runs": 3, "steps": 1, "compiled": False, "size": {"height": 8, "width": 8, "text": 16}}
+    given = recipe(folder) | {"kernels": way, "export": [], "bench": bench} | changes
     return compress(parse_recipe(given, "recipe"), "recipe", out, Display(2, -1), ranks=open_ranks())
 
 

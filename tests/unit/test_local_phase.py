@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from ppclc.passes.distill import DistillSettings
 from ppclc.plan import CompressionPlan
 from ppclc.records import CalibrationStats, Distilled
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
+from ppclc.training import local_phase
 from ppclc.training.local_edits import LocalEdit, Teaching, Weights, interval_edit, relative_error, width_edits
 from ppclc.training.local_phase import LocalPhase, LocalSettings, batch_states
 from ppclc.training.trainer import CHECKPOINT, Trainer, TrainingSettings
@@ -121,6 +124,24 @@ def test_every_edit_of_the_plan_is_there(wanted: dict[str, Distilled]) -> None:
     assert {k for k in wanted["interval-3-4-adapted"].tensors if "adapter" in k} == {
         f"{s}_adapter.{p}" for s in ("image", "text") for p in ("weight", "bias")
     }
+
+
+def test_on_a_gpu_edits_learn_in_the_thread_that_asks(
+    resident: Teacher, stats: CalibrationStats, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread a step would plan attention anew in every step, and keep all those plans."""
+    monkeypatch.setattr(local_phase, "_on_cpu", lambda chunk: False)
+    edits, threads = edits_of(resident, stats)[:2], set()
+
+    def seen(edit: LocalEdit) -> LocalEdit:
+        def loss(*given: Any) -> Any:
+            threads.add(threading.current_thread())
+            return edit.loss(*given)
+
+        return replace(edit, loss=loss)
+
+    learn(resident, [seen(e) for e in edits], samples, tmp_path, steps=2)
+    assert threads == {threading.current_thread()}
 
 
 @pytest.mark.slow

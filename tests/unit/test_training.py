@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ppclc.data.batches import Feed
 from ppclc.errors import RecipeError, UnavailableError
+from ppclc.kernels import distillation_loss
+from ppclc.kernels.distillation_loss import one
 from ppclc.machine.devices import Ranks
 from ppclc.machine.interrupts import noted_interrupts
 from ppclc.training.curves import Curve
@@ -45,6 +48,26 @@ def feed(data: torch.Tensor, **changes: Any) -> Feed:
 
 def loss(module: nn.Module, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"a": 0.25 * module(rows).square().mean(), "b": 0.75 * module(rows).square().mean()}
+
+
+def test_a_parameter_of_one_element_leaves_the_one_that_backwards_begin_with_as_it_is() -> None:
+    """Its gradient may be that tensor itself, and gradients are clipped where they lie."""
+    lone = nn.Module()
+    lone.weight = nn.Parameter(torch.tensor([2.0]))
+    trainer = Trainer(lone, 3, 0.05, TrainingSettings(clip=0.1))
+    trainer.step([lambda m: {"a": m.weight.reshape(())}])
+    assert one(torch.device("cpu"), torch.float32).item() == 1.0
+    assert lone.weight.grad is not None
+    assert lone.weight.grad.item() == pytest.approx(0.1)
+
+
+def test_the_one_that_backwards_begin_with_is_kept_unless_it_only_stands_for_one() -> None:
+    place = torch.device("cpu"), torch.float64
+    with FakeTensorMode():
+        assert type(one(torch.device("meta"), torch.float64)) is not torch.Tensor
+    assert one(*place) is one(*place)
+    assert one(*place).item() == 1.0
+    assert (torch.device("meta"), torch.float64) not in distillation_loss._ones
 
 
 def run(data: torch.Tensor, work: Path, settings: TrainingSettings, progress: Any = quiet, curve: Any = None, **changes: Any) -> Trainer:
