@@ -43,6 +43,7 @@ from ppclc.records import (
 )
 from ppclc.room import analysis_here, check_finetune, check_resident
 from ppclc.screens.display import Display
+from ppclc.slicing import check_weights
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
 from ppclc.training.trainer import check_optimizer
 
@@ -164,6 +165,8 @@ def prepare(recipe: Recipe, name: str, out: Path, display: Display, ranks: Ranks
     if planned:
         check_target(recipe.plan, budget)
     check_headers(source)  # before anything is encoded
+    if isinstance(found, Unencoded) and not found.folder(out / "records", recipe.model.dtype).is_dir():
+        check_weights(source)  # so are values that are none: reading a model takes less than encoding for it
     # Before the teacher is there: both may not fit in memory.
     cache, encoding = cached_samples(found, out / "records", recipe.model.dtype, display, ranks.device)
     run = Run(recipe, name, out, display, source, cache, ranks)

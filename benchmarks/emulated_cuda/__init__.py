@@ -160,6 +160,7 @@ def start() -> Device:
         "get_device_properties": lambda *_: about,
         "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: False,
         "mem_get_info": device.free,
         "memory_allocated": device.held,
         "memory_reserved": device.held,

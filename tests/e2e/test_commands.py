@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from ppclc import cli, kernels
 
@@ -486,12 +488,18 @@ def test_a_command_to_go_on_with_can_be_pasted(ppclc: Any, teacher_folder: Path,
     assert f"ppclc compress '{out}/recipe.yaml' -o '{out}'" in err
 
 
-def test_a_broken_teacher_is_told_before_anything_is_encoded(ppclc: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["truncated", "not a number"])
+def test_a_broken_teacher_is_told_before_anything_is_encoded(how: str, ppclc: Any, tmp_path: Path) -> None:
     from tests.e2e.test_pipelines import recipe, with_images
 
     folder = with_images("sd3", tmp_path)
     (file,) = (folder / "pipeline" / "transformer").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-100])
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        tensors = load_file(file)
+        tensors["proj_out.bias"][3] = torch.nan
+        save_file(tensors, file, {"format": "pt"})
     (tmp_path / "r.yaml").write_text(json.dumps(recipe(folder)))
     code, _, err = ppclc("compress", "r.yaml", "-o", "out", "--until", "calibrate")
     assert code == 2
