@@ -121,7 +121,8 @@ def test_a_variant_of_a_folder_is_loaded(variants: Path, teacher: Any) -> None:
     assert {p.dtype for p in half.places().values()} == {torch.bfloat16}
     loaded = load_source(half).state_dict()
     assert all(torch.equal(loaded[n], t.to(torch.bfloat16).float()) for n, t in teacher.state_dict().items())
-    assert all(torch.equal(t, load_source(plain).state_dict()[n]) for n, t in teacher.state_dict().items())
+    whole = load_source(plain).state_dict()
+    assert all(torch.equal(t, whole[n]) for n, t in teacher.state_dict().items())
 
 
 def test_other_variants_are_named(variants: Path, tmp_path: Path) -> None:
