@@ -19,11 +19,11 @@ from ppclc.passes import export as export_pass
 def test_a_run_whose_export_fails_is_judged_timed_and_told(
     make_teacher: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_teacher(3).save_pretrained(tmp_path / "teacher")
+    make_teacher(2).save_pretrained(tmp_path / "teacher")
     recipe = {
         "model": {"path": str(tmp_path / "teacher")},
         "calibrate": {"source": "noise", "samples": 64, "longest": 3},
-        "plan": {"intervals": [[1, 2]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"},
+        "plan": {"intervals": [[0, 1]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"},
         "distill": {"steps": 1, "width_steps": 1, "finetune_steps": 1, "batch": 2},
         "verify": {"samples": 4},
         "export": [{"backend": "onnx"}],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -133,11 +134,20 @@ def given(folder: Path, **changes: Any) -> Any:
     return parse_recipe(found, "recipe")
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with a run in `out` that is done but for its bench and report. Tests go on with a copy of it."""
+    folder = with_images("sd3", tmp_path_factory.mktemp("judged"))
+    compress(given(folder), "recipe", folder / "out", Display(0, -1), "verify", CUDA)
+    return folder
+
+
 def test_a_bench_without_room_costs_the_report_nothing_but_its_latencies(
-    tmp_path: Path, device: emulated_cuda.Device, monkeypatch: pytest.MonkeyPatch
+    judged: Path, tmp_path: Path, device: emulated_cuda.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The GPU is full of something else by then."""
-    folder = with_images("sd3", tmp_path)
+    folder = judged
+    shutil.copytree(judged / "out", tmp_path / "out")
     start = partial(compress, given(folder), "recipe", tmp_path / "out", Display(0, -1), ranks=CUDA)
     bench_models = bench_pass.bench_models
 
@@ -164,14 +174,14 @@ def test_a_bench_without_room_costs_the_report_nothing_but_its_latencies(
 
 @pytest.mark.parametrize(("at", "gate", "wanted"), [("run_bench", 100, 3), ("work_of", 1e-6, 1)])
 def test_memory_that_runs_out_within_a_bench_costs_no_report(
-    at: str, gate: float, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    at: str, gate: float, wanted: int, judged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def runs_out(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(bench_pass, at, runs_out)
-    folder = with_images("sd3", tmp_path)
-    asked = recipe(folder) | {"export": [], "bench": BENCH}
+    shutil.copytree(judged / "out", tmp_path / "out")
+    asked = recipe(judged) | {"export": [], "bench": BENCH}
     asked["verify"]["gates"] = {"ssim": {"drop_percent": gate}}  # which goes first where it fails
     (tmp_path / "r.yaml").write_text(json.dumps(asked))
     code, document = commands.compress(str(tmp_path / "r.yaml"), [], tmp_path / "out", "report", 0)
