@@ -44,6 +44,7 @@ test-fast: install ## the tests that take next to nothing: a minute
 
 test-long: install ## what the tests leave out: every back end over every family and edit, more kills (half an hour)
 	PPCLC_LONG=1 $(BIN)/python -m pytest -m long -n 2 --dist worksteal $(LONG_ARGS)
+	PPCLC_LONG=1 $(BIN)/python -m pytest -p tests.emulated.plugin -m long -n 2 --dist worksteal $(LONG_ARGS) tests/emulated
 
 # Not after `install`, which would bring its own torch: on a machine whose Python has a CUDA build and what ppclc needs, BIN names its folder, as in
 #   make gpu BIN=/usr/bin GPU_ARGS="--parts ladder"

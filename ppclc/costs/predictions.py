@@ -80,10 +80,11 @@ def vram_bytes(family: Family, config: Mapping[str, Any], plan: CompressionPlan,
 
 def _tensor_bytes(model: Any, dtype: str) -> int:
     """Bytes of parameters and persistent buffers; floating-point ones in `dtype`."""
-    return sum(t.numel() * _dtype_of(t, dtype).itemsize for t in model.state_dict().values())
+    return sum(t.numel() * dtype_for(t, dtype).itemsize for t in model.state_dict().values())
 
 
-def _dtype_of(tensor: torch.Tensor, dtype: str) -> torch.dtype:
+def dtype_for(tensor: torch.Tensor, dtype: str) -> torch.dtype:
+    """What a tensor of a model in a dtype is in: numbers that count or tell apart stay as they are."""
     return DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype
 
 
@@ -95,7 +96,7 @@ def weight_bytes(empty: Any, dtype: str) -> int:
     from huggingface_hub import split_torch_state_dict_into_shards
 
     # With the target's dtype, since the limit of a shard is in bytes.
-    state = {n: t.to(_dtype_of(t, dtype)) for n, t in empty.state_dict().items()}
+    state = {n: t.to(dtype_for(t, dtype)) for n, t in empty.state_dict().items()}
     split = split_torch_state_dict_into_shards(state, max_shard_size=checkpoints.SHARD_SIZE)
     headers = [safetensors_header({n: state[n] for n in names}, METADATA) for names in split.filename_to_tensors.values()]
     return sum(len(h) for h in headers) + _tensor_bytes(empty, dtype)
@@ -148,11 +149,11 @@ def _activation_bytes(family_name: str, config: str, dtype: str, size: tuple[tup
     model_outline(family, given)  # its errors are ours
     with FakeTensorMode():
         model = model_class(family, given).from_config({k: v for k, v in given.items() if k != "auto_map"})
-        state = {n: t.to(_dtype_of(t, dtype)) for n, t in model.state_dict().items()}
+        state = {n: t.to(dtype_for(t, dtype)) for n, t in model.state_dict().items()}
         model.load_state_dict(state, strict=True, assign=True)
         model.eval().requires_grad_(training)
         inputs = family.example_inputs(given, **dict(size))
-        inputs = {k: v.to(DTYPES[dtype]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        inputs = {k: v.to(dtype_for(v, dtype)) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
         with Allocations() as seen, torch.set_grad_enabled(training):
             output = model(**inputs, return_dict=False)[0]
             if training:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ppclc.costs.blocks import Call, example_call, width_of
-from ppclc.costs.predictions import by_depth
+from ppclc.costs.predictions import by_depth, dtype_for
 from ppclc.families import Family
 from ppclc.loading.classes import DTYPES, count_parameters, empty_model, model_outline, random_model, student_config
 from ppclc.passes.calibrate import BATCH
@@ -122,7 +122,7 @@ def _training_call(family: Family, config: Mapping[str, Any], size: Size, dtype:
     """A forward and a backward of a model with random weights."""
     model = random_model(family, config, dtype, device=device).requires_grad_(True)
     inputs = family.example_inputs(config, **size)
-    given = {k: v.to(device, DTYPES[dtype]) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    given = {k: v.to(device, dtype_for(v, dtype)) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
     def step() -> None:
         model(**given, return_dict=False)[0].square().mean().backward()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ppclc import plugins
+from ppclc.costs.predictions import activation_bytes
 from ppclc.data.samples import open_samples
 from ppclc.errors import PlanError
 from ppclc.families import STREAMS, Family
@@ -107,6 +108,14 @@ def run(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+
+@pytest.mark.slow
+def test_what_a_forward_and_a_step_take_is_counted(subject: Subject) -> None:
+    """Indices and masks among the inputs are not numbers of the model's dtype."""
+    config = dict(subject.model.config)
+    forward, step = (activation_bytes(subject.family, config, "bfloat16", training=training) for training in (False, True))
+    assert 0 < forward < step
 
 
 def random_bank(subject: Subject, plan: CompressionPlan) -> dict[str, Any]:
