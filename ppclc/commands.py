@@ -268,11 +268,14 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
         measure = ("largest difference", "max_abs") if row["dtype"] == "float32" else ("relative L2 difference", "rel_l2")
         parity = f", {measure[0]} from eager {row['parity'][measure[1]]:.1e}" if row["parity"] else ", not run here"
         lines.append(f"{row['backend']} {row['dtype']}  {row['bytes'] / 1e6:.1f} MB{parity}")
-    lines += [
-        f"{row['backend']}{', CUDA graph' * row['cuda_graph']}  p50 {row['p50_ms']:.2f} ms, {row['speedup']:.2f} times the teacher's speed"
-        for row in report["bench"]
-        if row["target"] == "student" and row["speedup"]
-    ]
+    for row in report["bench"]:
+        if row["target"] == "student" and row["speedup"]:
+            low, high = row["speedup_ci95"] or (None, None)
+            interval = f", 95 % interval {low:.2f} to {high:.2f}" if low is not None else ""
+            place = f"{row['backend']}{', CUDA graph' * row['cuda_graph']}"
+            lines.append(f"{place}  p50 {row['p50_ms']:.2f} ms, {row['speedup']:.2f} times the teacher's speed{interval}")
+    noisy = [row for row in report["bench"] if row["noise"]]
+    lines += [f"noisy run: {row['target']} in {row['backend']}: {row['noise']}" for row in noisy]
     return [*lines, f"report: {out / 'report.html'}"]
 
 

@@ -112,6 +112,7 @@ def reopen(recipe: Recipe, name: str, out: Path, display: Display) -> Run:
         OutputError: the folder holds the work of another teacher, or a run that has not come as far as its analysis.
     """
     again = go_on(out)
+    quiet_libraries()
     source = open_source(*recipe.model.place)
     check_teacher(source)
     set_threads(source)

@@ -262,6 +262,8 @@ class CompressionPlan(BaseModel):
         """The plan in a file. Raises PlanError when it is missing or malformed."""
         try:
             return CompressionPlan.from_json(path.read_text("utf-8"), str(path))
+        except FileNotFoundError:
+            raise PlanError(f"{path}: no such file; wanted a plan.json") from None
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: {error}; wanted a plan.json") from None
 

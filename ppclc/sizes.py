@@ -19,7 +19,17 @@ from pydantic import ValidationError
 
 from ppclc import compiler, distilling
 from ppclc.analysis import selection
-from ppclc.analysis.budget import RANK_TOLERANCE, PlanSettings, TargetSettings, adapted_spans, allows, budget_of, by_hand, layout
+from ppclc.analysis.budget import (
+    LEAST_NUMBER,
+    RANK_TOLERANCE,
+    PlanSettings,
+    TargetSettings,
+    adapted_spans,
+    allows,
+    budget_of,
+    by_hand,
+    layout,
+)
 from ppclc.analysis.selection import Budget, Options, Span
 from ppclc.bank import INTERVAL, EditBank, considered, interval_plan, needed
 from ppclc.errors import OutputError, PlanError, RecipeError
@@ -154,7 +164,9 @@ def target_of(parameters: float) -> TargetSettings:
     try:
         return TargetSettings(parameters=parameters)
     except ValidationError:
-        raise RecipeError(f"--parameters {parameters:g}: wanted a share of the teacher's up to 1.0, or a number of them") from None
+        raise RecipeError(
+            f"--parameters {parameters:g}: wanted a share of the teacher's up to 1.0, or a number of them, at least {LEAST_NUMBER:,}"
+        ) from None
 
 
 def plan_of_size(run: Run, bank: EditBank, target: TargetSettings) -> CompressionPlan:

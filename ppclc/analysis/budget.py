@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from ppclc.analysis import selection
 from ppclc.analysis.closed_forms import check_reach
@@ -21,7 +21,19 @@ from ppclc.plan import CompressionPlan
 from ppclc.records import digest_of
 
 Auto = Literal["auto", "none"]
-Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
+
+
+def _two(value: Any) -> Any:
+    if isinstance(value, list) and len(value) != 2:
+        raise ValueError("pairs of blocks, the first and the last that become one")
+    return value
+
+
+Pair = Annotated[list[int], BeforeValidator(_two)]
+
+
+LEAST_NUMBER = 1000
+"""Parameters and bytes from which a number counts them: what lies between it and a share is a percentage by mistake."""
 
 
 class TargetSettings(BaseModel):
@@ -36,6 +48,13 @@ class TargetSettings(BaseModel):
     bytes: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
     vram_gb: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
     latency_ms: Annotated[float, Field(gt=0)] | Annotated[int, Field(gt=0)] | None = None
+
+    @field_validator("parameters", "bytes")
+    @classmethod
+    def _share_or_number(cls, value: float | None) -> float | None:
+        if value is not None and 1 < value < LEAST_NUMBER:
+            raise ValueError(f"a share of the teacher's up to 1, or a number of at least {LEAST_NUMBER:,}")
+        return value
 
     @property
     def is_given(self) -> bool:
@@ -199,6 +218,10 @@ def check_by_hand(source: Source, wanted: PlanSettings, longest: int) -> None:
         raise RecipeError(f"plan.protect = {wanted.protect}: wanted blocks within 0..{length - 1}")
     spans = [(a, b) for a, b in wanted.intervals] if isinstance(wanted.intervals, list) else []
     for first, last in spans:
+        if not 0 <= first < last < length:
+            raise RecipeError(
+                f"plan.intervals: got {[first, last]}, wanted at least two blocks within 0..{length - 1}, the first before the last"
+            )
         if inside := [b for b in wanted.protect if first <= b <= last]:
             raise RecipeError(f"plan.protect = {wanted.protect}: block {inside[0]} is in the interval {[first, last]} of plan.intervals")
     text = wanted.text_stream if isinstance(wanted.text_stream, list) else []

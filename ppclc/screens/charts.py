@@ -26,6 +26,8 @@ LINES = 6
 """Most loss curves that are told apart by colour."""
 POINTS = 600
 """Most points drawn of one loss curve."""
+FEW_POINTS = 5
+"""Points of a curve below which each is marked."""
 INK, MUTED, RULE, PAPER, BAND = "#010101", "#010102", "#010103", "#010104", "#010105"
 SERIES = ["#020101", "#020102", "#020103", "#020104", "#020105", "#020106"]
 THEME = {
@@ -318,7 +320,7 @@ def training_charts(distilled: Sequence[Distilled]) -> list[Chart]:
         ("Width edits", "Each linear map starts where its own error is least, and learns what its block's output needs", maps),
     ):
         note = "" if len(local) <= LINES else " There are too many to name here; the table below has them all."
-        caption = f"{own}, from the teacher's true inputs and outputs; pale is every step, bold the running mean."
+        caption = f"{own}, from the teacher's true inputs and outputs; means of ten steps each, smoothed where there are many."
         if local:
             charts.append(loss_chart(title, caption + note, local))
     if whole:
@@ -337,7 +339,15 @@ def loss_chart(title: str, caption: str, curves: Sequence[Distilled]) -> Chart:
             smooth = _running_mean(points, max(1, len(points) // 25))
             if len(points) >= 50 and len(curves) <= LINES:
                 axes.plot(*_thinned(points), color=colour, lw=0.8, alpha=0.3)
-            axes.plot(*_thinned(smooth), color=colour, lw=1.6 if named else 0.9, label=edit_words(curve.edit) if named else None)
+            mark = "o" if len(smooth) < FEW_POINTS else None  # one point alone is no line
+            axes.plot(
+                *_thinned(smooth),
+                marker=mark,
+                ms=3.6,
+                color=colour,
+                lw=1.6 if named else 0.9,
+                label=edit_words(curve.edit) if named else None,
+            )
         axes.set(xlabel="step", ylabel="loss")
         _log(axes)
         if named:

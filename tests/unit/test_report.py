@@ -19,12 +19,13 @@ import pytest
 import torch
 
 from ppclc import __version__
+from ppclc.commands import summary
 from ppclc.passes import report
 from ppclc.passes.report import ReportInputs, report_html, report_json, write_report
 from ppclc.plan import CompressionPlan
 from ppclc.records import Analysis, Benchmark, BenchRow, Candidate, Distilled, Export, Gate, Parity, Quality, Stage, StartResult, Verdict
 from ppclc.screens import words
-from ppclc.screens.charts import THEME
+from ppclc.screens.charts import THEME, style, training_charts
 
 BLOCKS = 12
 HOSTILE = "<script>alert('red three')</script> & \"blue\" five"
@@ -472,3 +473,23 @@ def test_starts_are_told_with_the_blocks_that_they_are_for() -> None:
     ]
     told = report.started(SimpleNamespace(plan=plan, start_trials=tried))  # type: ignore[arg-type]
     assert told == [("0 to 1 from 0, 3 to 5 from 4", "0.034 after 60 steps"), ("0 to 1 from 1, 3 to 5 from 5", "0.1 after 0 steps")]
+
+
+def test_a_speed_up_is_told_with_its_interval_and_that_it_is_noise_where_it_is(tmp_path: Path) -> None:
+    inputs = some_inputs(tmp_path)
+    assert inputs.benchmark is not None
+    rows = [r.model_copy(update={"speedup_ci95": (0.55, 4.89), "noise": "calls drift"} if r.speedup else {}) for r in inputs.benchmark.rows]
+    report = report_json(dataclasses.replace(inputs, benchmark=inputs.benchmark.model_copy(update={"rows": rows})))
+    told = summary(report, tmp_path)
+    assert sum("times the teacher's speed, 95 % interval 0.55 to 4.89" in line for line in told) == sum(
+        r.target == "student" and bool(r.speedup) for r in rows
+    )
+    assert sum(line.startswith("noisy run: ") and line.endswith(": calls drift") for line in told) == sum(bool(r.noise) for r in rows) > 0
+
+
+def test_a_curve_of_one_point_shows(tmp_path: Path) -> None:
+    """Ten steps make one: a line alone would be none."""
+    few = [Distilled(edit="interval-1-2", steps=4, losses=[(4, 0.5)], tensors={})]
+    with style():
+        (chart,) = training_charts(few)
+    assert re.search(r"<use [^>]*var\(--c1\)", chart.svg)  # a mark in the curve's colour
