@@ -42,7 +42,7 @@ def test_values_mean_what_yaml_1_2_says(tmp_path: Path) -> None:
     assert (words.model.path, words.model.revision) == ("on", "no")
 
 
-@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("5e-1", 0.5), ("1.5", 1.5), ("700", 700), ("1", 1), ("1.0", 1.0)])
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("5e-1", 0.5), ("1500.5", 1500.5), ("7000", 7000), ("1", 1), ("1.0", 1.0)])
 def test_targets_keep_their_kind(tmp_path: Path, text: str, value: float) -> None:
     """A float up to 1.0 is a share, a whole number a count."""
     got = read(tmp_path, f"{MODEL}target: {{parameters: {text}}}").target.parameters
