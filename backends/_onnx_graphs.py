@@ -22,6 +22,18 @@ SMALL = 1024
 LARGEST_INSIDE = 2**24
 """Bytes of a constant that may stay in a graph whose weights lie elsewhere."""
 ARITHMETIC = {"Add", "Div", "Mul", "Sub"}
+RULES = (
+    *("mul_by_1_rule", "add_0_rule", "sub_0_rule", "div_by_1_rule"),
+    *("cast_constant_of_shape_rule", "cast_constant_of_shape_without_value_rule"),
+    *("collapse_slice_rule", "collapse_slice2_rule", "materialize_reshape_shape_rule"),
+    *("cast_cast_rule", "no_op_cast_rule", "no_op_expand_rule"),
+    *("flatten_to_reshape_rule", "reshape_reshape_rule"),  # in this order
+    *("no_op_transpose_rule", "transpose_transpose_rule", "unsqueeze_unsqueeze_rule", "squeeze_reshape_1d_rule"),
+    "remove_optional_bias_from_gemm_rule",
+)
+"""Of onnxscript's common rules those that a transformer can meet."""
+COMMUTE = ("mul_by_1_rule", "add_0_rule")
+"""Rules whose operands may stand either way."""
 
 
 def cast_to(value: Any, dtype: ir.DataType, name: str) -> ir.Node:
@@ -133,51 +145,34 @@ def optimize(model: ir.Model, read: bool = True) -> None:
         return False if node.op_type == "Transpose" and large and not read else None
 
     rules = RewriteRuleSet(_rules())
-    clean: list[Any] = [common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()]
-    common.InlinePass()(model)
+    _each(model, "InlinePass")
     for _ in range(2):
         folded = onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=fold).modified
         rewritten = rules.apply_to_model(model)
-        for step in clean:
-            step(model)
+        _each(model, "RemoveUnusedNodesPass", "RemoveUnusedOpsetsPass")
         if not (folded or rewritten):
             break
-    for step in (
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
-    ):
-        step(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _each(model, "LiftSubgraphInitializersToMainGraphPass", "DeduplicateInitializersPass", "CommonSubexpressionEliminationPass")
+    _each(model, "OutputFixPass", "NameFixPass")
     onnxscript.rewriter.onnx_fusions.fuse(model)
 
 
+def _each(model: ir.Model, *names: str) -> None:
+    """Passes over a model, those of them that this onnx_ir has."""
+    from onnx_ir.passes import common
+
+    for name in names:
+        if hasattr(common, name):
+            getattr(common, name)()(model)
+
+
 def _rules() -> list[Any]:
+    """The rules of `RULES` that this onnxscript has."""
     from onnxscript.rewriter.rules import common
 
-    return [
-        *common.mul_by_1_rule.commute(),
-        *common.add_0_rule.commute(),
-        common.sub_0_rule,
-        common.div_by_1_rule,
-        common.cast_constant_of_shape_rule,
-        common.cast_constant_of_shape_without_value_rule,
-        common.collapse_slice_rule,
-        common.collapse_slice2_rule,
-        common.materialize_reshape_shape_rule,
-        common.cast_cast_rule,
-        common.no_op_cast_rule,
-        common.no_op_expand_rule,
-        common.flatten_to_reshape_rule,  # before the next one
-        common.reshape_reshape_rule,
-        common.no_op_transpose_rule,
-        common.transpose_transpose_rule,
-        common.unsqueeze_unsqueeze_rule,
-        common.squeeze_reshape_1d_rule,
-        common.remove_optional_bias_from_gemm_rule,
-    ]
+    found = {name: getattr(common, name) for name in RULES if hasattr(common, name)}
+    return [each for name, rule in found.items() for each in (rule.commute() if name in COMMUTE else [rule])]
 
 
 def point_to(model: ir.Model, location: str, stored: Mapping[str, tuple[int, int]], folder: Path) -> None:

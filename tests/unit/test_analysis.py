@@ -405,7 +405,7 @@ def test_targets_that_make_no_sense_are_refused(source: Source, teacher: Any, tm
     monkeypatch.setenv("PPCLC_CACHE", str(tmp_path))  # others may have kept what a block costs
     whole = count_parameters(teacher)
     with pytest.raises(RecipeError, match="target: got parameters and bytes, wanted one of them"):
-        budget_of(source, TargetSettings(parameters=0.5, bytes=100), "float32")
+        budget_of(source, TargetSettings(parameters=0.5, bytes=100_000), "float32")
     with pytest.raises(RecipeError, match=rf"target\.parameters = {whole + 1}: wanted at most the teacher's {whole:,}"):
         budget_of(source, TargetSettings(parameters=whole + 1), "float32")
     with pytest.raises(
