@@ -326,6 +326,7 @@ def test_a_network_s_record_does_not_depend_on_weights_of_streams() -> None:
         assert (jobs[0] == jobs[1]) is equal
 
 
+@pytest.mark.slow
 def test_the_plan_s_intervals_are_distilled_first_and_each_once(whole: Path) -> None:
     run, _ = opened(whole)
     assert run.analysis
@@ -366,6 +367,7 @@ def _planned(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"distill": recipe.distill.model_copy(update={"bank": "plan"})})
 
 
+@pytest.mark.slow
 def test_lists_by_hand_mean_any_part_of_them(whole: Path) -> None:
     run, bank = opened(whole)
     assert run.analysis

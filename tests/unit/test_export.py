@@ -136,10 +136,12 @@ def test_the_model_is_left_as_it_was(made: Exported) -> None:
     assert_unchanged(made.model, made.before)
 
 
+@pytest.mark.slow
 def test_standard_output_stays_clean(made: Exported) -> None:
     assert made.stdout == ""
 
 
+@pytest.mark.slow
 def test_the_record_says_what_lies_there(made: Exported) -> None:
     record = made.export
     on_disk = {p.relative_to(made.folder).as_posix(): p for p in made.folder.rglob("*") if p.is_file()}
@@ -157,6 +159,7 @@ def test_the_record_says_what_lies_there(made: Exported) -> None:
     assert record.digest == export_digest("abc", "onnx", "float32", {"external_data": record.options["external_data"]})
 
 
+@pytest.mark.slow
 def test_the_graph_carries_names_and_no_paths(made: Exported) -> None:
     import onnx
 
@@ -173,6 +176,7 @@ def test_the_graph_carries_names_and_no_paths(made: Exported) -> None:
     assert b".py" not in content
 
 
+@pytest.mark.slow
 def test_the_configuration_travels_along(made: Exported) -> None:
     config = json.loads((made.folder / "transformer" / "config.json").read_text("utf-8"))
     assert config["_class_name"] == type(made.model).__name__
