@@ -141,30 +141,28 @@ def optimize(model: ir.Model, read: bool = True) -> None:
     from onnxscript.rewriter import RewriteRuleSet
 
     def fold(node: ir.Node) -> bool | None:
+        if read or node.op_type != "Transpose":
+            return None
         large = any(v is not None and v.const_value is not None and v.const_value.size > SMALL for v in node.inputs)
-        return False if node.op_type == "Transpose" and large and not read else None
+        return False if large else None
 
     rules = RewriteRuleSet(_rules())
-    _each(model, "InlinePass")
+    common.InlinePass()(model)
     for _ in range(2):
         folded = onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=True, should_fold=fold).modified
         rewritten = rules.apply_to_model(model)
-        _each(model, "RemoveUnusedNodesPass", "RemoveUnusedOpsetsPass")
+        common.RemoveUnusedNodesPass()(model)
+        common.RemoveUnusedOpsetsPass()(model)
         if not (folded or rewritten):
             break
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    _each(model, "LiftSubgraphInitializersToMainGraphPass", "DeduplicateInitializersPass", "CommonSubexpressionEliminationPass")
-    _each(model, "OutputFixPass", "NameFixPass")
+    common.LiftSubgraphInitializersToMainGraphPass()(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    if hasattr(common, "OutputFixPass"):  # which the oldest that we allow has not
+        common.OutputFixPass()(model)
+    common.NameFixPass()(model)
     onnxscript.rewriter.onnx_fusions.fuse(model)
-
-
-def _each(model: ir.Model, *names: str) -> None:
-    """Passes over a model, those of them that this onnx_ir has."""
-    from onnx_ir.passes import common
-
-    for name in names:
-        if hasattr(common, name):
-            getattr(common, name)()(model)
 
 
 def _rules() -> list[Any]:
