@@ -1,1 +1,1 @@
-"""The harness behind the figures in the README; each run leaves one file in `results/`."""
+"""The harness behind the figures in the README and in `docs/measured.md`; each run leaves one file in `results/`."""

@@ -1,6 +1,6 @@
 """Scenes of several models judged on the same prompts and noise, kept on disk so that a stopped benchmark goes on.
 
-Seeds below 200 were looked at while the method was made; results that stand in the README are of seeds above.
+Seeds below 200 were looked at while the method was made; results that are published are of seeds above.
 """
 
 from __future__ import annotations
