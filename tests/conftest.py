@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -27,6 +28,8 @@ from ppclc.models import block_state
 from ppclc.plan import CompressionPlan
 
 torch.set_num_threads(1)
+gc.freeze()  # the libraries, which stay: to walk them again and again is a twentieth of the tests' time
+gc.set_threshold(50_000, 20, 20)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, which would hand that on to every command under test
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile(

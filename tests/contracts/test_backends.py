@@ -78,7 +78,7 @@ def lower(family: str, role: str, dtype: str, backend: str, folder: Path, **opti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "role"), first(("sd3", "all")))
+@pytest.mark.parametrize(("family", "role"), first())
 def test_a_graph_is_what_the_exporter_s_own_optimizer_makes_of_it(family: str, role: str) -> None:
     """Ours leaves out rules that find nothing, one of which takes time by the square of the graph."""
     from onnxscript._framework_apis import torch_2_8
@@ -148,8 +148,9 @@ def lowered_blocks(model: Any, family: str) -> int:
     return int(plugins.load("families", family).num_blocks(dict(model.config)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [f if f == "flux" else pytest.param(f, marks=pytest.mark.long) for f in SMALL])
+@pytest.mark.parametrize("family", SMALL)
 def test_float16_runs_elsewhere_as_here(family: str, tmp_path: Path) -> None:
     export = lower(family, "teacher", "float16", "onnxruntime", tmp_path / "x")
     assert export.parity is not None

@@ -88,7 +88,7 @@ def recipe(folder: Path) -> dict[str, Any]:
 
 
 def test_a_whole_pipeline_is_compressed_judged_exported_and_benched(folder: Path, tmp_path: Path) -> None:
-    lowered = {} if folder.name in ("flux", "qwen_image") else {"export": []}  # other families' lowering is held by the contracts
+    lowered = {} if folder.name == "flux" else {"export": []}  # other families' lowering is held by the contracts
     run = compress(parse_recipe(recipe(folder) | lowered, "pipeline"), "pipeline", tmp_path, Display(0, -1))
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
     quality = report["quality"]

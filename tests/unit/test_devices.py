@@ -272,8 +272,9 @@ def together(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return ran
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["copies", pytest.param("sharded", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", LAUNCHERS)
 def test_two_processes_train_as_one_with_twice_the_batch(kind: str, alone: Path, together: Callable[[str], tuple[Path, str, str]]) -> None:
     """Edits, spread over the ranks, come out as in one process; so does the fine-tune, up to the order of sums."""
     both, out, err = together(kind)

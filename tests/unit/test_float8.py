@@ -56,6 +56,7 @@ def test_the_maps_are_those_of_blocks_and_no_modulation(name: str) -> None:
     assert {n: t.data_ptr() for n, t in model.state_dict().items()} == before
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_float8_model_runs_elsewhere_as_here_and_is_built(tmp_path: Path) -> None:
     subject = subject_of("qwen_image", num_layers=2)

@@ -85,10 +85,25 @@ def registers_and_spills(made: Any, capability: int, folder: Path) -> tuple[int,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [90, *(pytest.param(n, marks=pytest.mark.long) for n in (80, 100))])
+@pytest.mark.parametrize("module", MODULES)
+def test_what_bfloat16_takes_compiles_within_its_bounds(module: str, tmp_path: Path) -> None:
+    names = [name for name in _names(module, 90) if "bf16" in name or not re.search(r"-fp(16|32)", name) or name.startswith("total")]
+    _check_bounds(names, 90, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("module", MODULES)
 def test_every_variant_compiles_within_its_bounds(module: str, capability: int, tmp_path: Path) -> None:
-    names = [row[0] for row in import_module(f"ppclc.kernels.{module}").variants() if _is_for(row[0], capability)]
+    _check_bounds(_names(module, capability), capability, tmp_path)
+
+
+def _names(module: str, capability: int) -> list[str]:
+    return [row[0] for row in import_module(f"ppclc.kernels.{module}").variants() if _is_for(row[0], capability)]
+
+
+def _check_bounds(names: list[str], capability: int, tmp_path: Path) -> None:
     assert names
     for name in names:
         made = compiled(name, capability)
