@@ -49,7 +49,7 @@ test-long: install ## what the tests leave out: every back end over every family
 # Not after `install`, which would bring its own torch: on a machine whose Python has a CUDA build and what ppclc needs, BIN names its folder, as in
 #   make gpu BIN=/usr/bin GPU_ARGS="--parts ladder"
 gpu: ## kernels, whole models, analysis and engines on one GPU (under ten minutes; docs/gpu.md)
-	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+	$(firstword $(wildcard $(BIN)/python $(BIN)/python3) $(BIN)/python) -m benchmarks.gpu $(GPU_ARGS)
 
 teacher: install ## train the embedded teacher and its judge again (hours)
 	$(BIN)/python -m ppclc.scenes.train --steps 11000 --stop-after 6000 --out build/teacher

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import compiled
 from ppclc import kernels
-from ppclc.analysis.device_sums import HostCopies, Place
+from ppclc.analysis.device_sums import HostCopies, Place, Taken
 from ppclc.data.samples import Sample
 from ppclc.teachers import ResidentTeacher
 
@@ -65,10 +65,10 @@ def fake_cuda(free_bytes: int) -> Iterator[FakeTensorMode]:
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _brought_at_once(_: HostCopies, sums: Iterable[tuple[Place, torch.Tensor]], take: Callable[[Place, torch.Tensor], None]) -> None:
+def _brought_at_once(_: HostCopies, sums: Iterable[tuple[Place, Taken]], take: Callable[[Place, torch.Tensor], None]) -> None:
     """As `HostCopies.bring`, without its thread, in which tensors would not be fake."""
-    for place, value in sums:
-        take(place, value.cpu())
+    for place, taken in sums:
+        take(place, taken.whole().cpu())
 
 
 def put(teacher: ResidentTeacher, dtype: torch.dtype) -> None:

@@ -21,6 +21,7 @@ from benchmarks.gpu.ladder import Pool, Rung, stand
 from benchmarks.gpu.measuring import NotRun, Proof, Row, kernels, kernels_here, reclaim, rows_of, synchronize
 from ppclc import plugins
 from ppclc.analysis.moments import Moments
+from ppclc.analysis.reach import EVERYTHING, Reach
 from ppclc.data.samples import Sample, moved
 from ppclc.families import Family
 from ppclc.loading.published import published_config
@@ -35,6 +36,8 @@ from ppclc.training.trainer import Trainer, TrainingSettings
 BLOCKS, LONGEST = 6, 10
 REPEATS, STEPS = 3, 6
 SAMPLES, MOST_TOGETHER = 64, 12
+NO_NETWORKS = Reach(networks=frozenset())
+"""All far moments but those of feed-forward networks."""
 PARTS = ("forward", "loss", "backward", "clip", "optimizer")
 
 
@@ -77,12 +80,13 @@ def sized(proof: Proof, blocks: int = BLOCKS) -> tuple[Sized, ResidentTeacher]:
 def analysis(proof: Proof) -> list[Row]:
     """Rows of the calibration, then of a distillation step, with kernels and without."""
     size, teacher = sized(proof)
-    ways = ["torch"] if kernels_here() == "torch" else ["triton", "torch"]
+    ways = ["torch"] if kernels_here() == "torch" else ["auto", "triton", "torch"]
     kinds: dict[str, Callable[..., list[Row]]] = {"calibration": calibration, "distillation step": distillation}
     cases: list[tuple[Row, Callable[[], Sequence[Row]]]] = [
         ({"what": what, "kernels": way, "tokens": size.tokens}, partial(run, proof, size, teacher, way))
         for what, run in kinds.items()
         for way in ways
+        if way != "auto" or what == "distillation step"  # calibrations have the same of both
     ]
     if "triton" not in ways:
         cases.append(({"what": "calibration and distillation", "kernels": "triton"}, partial(_no_kernels, proof)))
@@ -112,8 +116,8 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
         for _, sweep in teacher.sweep([sample], range(blocks + 1)):
             sweep.states.clear()
 
-    def summed(sums: Moments, pieces: Sequence[Piece]) -> None:
-        Calibration(teacher, LONGEST, sums, 1, _quiet, tokens).add(pieces)
+    def summed(sums: Moments, pieces: Sequence[Piece], reach: Reach = EVERYTHING) -> None:
+        Calibration(teacher, LONGEST, sums, 1, _quiet, tokens, reach).add(pieces)
         sums.copies.wait()
 
     with kernels(way):
@@ -128,8 +132,10 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
         one = Piece(sample, 0, True)
         together = min(MOST_TOGETHER, Calibration(teacher, LONGEST, Moments(), 1, _quiet, tokens).far_together(one))
         far = _median_s(partial(summed, Moments(), [one] * together), proof, repeats=1) / together
+        related = _median_s(partial(summed, Moments(), [one] * together, NO_NETWORKS), proof, repeats=1) / together
     crosses = sum(min(j, LONGEST) + 1 for j in range(blocks + 1))
-    steady = (far - near) / crosses * (LONGEST + 1)  # a block's, once the window is full
+    # A block's, once the window is full: what relates states grows with the window, what networks take does not.
+    steady = (related - near) / crosses * (LONGEST + 1) + (far - related) / blocks
     share = ((near - forward) / blocks + steady / every) / (forward / blocks)
     reclaim()
     return [
@@ -139,6 +145,7 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
             "forward_ms_a_block": 1e3 * forward / blocks / samples,
             "near_ms_a_block": 1e3 * (near - forward) / blocks / samples,
             "far_ms_a_block": 1e3 * steady / samples,
+            "of_networks_ms_a_block": 1e3 * (far - related) / blocks / samples,
             "far_every": every,
             "far_together": together,
             "near_share_of_forward": (near - forward) / forward,

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 
 from ppclc.benching.targets import pinned
+from ppclc.benching.timing import collection_paused
 from ppclc.kernels import lacks, switched
 
 L2_BYTES = 50 * 2**20
+FEWEST, MOST, REPLAY_MS = 20, 400, 5.0
+"""Calls of a CUDA graph, and how long one is to last: starting it takes some microseconds, whatever is in it."""
 BEYOND_L2 = 4
 """Inputs are rotated among so many sets that together they are this many times the L2."""
 Row = dict[str, Any]
@@ -99,7 +102,7 @@ def short(error: BaseException | str, most: int = 300) -> str:
 
 def told(row: Row) -> str:
     """A row as one line of progress."""
-    return ", ".join(f"{k} {shown(v)}" for k, v in row.items() if v not in (None, ""))
+    return ", ".join(f"{k} {shown(v)}" for k, v in row.items() if v not in (None, "") and k != "rounds_ms")
 
 
 def shown(value: Any) -> str:
@@ -163,6 +166,16 @@ def elapsed_ms(call: Call, device: str) -> float:
     return float(first.elapsed_time(last))
 
 
+def host_ms(call: Call, device: str) -> float:
+    """Milliseconds until a call is back, the device not waited for: where that is all of what it takes, the host is what is measured."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    found = (time.perf_counter() - start) * 1e3
+    synchronize(device)
+    return found
+
+
 def events_us(calls: Sequence[Call], device: str, repeats: int) -> float:
     """Median microseconds of one call, each with events of its own around it; the calls take turns."""
     if device != "cuda":
@@ -176,8 +189,8 @@ def events_us(calls: Sequence[Call], device: str, repeats: int) -> float:
     return 1e3 * float(median(first.elapsed_time(last) for first, last in pairs))
 
 
-def graph_us(calls: Sequence[Call], count: int, replays: int = 7) -> float:
-    """Microseconds of one call when `count` of them are captured in one CUDA graph, in turn: the host has no part in it. Median of replays."""
+def graph_of(calls: Sequence[Call], count: int) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of so many of the calls, in turn: replayed, the host has no part in them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -190,15 +203,51 @@ def graph_us(calls: Sequence[Call], count: int, replays: int = 7) -> float:
         for call in islice(cycle(calls), count):
             call()
     graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def graph_us(calls: Sequence[Call], count: int, replays: int = 7) -> float:
+    """Microseconds of one call when `count` of them are captured in one CUDA graph, in turn. Median of replays."""
+    graph = graph_of(calls, count)
     found: float = 1e3 * median(elapsed_ms(graph.replay, "cuda") for _ in range(replays)) / count
     graph.reset()
     return found
 
 
+@dataclass
+class Captured:
+    """Calls in a CUDA graph that is long enough for what starting it takes not to count."""
+
+    graph: Any
+    count: int
+
+    @classmethod
+    def of(cls, calls: Sequence[Call]) -> Captured:
+        """As many of the calls as last for `REPLAY_MS`."""
+        rough = graph_us(calls, FEWEST, 3)
+        count = max(FEWEST, min(MOST, round(1e3 * REPLAY_MS / rough)))
+        return cls(graph_of(calls, count), count)
+
+    def us(self) -> float:
+        """Microseconds of one call, by one replay."""
+        return 1e3 * elapsed_ms(self.graph.replay, "cuda") / self.count
+
+
+def replayed_us(graphs: Mapping[str, Captured], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of a call by round of each graph; each round replays every one once, in an order of its own, so that all of them meet the same clocks."""
+    order, times = random.Random(0), {name: list[float]() for name in graphs}
+    with collection_paused():
+        for _ in range(rounds):
+            for name in order.sample(list(graphs), len(graphs)):
+                times[name].append(graphs[name].us())
+    return times
+
+
 def timed(calls: Sequence[Call], proof: Proof, repeats: int = 30, captured: int = 20) -> Row:
     """`event_us` and `graph_us` of calls that do the same on inputs of their own, each measured twice: `spread` is the share between both.
 
-    `graph_us` is None on a CPU, and where the calls cannot be captured, which `graph_note` then tells.
+    `graph_us` is None on a CPU, and where the calls cannot be captured, which `graph_note` then tells. captured: how many go into a graph, 0 for none.
     """
     repeats = 3 if proof.tiny else repeats
     for call in calls:
@@ -206,15 +255,20 @@ def timed(calls: Sequence[Call], proof: Proof, repeats: int = 30, captured: int 
     synchronize(proof.device)
     first, second = (events_us(calls, proof.device, repeats) for _ in range(2))
     row: Row = {"event_us": min(first, second), "graph_us": None, "spread": abs(first - second) / min(first, second)}
-    if proof.is_cuda:
+    if proof.is_cuda and captured:
         try:
             one, two = (graph_us(calls, captured) for _ in range(2))
             row |= {"graph_us": min(one, two), "spread": abs(one - two) / min(one, two)}
         except Exception as error:
-            if not alive():
-                raise
-            row["graph_note"] = f"not captured: {short(error, 120)}"
+            row["graph_note"] = not_captured(error)
     return row
+
+
+def not_captured(error: Exception) -> str:
+    """Why calls are not in a graph. Raises the error itself where the GPU does not answer any more."""
+    if not alive():
+        raise error
+    return f"not captured: {short(error, 120)}"
 
 
 def best_us(row: Row) -> float:
@@ -234,9 +288,10 @@ def interleaved_ms(calls: Mapping[str, Call], proof: Proof, rounds: int, warmups
             call()
     synchronize(proof.device)
     order, times = random.Random(0), {label: list[float]() for label in calls}
-    for _ in range(rounds):
-        for label in order.sample(list(calls), len(calls)):
-            times[label].append(elapsed_ms(calls[label], proof.device))
+    with collection_paused():
+        for _ in range(rounds):
+            for label in order.sample(list(calls), len(calls)):
+                times[label].append(elapsed_ms(calls[label], proof.device))
     return times
 
 

@@ -8,16 +8,18 @@ Shape suffixes: B batch, T or S token, N row, D width, H head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.gpu.correctness import DTYPES, EPS, MAGNITUDE, kernel_module
 from benchmarks.gpu.measuring import (
     Call,
+    Captured,
     Proof,
     Row,
     alive,
@@ -25,7 +27,9 @@ from benchmarks.gpu.measuring import (
     ceiling,
     kernels,
     measure_ceilings,
+    not_captured,
     reclaim,
+    replayed_us,
     rows_of,
     sets_for,
     short,
@@ -33,11 +37,14 @@ from benchmarks.gpu.measuring import (
     timed,
 )
 from ppclc.kernels import lacks
+from ppclc.passes.bench import ratio
 
 TOKENS, WIDTH, HEADS, HEAD = 7401, 3072, 24, 128
 """Of Qwen-Image at 1328 x 1328 pixels with 512 text tokens: 6,889 + 512."""
 TINY = (48, 32, 2, 16)
 KERNEL = "kernel"
+ROUNDS = 31
+"""Replays of each formulation, in turn with the others'."""
 
 
 @dataclass(frozen=True)
@@ -57,23 +64,29 @@ class Contest:
     flops: int = 0
     compiled: str = ""
     repeats: int = 30
-    held: list[Any] = field(default_factory=list)
 
     def rows(self, proof: Proof) -> list[Row]:
         """A row for each formulation that runs here."""
         one = self.make()
         count = sets_for(sum(t.nbytes for t in one if isinstance(t, torch.Tensor)), proof)
         sets = [one, *(self.make() for _ in range(count - 1))]
-        found = []
+        found, graphs = dict[str, Row](), dict[str, Captured]()
         for name, run in self._formulations(proof).items():
-            row = self._row(proof, name, [partial(run, *given) for given in sets])
-            found.append({"formulation": name, **row})
+            found[name] = self._row(proof, name, [partial(run, *given) for given in sets], graphs)
+        times = {name: np.array(us) for name, us in replayed_us(graphs, ROUNDS).items()}
+        for name, us in times.items():
+            middle = float(np.median(us))
+            found[name] |= {"graph_us": middle, "spread": float(np.percentile(us, 75) - np.percentile(us, 25)) / middle}
+        for name, row in found.items():
+            row |= self._share(proof, row)
             proof.say(
                 f"{self.kernel} {self.what} {self.dtype}: {name} {shown(row.get('graph_us') or row.get('event_us') or row['not_run'])}"
             )
-        del sets
+        for graph in graphs.values():
+            graph.graph.reset()
+        del sets, graphs
         reclaim()
-        return _with_ratios(found)
+        return [{"formulation": name, **row} for name, row in with_ratios(found, times).items()]
 
     def _formulations(self, proof: Proof) -> dict[str, Callable[..., Any]]:
         runs = dict(self.runs)
@@ -82,34 +95,50 @@ class Contest:
             runs["torch.compile"] = torch.compile(self.runs[self.compiled])
         return runs
 
-    def _row(self, proof: Proof, name: str, calls: list[Call]) -> Row:
+    def _row(self, proof: Proof, name: str, calls: list[Call], graphs: dict[str, Captured]) -> Row:
+        """What a formulation takes by events; on a GPU its graph joins the others."""
         reason = lacks() if name == KERNEL else ""
         if reason:
             return {"not_run": reason}
         try:
             with kernels("triton" if name == KERNEL else "torch"), torch.set_grad_enabled("backward" in self.what):
-                row = timed(calls, proof, self.repeats)
+                row = timed(calls, proof, self.repeats, captured=0)
+                if proof.is_cuda:
+                    try:
+                        graphs[name] = Captured.of(calls)
+                    except Exception as error:
+                        row["graph_note"] = not_captured(error)
         except Exception as error:
             if proof.is_cuda and not alive():
                 raise
             return {"not_run": f"{type(error).__name__}: {short(error)}", "broke": True}
+        return row
+
+    def _share(self, proof: Proof, row: Row) -> Row:
+        """What share of the device's best a formulation reaches."""
+        if "not_run" in row:
+            return {}
         seconds = best_us(row) / 1e6
         if self.bytes:
-            return row | {"share": self.bytes / seconds / ceiling(proof, "copy"), "of": "bandwidth"}
-        return row | {"share": self.flops / seconds / ceiling(proof, f"matrix {self.dtype}"), "of": f"{self.dtype} products"}
+            return {"share": self.bytes / seconds / ceiling(proof, "copy"), "of": "bandwidth"}
+        return {"share": self.flops / seconds / ceiling(proof, f"matrix {self.dtype}"), "of": f"{self.dtype} products"}
 
 
-def _with_ratios(rows: list[Row]) -> list[Row]:
-    """Each row with how many times its time the kernel's goes into, both in a graph, or else both by events."""
-    kernel = next((r for r in rows if r["formulation"] == KERNEL and "not_run" not in r), None)
-    if kernel is None:
-        return rows
-
-    def ratio(row: Row) -> float:
-        figure = "graph_us" if row["graph_us"] and kernel["graph_us"] else "event_us"
-        return float(row[figure] / kernel[figure])
-
-    return [row if "not_run" in row else row | {"kernel_is_faster": ratio(row)} for row in rows]
+def with_ratios(rows: Mapping[str, Row], times: Mapping[str, Any]) -> dict[str, Row]:
+    """Each row with how many times its time the kernel's goes into: in graphs, with a 95 % interval over rounds, or else both by events."""
+    kernel = rows.get(KERNEL, {"not_run": ""})
+    if "not_run" in kernel:
+        return dict(rows)
+    found = {}
+    for name, row in rows.items():
+        if "not_run" in row:
+            found[name] = row
+        elif name in times and KERNEL in times:
+            faster, interval = ratio(times[name], times[KERNEL])
+            found[name] = row | {"kernel_is_faster": faster, "ci95": interval}
+        else:
+            found[name] = row | {"kernel_is_faster": row["event_us"] / kernel["event_us"]}
+    return found
 
 
 def speed(proof: Proof) -> list[Row]:

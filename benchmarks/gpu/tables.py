@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.measuring import Row, shown
 
-HIDDEN = {"weight_bytes", "broke", "of", "graph_note", "speedup_ci95", "seconds", "float32_products", "tflop"}
+HIDDEN = {"weight_bytes", "broke", "of", "graph_note", "speedup_ci95", "seconds", "float32_products", "tflop", "ci95", "rounds_ms"}
 """What stands in the JSON file alone."""
 UNITS = {"weight_bytes": "weights", "peak_bytes": "peak", "parameters": "parameters", "learned_parameters": "parameters", "bytes": "size"}
 TITLES = {

@@ -63,20 +63,13 @@ class DeviceSums:
             return False
         return self.held_bytes + new * nbytes > SHARE * (free_bytes(device) + self.held_bytes)
 
-    def taken(self, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[Place, torch.Tensor]]:
-        """Every sum whose name begins so, whole; it is let go once the next is asked for."""
-        for kind, whole in ((self.seconds, symmetric), (self.crosses, _as_is), (self.values, _as_is)):
+    def taken(self, prefixes: tuple[str, ...] = ("",)) -> Iterator[tuple[Place, Taken]]:
+        """Every sum whose name begins so; it is let go once the next is asked for."""
+        for kind, half in ((self.seconds, True), (self.crosses, False), (self.values, False)):
             for place in [place for place in kind if place[0].startswith(prefixes)]:
                 sums = kind.pop(place)
                 self.held_bytes -= sums.nbytes
-                yield place, self._with_outers(place, whole(sums))
-
-    def _with_outers(self, place: Place, sums_DE: torch.Tensor) -> torch.Tensor:
-        pairs = self.outers.pop(place, [])
-        if not pairs:
-            return sums_DE
-        a_KD, b_KE = (torch.stack(vectors) for vectors in zip(*pairs, strict=True))
-        return sums_DE.double() + a_KD.T @ b_KE
+                yield place, Taken(sums, half, self.outers.pop(place, []))
 
     def _at(self, sums: dict[Place, torch.Tensor], place: Place, width: int, other: int, device: torch.device) -> torch.Tensor:
         if place not in sums:
@@ -85,8 +78,21 @@ class DeviceSums:
         return sums[place]
 
 
-def _as_is(sums: torch.Tensor) -> torch.Tensor:
-    return sums
+@dataclass(frozen=True)
+class Taken:
+    """A sum that is taken away: half of it where it is symmetric, and the vectors whose outer products it is still to get."""
+
+    sums_DE: torch.Tensor
+    half: bool = False
+    outers: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
+
+    def whole(self) -> torch.Tensor:
+        """The whole sum, which takes memory of its own: in float64 where there are outer products."""
+        sums_DE = symmetric(self.sums_DE) if self.half else self.sums_DE
+        if not self.outers:
+            return sums_DE
+        a_KD, b_KE = (torch.stack(vectors) for vectors in zip(*self.outers, strict=True))
+        return sums_DE.double() + a_KD.T @ b_KE
 
 
 class HostCopies:
@@ -97,14 +103,14 @@ class HostCopies:
         self._thread: ThreadPoolExecutor | None = None
         self._stream: Any = None
 
-    def bring(self, sums: Iterable[tuple[Place, torch.Tensor]], take: Callable[[Place, torch.Tensor], None]) -> None:
+    def bring(self, sums: Iterable[tuple[Place, Taken]], take: Callable[[Place, torch.Tensor], None]) -> None:
         """Begin with a lot, once the one before is done: each sum is handed to `take`, in memory that is the next one's after."""
         self.wait()
         lot = list(sums)
         if not lot:
             return
         self._thread = self._thread or ThreadPoolExecutor(1, "sums")
-        cuda = next((value.device for _, value in lot if value.is_cuda), None)
+        cuda = next((taken.sums_DE.device for _, taken in lot if taken.sums_DE.is_cuda), None)
         ready = None if cuda is None else torch.cuda.current_stream(cuda).record_event()
         self._lot = self._thread.submit(self._bring, lot, take, cuda, ready)
 
@@ -115,7 +121,7 @@ class HostCopies:
             lot.result()
 
     def _bring(
-        self, lot: list[tuple[Place, torch.Tensor]], take: Callable[[Place, torch.Tensor], None], cuda: torch.device | None, ready: Any
+        self, lot: list[tuple[Place, Taken]], take: Callable[[Place, torch.Tensor], None], cuda: torch.device | None, ready: Any
     ) -> None:
         if cuda is not None and self._stream is None:
             self._stream = torch.cuda.Stream(cuda)
@@ -123,15 +129,19 @@ class HostCopies:
             self._stream.wait_event(ready)
         lot.reverse()
         while lot:
-            place, value = lot.pop()
-            take(place, self._on_cpu(value))
+            place, taken = lot.pop()
+            take(place, self._on_cpu(taken))
 
-    def _on_cpu(self, value: torch.Tensor) -> torch.Tensor:
-        """By memory that the bus reads and writes at its full speed, and on a stream of its own, so that nothing else is waited for."""
-        if not value.is_cuda:
-            return value
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    def _on_cpu(self, taken: Taken) -> torch.Tensor:
+        """By memory that the bus reads and writes at its full speed, and on a stream of its own, so that nothing else is waited for.
+
+        Made whole there, one at a time, so that a lot takes no more memory than its sums did.
+        """
+        if not taken.sums_DE.is_cuda:
+            return taken.whole()
         with torch.cuda.stream(self._stream):
+            value = taken.whole()
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             host.copy_(value, non_blocking=True)
         self._stream.synchronize()
         return host

@@ -86,12 +86,15 @@ def takes(name: str, *tensors: torch.Tensor) -> bool:
 
 
 def dispatched(*tensors: torch.Tensor) -> bool:
-    """Whether a kernel is to be called as an operator of PyTorch's: where code is compiled, a gradient is wanted, or tensors only stand for others.
+    """Whether a kernel is to be called as an operator of PyTorch's: where code is compiled, or tensors only stand for others.
 
-    Elsewhere it is called as it is, which takes the host a fraction of the time.
+    Elsewhere it is called as it is, or by a function of autograd's, which takes the host a fraction of the time.
     """
-    if torch.compiler.is_compiling() or not all(map(plain, tensors)):
-        return True
+    return torch.compiler.is_compiling() or not all(map(plain, tensors))
+
+
+def learns(*tensors: torch.Tensor) -> bool:
+    """Whether a gradient is wanted of any of these tensors."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

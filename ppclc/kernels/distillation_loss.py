@@ -49,7 +49,9 @@ def one(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     if known is None:
         known = torch.ones((), device=device, dtype=dtype)
         # What stands for a tensor, or is made while a graph is captured, holds no one afterwards.
-        if plain(known) and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if plain(known) and not (known.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if known.is_cuda:
+                torch.cuda.current_stream(known.device).synchronize()  # other streams read it without asking
             _ones[device, dtype] = known
     return known
 

@@ -1,4 +1,4 @@
-"""Triton code of the distillation loss: a program has one row of both states in registers.
+"""Triton code of the distillation loss: a program has one row of both states in registers, and is done with it before the next.
 
 Shape suffixes: N rows, D width.
 """
@@ -11,25 +11,34 @@ import torch
 import triton
 import triton.language as tl
 
-from ppclc.kernels import LEAST_NORM
+from ppclc.kernels import LEAST_NORM, interpreted
+from ppclc.kernels.moments_triton import processors
+from ppclc.kernels.tuning import launch
 
 FEW_WARPS, MANY_WARPS = 4, 8
+EACH, WALKS = (0, 1), ((3, 3), (4, 3), (8, 2))
+"""How rows are dealt out, and what is tried beside it: programs a multiprocessor, 0 for one a row; rows that are under way to a program at once."""
+Deals = tuple[tuple[int, int], ...]
+MANY_ROWS = 4096
+"""Rows from which walks are tried: of fewer there are too few for each program."""
+PIECE = 16
+"""Losses are filled up with zeros to a multiple of it, so that they are read four at a time."""
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 512
-TOTAL_BLOCK, LONGEST_TOTAL = 4096, 2**16
+TOTAL_BLOCK, LONGEST_TOTAL = 8192, 2**16
 """What one program adds up at a time, and how much of it before it is left to PyTorch's many programs. Source: ours, not measured."""
 
 
 @triton.jit
-def loss_kernel(
-    student, teacher, mask, share, gradient, losses,
-    stride_s, stride_t, width, weight, each, magnitude, least,
-    HAS_MASK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row: its share of the weighted loss, and its gradient, of the share or of the row as it is.
+def _add(a, b, c, x, y, z):
+    return a + x, b + y, c + z
 
-    share: of a row in the mean, on the device where a mask tells it, else `each`.
-    """
-    row = tl.program_id(0).to(tl.int64)
+
+@triton.jit
+def _row(
+    student, teacher, mask, gradient, row, stride_s, stride_t, width, shared, by, magnitude, least,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """A row's share of the weighted loss; its gradient is written."""
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     read = inside
@@ -38,31 +47,64 @@ def loss_kernel(
         read = inside & counts
     s = tl.load(student + row * stride_s + columns, mask=read, other=0.0, eviction_policy="evict_first").to(tl.float32)
     t = tl.load(teacher + row * stride_t + columns, mask=read, other=0.0, eviction_policy="evict_first").to(tl.float32)
-    length_s, length_t, dot = tl.sqrt(tl.sum(s * s, 0)), tl.sqrt(tl.sum(t * t, 0)), tl.sum(s * t, 0)
+    if TOGETHER:  # each reduction on its own has the warps of a program wait for one another
+        square_s, square_t, dot = tl.reduce((s * s, t * t, s * t), 0, _add)
+    else:
+        square_s, square_t, dot = tl.sum(s * s, 0), tl.sum(t * t, 0), tl.sum(s * t, 0)
+    length_s, length_t = tl.sqrt(square_s), tl.sqrt(square_t)
     # NaN compares false with everything: these two keep it.
     norm_s = tl.where(length_s < least, least, length_s)
     norm_t = tl.where(length_t < least, least, length_t)
     cosine = dot / (norm_s * norm_t)
     stretch = norm_s / norm_t - 1
-    whole = weight
-    if HAS_MASK:
-        weight *= tl.load(share)
-    else:
-        weight *= each
-    loss = (2 - 2 * cosine + magnitude * stretch * stretch) * weight
-    if not SHARED:
-        weight = whole
-    by_teacher = -2 / (norm_s * norm_t) * weight
+    loss = (2 - 2 * cosine + magnitude * stretch * stretch) * shared
+    by_teacher = -2 / (norm_s * norm_t) * by
     # A clamped norm does not move with the student.
-    by_student = tl.where(length_s < least, 0.0, (2 * cosine / norm_s + 2 * magnitude * stretch / norm_t) / norm_s * weight)
+    by_student = tl.where(length_s < least, 0.0, (2 * cosine / norm_s + 2 * magnitude * stretch / norm_t) / norm_s * by)
     if HAS_MASK:
         loss = tl.where(counts, loss, 0.0)
         by_teacher = tl.where(counts, by_teacher, 0.0)
         by_student = tl.where(counts, by_student, 0.0)
-    tl.store(losses + row, loss)
-    tl.store(
-        gradient + row * width + columns, (by_teacher * t + by_student * s).to(gradient.dtype.element_ty), mask=inside, cache_modifier=".cs"
-    )
+    made = (by_teacher * t + by_student * s).to(gradient.dtype.element_ty)
+    tl.store(gradient + row * width + columns, made, mask=inside, cache_modifier=".cs")
+    return loss
+
+
+@triton.jit
+def loss_kernel(
+    student, teacher, mask, share, gradient, losses,
+    rows, stride_s, stride_t, width, weight, each, magnitude, least,
+    HAS_MASK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, TOGETHER: tl.constexpr, PER: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One row, or with `PER` every so-manieth: the sum of their shares of the weighted loss, and their gradients, of the shares or of the rows as they are.
+
+    share: of a row in the mean, on the device where a mask tells it, else `each`.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    first = program.to(tl.int64)
+    shared = weight
+    if HAS_MASK:
+        shared *= tl.load(share)
+    else:
+        shared *= each
+    by = weight
+    if SHARED:
+        by = shared
+    if PER:
+        total = 0.0
+        for n in tl.range(0, tl.cdiv(rows - program, programs), num_stages=STAGES):
+            total += _row(
+                student, teacher, mask, gradient, first + n * programs, stride_s, stride_t, width, shared, by, magnitude, least,
+                HAS_MASK, BLOCK, TOGETHER,
+            )  # fmt: skip
+    else:
+        total = _row(
+            student, teacher, mask, gradient, first, stride_s, stride_t, width, shared, by, magnitude, least, HAS_MASK, BLOCK, TOGETHER
+        )
+    tl.store(losses + program, total)
+    if program == programs - 1:
+        pad = programs + tl.arange(0, PIECE)
+        tl.store(losses + pad, tl.zeros((PIECE,), tl.float32), mask=pad < tl.cdiv(programs, PIECE) * PIECE)
 
 
 @triton.jit
@@ -95,27 +137,39 @@ def scale_kernel(values, factor, share, count, HAS_SHARE: tl.constexpr, BLOCK: t
 
 
 def run(
-    student_ND: torch.Tensor, teacher_ND: torch.Tensor, magnitude: float, mask_N: torch.Tensor | None, weight: float
+    student_ND: torch.Tensor,
+    teacher_ND: torch.Tensor,
+    magnitude: float,
+    mask_N: torch.Tensor | None,
+    weight: float,
+    deals: Deals | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The weighted mean loss in float32, its gradient (N, D) in the student's dtype, and by what the gradient is still to be multiplied, where by anything.
 
+    deals: ways to deal rows out, of which the fastest is taken; by default those that suit so many rows.
     In float16 a row's share in the mean would push its gradient below the least number, so that it is left for later.
     """
     student_ND, teacher_ND = _rows(student_ND), _rows(teacher_ND)
     (rows, width), device = student_ND.shape, student_ND.device
-    losses = torch.empty(rows, dtype=torch.float32, device=device)
+    losses = torch.empty(triton.cdiv(rows, PIECE) * PIECE, dtype=torch.float32, device=device)
     gradient = torch.empty((rows, width), dtype=student_ND.dtype, device=device)
     each, share, shared = 1 / max(rows, 1), None, student_ND.dtype != torch.float16
     if mask_N is not None:
         mask_N = mask_N.bool().contiguous()
         share = _total(mask_N, share=True)
-    block = max(16, triton.next_power_of_2(width))
-    loss_kernel[(rows,)](
-        student_ND, teacher_ND, mask_N, share, gradient, losses,
-        student_ND.stride(0), teacher_ND.stride(0), width, weight, each, magnitude, LEAST_NORM,
-        HAS_MASK=mask_N is not None, SHARED=shared, BLOCK=block, num_warps=_warps(block),
-    )  # fmt: skip
-    loss = _total(losses)
+    block, deals = max(16, triton.next_power_of_2(width)), deals or (EACH, *(WALKS if rows >= MANY_ROWS else ()))
+    (programs,) = launch(
+        loss_kernel,
+        [({"PER": per, "STAGES": stages}, _warps(block)) for per, stages in deals],
+        lambda config: (min(rows, config["PER"] * processors(device)) if config["PER"] else rows,),
+        (width, student_ND.dtype, teacher_ND.dtype, mask_N is not None, deals),
+        (
+            *(student_ND, teacher_ND, mask_N, share, gradient, losses, rows),
+            *(student_ND.stride(0), teacher_ND.stride(0), width, weight, each, magnitude, LEAST_NORM),
+        ),
+        {"HAS_MASK": mask_N is not None, "SHARED": shared, "BLOCK": block, "PIECE": PIECE, "TOGETHER": not interpreted()},
+    )
+    loss = _total(losses[: triton.cdiv(programs, PIECE) * PIECE])
     if shared:
         return loss, gradient, losses.new_empty(0)
     return loss, gradient, losses.new_full((), each) if share is None else share
@@ -128,8 +182,15 @@ def _total(values_N: torch.Tensor, share: bool = False) -> torch.Tensor:
         total = values_N.sum(dtype=torch.float32)
         return total.clamp(min=1).reciprocal() if share else total
     total = torch.empty((), dtype=torch.float32, device=values_N.device)
-    total_kernel[(1,)](values_N, total, count, SHARE=share, BLOCK=TOTAL_BLOCK, num_warps=MANY_WARPS)
+    block, warps = _total_size(count)
+    total_kernel[(1,)](values_N, total, count, SHARE=share, BLOCK=block, num_warps=warps)
     return total
+
+
+def _total_size(count: int) -> tuple[int, int]:
+    """Numbers that are added up at a time, eight a thread at most, and warps."""
+    block = max(PIECE, min(TOTAL_BLOCK, triton.next_power_of_2(count)))
+    return block, max(1, block // 256)
 
 
 def scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
@@ -152,16 +213,20 @@ def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str,
     found = []
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"student": f"*{dtype}", "teacher": f"*{dtype}", "mask": "*i1", "share": "*fp32", "gradient": f"*{dtype}", "losses": "*fp32"}
-        signature = (
-            rows | dict.fromkeys(("stride_s", "stride_t", "width"), "i32") | dict.fromkeys(("weight", "each", "magnitude", "least"), "fp32")
-        )
+        whole, parts = ("rows", "stride_s", "stride_t", "width"), ("weight", "each", "magnitude", "least")
+        signature = rows | dict.fromkeys(whole, "i32") | dict.fromkeys(parts, "fp32")
         for block in (64, 2048, 4096, 8192):
             for masked in (False, True):
-                constants = {"HAS_MASK": masked, "SHARED": dtype != "fp16", "BLOCK": block}
-                found.append((f"loss-{dtype}-{block}-{masked}", loss_kernel, signature, constants, {"num_warps": _warps(block)}))
+                for per, stages in (EACH, *WALKS):
+                    constants = {"HAS_MASK": masked, "SHARED": dtype != "fp16", "BLOCK": block, "PIECE": PIECE, "TOGETHER": True}
+                    constants |= {"PER": per, "STAGES": stages}
+                    name = f"loss-{dtype}-{block}-{masked}-{per}-{stages}"
+                    found.append((name, loss_kernel, signature, constants, {"num_warps": _warps(block)}))
         signature = {"values": f"*{dtype}", "factor": "*fp32", "share": "*fp32", "count": "i32"}
         found.append((f"scale-{dtype}", scale_kernel, signature, {"HAS_SHARE": True, "BLOCK": SCALE_BLOCK}, {"num_warps": FEW_WARPS}))
     for share, kind in ((False, "fp32"), (True, "i1")):
         signature = {"values": f"*{kind}", "total": "*fp32", "count": "i32"}
-        found.append((f"total-{kind}", total_kernel, signature, {"SHARE": share, "BLOCK": TOTAL_BLOCK}, {"num_warps": MANY_WARPS}))
+        for count in (TOTAL_BLOCK, 1024):
+            block, warps = _total_size(count)
+            found.append((f"total-{kind}-{count}", total_kernel, signature, {"SHARE": share, "BLOCK": block}, {"num_warps": warps}))
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ppclc.kernels import dispatched, runs, takes
+from ppclc.kernels import dispatched, learns, runs, takes
 
 WIDEST = 8192
 """Widest row that a program holds in its registers."""
@@ -24,8 +24,11 @@ def layer_norm_modulate(x_BTD: torch.Tensor, scale: torch.Tensor, shift: torch.T
     if takes("layer_norm_modulate", x_BTD, scale, shift) and x_BTD.shape[-1] <= WIDEST:
         scale_BD, shift_BD = _per_sample(scale, x_BTD), _per_sample(shift, x_BTD)
         if scale_BD is not None and shift_BD is not None:
-            called = torch.ops.ppclc.layer_norm_modulate if dispatched(x_BTD, scale_BD, shift_BD) else _layer_norm_modulate
-            out: torch.Tensor = called(x_BTD, scale_BD, shift_BD, eps)
+            given = (x_BTD, scale_BD, shift_BD)
+            if dispatched(*given):
+                out: torch.Tensor = torch.ops.ppclc.layer_norm_modulate(*given, eps)
+            else:
+                out = (_LayerNormModulate.apply if learns(*given) else _layer_norm_modulate)(*given, eps)
             return out
     return layer_norm_modulate_reference(x_BTD, scale, shift, eps)
 
@@ -35,8 +38,11 @@ def gated_residual(x_BTD: torch.Tensor, gate: torch.Tensor, y_BTD: torch.Tensor)
     if takes("gated_residual", x_BTD, gate, y_BTD) and x_BTD.shape == y_BTD.shape:
         gate_BD = _per_sample(gate, x_BTD)
         if gate_BD is not None:
-            called = torch.ops.ppclc.gated_residual if dispatched(x_BTD, gate_BD, y_BTD) else _gated_residual
-            out: torch.Tensor = called(x_BTD, gate_BD, y_BTD)
+            given = (x_BTD, gate_BD, y_BTD)
+            if dispatched(*given):
+                out: torch.Tensor = torch.ops.ppclc.gated_residual(*given)
+            else:
+                out = (_GatedResidual.apply if learns(*given) else _gated_residual)(*given)
             return out
     return gated_residual_reference(x_BTD, gate, y_BTD)
 
@@ -130,11 +136,6 @@ def _(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> 
     return torch.empty(x.shape, dtype=_promoted(x, scale, shift), device=x.device)
 
 
-@torch.library.custom_op(
-    "ppclc::layer_norm_modulate_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor scale, float eps, bool sums) -> (Tensor, Tensor, Tensor)",
-)
 def _layer_norm_modulate_backward(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, eps: float, sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -149,7 +150,15 @@ def _layer_norm_modulate_backward(
     return dx, dscale.to(scale.dtype), dshift.to(scale.dtype)
 
 
-@_layer_norm_modulate_backward.register_fake
+_layer_norm_modulate_backward_operator = torch.library.custom_op(
+    "ppclc::layer_norm_modulate_backward",
+    _layer_norm_modulate_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor scale, float eps, bool sums) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_layer_norm_modulate_backward_operator.register_fake
 def _(grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, eps: float, sums: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = (scale.shape[0], scale.shape[1] if sums else 0)
     dscale, dshift = (torch.empty(rows, dtype=scale.dtype, device=x.device) for _ in range(2))
@@ -165,7 +174,8 @@ def _keep_for_layer_norm_modulate(ctx: Any, inputs: tuple[Any, ...], output: tor
 def _layer_norm_modulate_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, scale = ctx.saved_tensors
     sums = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, dscale, dshift = torch.ops.ppclc.layer_norm_modulate_backward(grad, x, scale, ctx.eps, sums)
+    called = torch.ops.ppclc.layer_norm_modulate_backward if dispatched(grad, x) else _layer_norm_modulate_backward
+    dx, dscale, dshift = called(grad, x, scale, ctx.eps, sums)
     return dx, dscale if sums else None, dshift.to(ctx.shift_dtype) if sums else None, None
 
 
@@ -192,9 +202,6 @@ def _(x: torch.Tensor, gate: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.empty(x.shape, dtype=_promoted(x, gate, y), device=x.device)
 
 
-@torch.library.custom_op(
-    "ppclc::gated_residual_backward", mutates_args=(), schema="(Tensor grad, Tensor gate, Tensor y, bool sums) -> (Tensor, Tensor)"
-)
 def _gated_residual_backward(grad: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, sums: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if not _runs(y):
         dgate, dy = gated_residual_backward_reference(grad, gate, y)
@@ -206,7 +213,15 @@ def _gated_residual_backward(grad: torch.Tensor, gate: torch.Tensor, y: torch.Te
     return dgate.to(gate.dtype), dy
 
 
-@_gated_residual_backward.register_fake
+_gated_residual_backward_operator = torch.library.custom_op(
+    "ppclc::gated_residual_backward",
+    _gated_residual_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor gate, Tensor y, bool sums) -> (Tensor, Tensor)",
+)
+
+
+@_gated_residual_backward_operator.register_fake
 def _(grad: torch.Tensor, gate: torch.Tensor, y: torch.Tensor, sums: bool) -> tuple[torch.Tensor, torch.Tensor]:
     dgate = torch.empty((gate.shape[0], gate.shape[1] if sums else 0), dtype=gate.dtype, device=y.device)
     return dgate, torch.empty(y.shape, dtype=y.dtype, device=y.device)
@@ -221,8 +236,33 @@ def _keep_for_gated_residual(ctx: Any, inputs: tuple[Any, ...], output: torch.Te
 def _gated_residual_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     gate, y = ctx.saved_tensors
     wanted, sums = ctx.needs_input_grad[2], ctx.needs_input_grad[1]
-    dgate, dy = torch.ops.ppclc.gated_residual_backward(grad, gate, y, sums) if wanted or sums else (None, None)
+    called = torch.ops.ppclc.gated_residual_backward if dispatched(grad, y) else _gated_residual_backward
+    dgate, dy = called(grad, gate, y, sums) if wanted or sums else (None, None)
     return grad.to(ctx.x_dtype), dgate if sums else None, dy
 
 
 _gated_residual_operator.register_autograd(_gated_residual_gradients, setup_context=_keep_for_gated_residual)
+
+
+class _LayerNormModulate(torch.autograd.Function):
+    """The same without the dispatcher, which takes the host longer than all of it takes a GPU."""
+
+    backward = staticmethod(_layer_norm_modulate_gradients)
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        out = _layer_norm_modulate(*given)
+        _keep_for_layer_norm_modulate(ctx, given, out)
+        return out
+
+
+class _GatedResidual(torch.autograd.Function):
+    """As `_LayerNormModulate`."""
+
+    backward = staticmethod(_gated_residual_gradients)
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> torch.Tensor:
+        out = _gated_residual(*given)
+        _keep_for_gated_residual(ctx, given, out)
+        return out

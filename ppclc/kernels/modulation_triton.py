@@ -8,7 +8,7 @@ Shape suffixes: B batch, T token, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,8 @@ GATED_CONFIGS = ((4, 1), (4, 2), (4, 4), (4, 8))
 """Warps and rows of a program that are tried for gated residuals: more warps would leave a thread less than 16 bytes of `COLUMNS`."""
 WAVES, LEAST_CHUNK = 2, 8
 """Programs a multiprocessor that sum gradients of a modulation over tokens, and the fewest tokens of one: more of either writes more partial sums."""
+MOST_UNDER_WAY = 8192
+"""Bytes of a row up to which a program that sums over tokens may read the next before it is done with one."""
 GATED_CHUNK = 16
 """Tokens whose gradients of a gate are summed by one program."""
 COLUMNS = 1024
@@ -69,6 +71,7 @@ def layer_norm_modulate_backward_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     SUMS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The input's gradient of so many rows and, with `SUMS`, what they add to those of scale and shift."""
     b = tl.program_id(1).to(tl.int64)
@@ -78,7 +81,7 @@ def layer_norm_modulate_backward_kernel(
     gain = 1.0 + tl.load(scale + b * scale_b + d, mask=inside, other=0.0).to(tl.float32)
     sum_scale = tl.zeros((BLOCK,), tl.float32)
     sum_shift = tl.zeros((BLOCK,), tl.float32)
-    for r in range(tokens):
+    for r in tl.range(0, tokens, num_stages=STAGES):
         t = chunk * tokens + r
         there = inside & (t < T)
         row = tl.load(x + b * x_b + t * x_t + d, mask=there, other=0.0).to(tl.float32)
@@ -164,15 +167,22 @@ def _launch(kernel: Any, configs: Configs, grid: Callable[[int], tuple[int, ...]
     launch(kernel, tried, lambda config: grid(config["ROWS"]), (constants["D"], args[0].dtype), args, constants)
 
 
-def _launch_backward(kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, **constants: Any) -> None:
-    """Run a backward kernel, whose sums are the same in every run because nothing about it is tuned."""
-    launch(kernel, [({}, warps)], lambda _: grid, warps, args, constants)
+def _launch_backward(
+    kernel: Any, grid: tuple[int, ...], warps: int, *args: Any, tried: Sequence[Mapping[str, int]] = ({},), **constants: Any
+) -> None:
+    """Run a backward kernel, whose sums are the same in every run because nothing that is tuned changes their order."""
+    launch(kernel, [(values, warps) for values in tried], lambda _: grid, (warps, args[0].dtype), args, constants)
 
 
 def backward_warps(width: int) -> int:
     """Warps of a program that holds rows of a width: 32 elements a thread at most. Fewer threads wait less for one another."""
     block: int = triton.next_power_of_2(width)
     return max(1, min(16, block // 1024))
+
+
+def backward_stages(width: int, itemsize: int) -> tuple[int, ...]:
+    """Rows that are under way at once to a program which sums over tokens, that are tried: a second one of many bytes has no registers."""
+    return (1, 2) if triton.next_power_of_2(width) * itemsize <= MOST_UNDER_WAY else (1,)
 
 
 @cache
@@ -208,6 +218,7 @@ def layer_norm_modulate_backward(
         (chunks, B),
         backward_warps(D),
         *(grad_BTD, x_BTD, scale_BD, dx_BTD, dscale, dshift, T, *strides, eps, tokens),
+        tried=[{"STAGES": stages} for stages in backward_stages(D, x_BTD.element_size())],
         D=D,
         BLOCK=triton.next_power_of_2(D),
         SUMS=sums,
@@ -281,7 +292,9 @@ def variants() -> list[Variant]:
                 found.append(_variant(f"gated_residual-{name}", gated_residual_kernel, dtype, {**columns, "ROWS": rows}, warps))
             for sums in (False, True):
                 name, kernel = f"{dtype}-{D}-{sums}", layer_norm_modulate_backward_kernel
-                found.append(_variant(f"layer_norm_modulate_backward-{name}", kernel, dtype, {**whole, "SUMS": sums}, backward_warps(D)))
+                for stages in backward_stages(D, 2 if dtype == "bf16" else 4):
+                    more = {**whole, "SUMS": sums, "STAGES": stages}
+                    found.append(_variant(f"layer_norm_modulate_backward-{name}-{stages}", kernel, dtype, more, backward_warps(D)))
                 more = {**columns, "ROWS": GATED_CHUNK, "SUMS": sums}
                 found.append(_variant(f"gated_residual_backward-{name}", gated_residual_backward_kernel, dtype, more, 4))
     return found

@@ -54,8 +54,19 @@ POINTERS = Config(128, 128, 32, 8, 3, copies=False)
 """16-bit rows elsewhere, or of widths that descriptors do not take."""
 SINGLE, SMALL_SINGLE = Config(128, 64, 32, 4, 3, copies=False), Config(64, 64, 32, 4, 3, copies=False)
 """float32, as three products of TF32 each: on compute capability 9.0, and elsewhere, where the larger tile spills registers."""
-CHUNK, DIFFERENCES = 64, ((1024, 4, 4), (1024, 8, 4), (1024, 8, 8), (2048, 4, 8), (512, 8, 4))
-"""Of differences: rows of a program; columns, rows at once and warps that are tried."""
+CHUNK = 64
+"""Of differences: rows of a program."""
+DIFFERENCES = (
+    (1024, 4, 4, 1),
+    (1024, 8, 4, 1),
+    (1024, 8, 8, 1),
+    (2048, 4, 8, 1),
+    (512, 8, 4, 1),
+    (1024, 4, 4, 3),
+    (1024, 8, 8, 2),
+    (512, 8, 4, 3),
+)
+"""Of differences: columns, rows at once, warps, and how many such reads are under way, that are tried."""
 
 
 @triton.jit
@@ -123,12 +134,12 @@ def prepare_kernel(x, mask, centre, out, stride, width, HAS_MASK: tl.constexpr, 
 @triton.jit
 def difference_kernel(
     x, before, out, sums, energies, rows, stride_x, stride_before,
-    width: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+    width: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a chunk of rows: their difference, the sum of each column, the energy of the difference. TOGETHER: rows that are read at once."""
     part, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total, energy = tl.zeros((BLOCK,), dtype=tl.float32), tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, CHUNK, TOGETHER):
+    for start in tl.range(0, CHUNK, TOGETHER, num_stages=STAGES):
         row = part * CHUNK + start + tl.arange(0, TOGETHER)
         inside = (row < rows)[:, None] & (columns < width)[None, :]
         a = tl.load(x + row[:, None] * stride_x + columns[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -152,7 +163,7 @@ def difference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[torch.Tenso
     energies = torch.zeros((parts * triton.cdiv(width, min(DIFFERENCES)[0]),), dtype=torch.float32, device=device)
     launch(
         difference_kernel,
-        [({"BLOCK": block, "TOGETHER": together}, warps) for block, together, warps in DIFFERENCES],
+        [({"BLOCK": block, "TOGETHER": together, "STAGES": stages}, warps) for block, together, warps, stages in DIFFERENCES],
         lambda config: (parts, triton.cdiv(width, config["BLOCK"])),
         (width, x_ND.dtype),
         (x_ND, before_ND, out, sums, energies, rows, x_ND.stride(0), before_ND.stride(0)),
@@ -270,9 +281,10 @@ def variants() -> list[Variant]:
     for dtype in ("bf16", "fp16", "fp32"):
         rows = dict.fromkeys(("x", "before", "out"), f"*{dtype}") | dict.fromkeys(("sums", "energies"), "*fp32")
         signature = rows | dict.fromkeys(("rows", "stride_x", "stride_before"), "i32")
-        for block, together, warps in DIFFERENCES:
-            constants: dict[str, Any] = {"width": 3072, "CHUNK": CHUNK, "BLOCK": block, "TOGETHER": together}
-            found.append((f"difference-{dtype}-{block}-{together}-{warps}", difference_kernel, signature, constants, {"num_warps": warps}))
+        for block, together, warps, stages in DIFFERENCES:
+            constants: dict[str, Any] = {"width": 3072, "CHUNK": CHUNK, "BLOCK": block, "TOGETHER": together, "STAGES": stages}
+            name = f"difference-{dtype}-{block}-{together}-{warps}-{stages}"
+            found.append((name, difference_kernel, signature, constants, {"num_warps": warps}))
         signature = {"x": f"*{dtype}", "mask": "*i1", "centre": "*fp32", "out": f"*{dtype}", "stride": "i32", "width": "i32"}
         constants = {"HAS_MASK": True, "HAS_CENTRE": True, "BLOCK": 1024}
         found.append((f"prepare-{dtype}", prepare_kernel, signature, constants, {"num_warps": 4}))

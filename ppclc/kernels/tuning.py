@@ -30,22 +30,24 @@ def launch(
     args: Sequence[Any],
     constants: Mapping[str, Any],
     zeroed: Sequence[str] = (),
-) -> None:
-    """Run a kernel; `grid` has the programs by what a configuration sets, each of which is that and a number of warps.
+) -> tuple[int, ...]:
+    """Run a kernel; the programs that it ran as, which `grid` has by what a configuration sets.
 
-    key: of what the fastest depends on, beside the device. zeroed: arguments that are set to zero before each try. Under the interpreter the first is taken.
+    configs: what is set, and a number of warps; under the interpreter the first is taken. key: of what the fastest depends on, beside the device.
+    zeroed: arguments that are set to zero before each try.
     """
     if interpreted():
         values, _ = configs[0]
         kernel[grid(values)](*args, **constants, **values)
-        return
+        return grid(values)
     place = (id(kernel), key, args[0].device.index)
     with on_device_of(args[0]):
         if place not in _found:
             tried = [triton.Config(dict(values), num_warps=warps) for values, warps in configs]
             tuner = triton.autotune(tried, key=[], reset_to_zero=list(zeroed) or None)(kernel)
             tuner[grid](*args, **constants)
-            _found[place] = tuner.best_config
-            return
+            best = _found[place] = tuner.best_config
+            return grid(best.kwargs)
         best = _found[place]
         kernel[grid(best.kwargs)](*args, **constants, **best.kwargs, num_warps=best.num_warps)
+        return grid(best.kwargs)

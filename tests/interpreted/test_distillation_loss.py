@@ -14,6 +14,8 @@ from ppclc.kernels.distillation_loss import one, reference, state_loss
 if not kernels.interpreted():
     pytest.skip("TRITON_INTERPRET=1 runs it", allow_module_level=True)
 
+from ppclc.kernels import distillation_loss_triton
+
 ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-9, torch.float32: 2e-6}
 """Of a gradient that is rounded once, or twice; the interpreter cuts off what a GPU rounds."""
 dtypes = pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -68,8 +70,7 @@ def test_a_weight_is_in_the_loss_and_in_its_gradient(masked: bool, dtype: torch.
 @pytest.mark.parametrize("count", [1, 4095, 4097, 70_000])
 def test_totals(count: int) -> None:
     """Of whole blocks and of a part, by one program and, of more than that is for, by PyTorch."""
-    from ppclc.kernels.distillation_loss_triton import _total
-
+    _total = distillation_loss_triton._total
     values = torch.rand(count, generator=torch.Generator().manual_seed(count)) - 0.3
     assert _total(values).item() == pytest.approx(values.double().sum().item(), rel=1e-5)
     assert _total(values > 0, share=True).item() == pytest.approx(1 / max(1, int((values > 0).sum())), rel=1e-6)
@@ -116,6 +117,29 @@ def test_loss_and_gradient(batch: int, tokens: int, width: int, masked: bool, up
     assert distance(gradient, wanted) < ROUNDING[dtype]
     if mask is not None:
         assert (gradient[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 11, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_may_be_dealt_out_over_fewer_programs(rows: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly or not; what is left of the losses' memory adds nothing, and gradients are the same to the bit."""
+    student, teacher = states(1, rows, 64, torch.bfloat16)
+    mask = (torch.arange(rows) % 3 != 1)[None] if masked else None
+    loss, exact, gradient, _ = both(student, teacher, 0.3, mask)
+    monkeypatch.setattr(distillation_loss_triton, "EACH", (2, 3))  # of the interpreter's four processors
+    walked, _, theirs, _ = both(student, teacher, 0.3, mask)
+    assert walked.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert walked.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.equal(gradient, theirs)
+
+
+def test_a_row_s_three_sums_may_be_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are on a GPU; the interpreter adds numbers up one after the other there, and slowly."""
+    student, teacher = states(1, 3, 100, torch.float32)
+    monkeypatch.setattr(distillation_loss_triton, "interpreted", lambda: False)
+    loss, exact, gradient, wanted = both(student, teacher, 0.3)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    assert distance(gradient, wanted) < 1e-5
 
 
 def test_rows_of_zeros_and_equal_rows() -> None:

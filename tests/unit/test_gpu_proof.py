@@ -10,10 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import correctness, measuring, tables
+from benchmarks.gpu import correctness, measuring, speed, tables
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.measuring import NotRun, Proof
 
@@ -92,6 +93,27 @@ def test_speed_alone_has_ceilings(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ratios_are_of_replays_that_took_turns() -> None:
+    """All in each round, so that a clock that falls is in both; where something is in no graph, of what events tell."""
+    made = list[str]()
+
+    def graph(name: str, us: float) -> Any:
+        return SimpleNamespace(us=lambda: made.append(name) or us * (1 + len(made) // 2))
+
+    times = {k: np.array(v) for k, v in measuring.replayed_us({"kernel": graph("kernel", 2.0), "eager": graph("eager", 6.0)}, 8).items()}
+    assert [sorted(made[i : i + 2]) for i in range(0, 16, 2)] == [["eager", "kernel"]] * 8
+    assert len({tuple(made[i : i + 2]) for i in range(0, 16, 2)}) == 2  # not always the same first
+    rows = {"kernel": {"event_us": 10.0}, "eager": {"event_us": 40.0}, "other": {"event_us": 20.0}, "none": {"not_run": "why"}}
+    found = speed.with_ratios(rows, times)
+    assert 2 < found["eager"]["kernel_is_faster"] < 4
+    low, high = found["eager"]["ci95"]
+    assert low <= found["eager"]["kernel_is_faster"] <= high
+    assert found["kernel"]["kernel_is_faster"] == 1
+    assert found["other"]["kernel_is_faster"] == 2
+    assert found["none"] == {"not_run": "why"}
+    assert speed.with_ratios({"eager": {"event_us": 1.0}, "kernel": {"not_run": "why"}}, {})["eager"] == {"event_us": 1.0}
+
+
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

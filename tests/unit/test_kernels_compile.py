@@ -26,10 +26,10 @@ REGISTERS = {
     "moments": 240,
     "difference": 220,
     "prepare": 40,
-    "loss": 104,
+    "loss": 153,
     "total": 40,
     "scale": 168,
-    "layer_norm_modulate_backward": 208,
+    "layer_norm_modulate_backward": 253,
     "layer_norm_modulate": 112,
     "gated_residual": 56,
     "qk_norm_rope": 96,
@@ -37,7 +37,8 @@ REGISTERS = {
 """Of a thread, by the beginning of a variant's name: what Triton 3.7 needs and a tenth more; 255 is all there are."""
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """What a program may have. Source: CUDA C++ programming guide, technical specifications by compute capability."""
-ALIGNED = ("width", "stride", "width_x", "width_y", "stride_x", "stride_y", "stride_s", "stride_t", "stride_before")
+ALIGNED = ("width", "width_x", "width_y", "count", "stride", "stride_x", "stride_y", "stride_s", "stride_t", "stride_before")
+ALIGNED += ("x_b", "x_t", "y_b", "y_t", "grad_b", "grad_t", "scale_b", "shift_b", "gate_b")
 """Numbers that are multiples of 16 where it counts, which Triton sees for itself when it runs."""
 ALONE = {"hopper": 90, "blackwell": 100}
 """Configurations of one generation."""

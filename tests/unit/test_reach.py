@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ppclc import cli
 from ppclc.analysis.budget import PlanSettings
 from ppclc.analysis.closed_forms import closed_form_bank, interval_adapters
-from ppclc.analysis.device_sums import HostCopies, Place
+from ppclc.analysis.device_sums import DeviceSums, HostCopies, Place, Taken
 from ppclc.analysis.reach import EVERYTHING, Reach, moment_counts, reach_of
 from ppclc.data.samples import Samples, open_samples
 from ppclc.errors import PlanError
@@ -197,15 +197,30 @@ def test_lots_are_brought_one_after_the_other_and_waited_for() -> None:
         taken.append((place, value.item()))
 
     places: list[Place] = [("a", 0, 0), ("b", 0, 0), ("c", 0, 0)]
-    copies.bring(((p, torch.tensor(float(n))) for n, p in enumerate(places[:2])), take)
+    copies.bring(((p, Taken(torch.tensor(float(n)))) for n, p in enumerate(places[:2])), take)
     assert not taken  # not waited for
     go.set()
-    copies.bring([(places[2], torch.tensor(2.0))], take)
+    copies.bring([(places[2], Taken(torch.tensor(2.0)))], take)
     assert [p for p, _ in taken][:2] == places[:2]
     copies.wait()
     assert taken == [(p, float(n)) for n, p in enumerate(places)]
     copies.bring([], take)
     copies.wait()
+
+
+def test_sums_are_whole_when_they_are_there() -> None:
+    """The other half of a symmetric one, and outer products in float64, are made when a sum is brought, and not before."""
+    sums, place, x = DeviceSums(), ("a", 0, 0), torch.randn(20, 6)
+    sums.add(place, None, x, None)
+    sums.add_outer(place, torch.ones(6, dtype=torch.float64), torch.full((6,), 2.0, dtype=torch.float64))
+    lot = list(sums.taken())
+    assert [(p, t.sums_DE.dtype) for p, t in lot] == [(place, torch.float32)]
+    found = dict[Place, torch.Tensor]()
+    copies = HostCopies()
+    copies.bring(lot, found.__setitem__)
+    copies.wait()
+    assert found[place].dtype == torch.float64
+    assert torch.allclose(found[place], x.double().T @ x.double() + 2, rtol=1e-5, atol=1e-5)
 
 
 def test_what_goes_wrong_on_the_way_is_raised_where_it_is_waited_for() -> None:
@@ -214,7 +229,7 @@ def test_what_goes_wrong_on_the_way_is_raised_where_it_is_waited_for() -> None:
     def full(place: Place, value: torch.Tensor) -> None:
         raise OSError(28, "No space left on device")
 
-    copies.bring([(("a", 0, 0), torch.zeros(1))], full)
+    copies.bring([(("a", 0, 0), Taken(torch.zeros(1)))], full)
     with pytest.raises(OSError, match="No space left"):
         copies.wait()
     copies.wait()  # told once
