@@ -23,6 +23,7 @@ from ppclc.distilling import bank_of, distill
 from ppclc.environment import machine, versions
 from ppclc.errors import OutputError, PlanError, RecipeError, UnavailableError, VerificationError, memory_lacks
 from ppclc.families import Lowered
+from ppclc.forecast.disk import disk_lacks
 from ppclc.judges import open_judges
 from ppclc.loading.classes import count_parameters, model_outline, student_config
 from ppclc.loading.sources import Source, check_teacher, open_source
@@ -73,6 +74,8 @@ def compress(recipe: Recipe, name: str, out: Path, display: Display, until: str 
 def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str, ranks: Ranks) -> Run:
     with ranks.main_first(), memory_told("start", recipe):
         run = prepare(recipe, name, out, display, ranks, PASSES[: PASSES.index(until) + 1])
+        if ranks.is_main and PASSES.index(until) >= PASSES.index("distill") and not (out / "model").is_dir():
+            tell_of_disk(run)
     steps: dict[str, Callable[[Run, Callable[[float, str], None]], None]] = {
         "calibrate": calibrate,
         "analyze": analyze,
@@ -98,6 +101,12 @@ def _compress(recipe: Recipe, name: str, out: Path, display: Display, until: str
     if run.student is not None:
         describe(run)
     return run
+
+
+def tell_of_disk(run: Run) -> None:
+    """A warning where the disk will be full before the student is there."""
+    if lacking := disk_lacks(run.recipe, run.source, run.out):
+        run.display.say(f"warning: {lacking}: the run stops when that is full, and the same command goes on once there is room")
 
 
 def go_on(out: Path) -> str:

@@ -397,10 +397,11 @@ STORED_AS = {
 """Names in safetensors files by torch's own names of dtypes."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None, let_go: bool = False) -> None:
     """Write tensors as safetensors, whole or not at all, one after the other from where they lie.
 
-    The library's own writer copies all of them into memory first, which doubles what a checkpoint takes.
+    The library's own writer copies all of them into memory first, which doubles what a checkpoint takes. let_go: whether each is taken out of
+    `tensors`, a dictionary, once it is written: of sums that lie in files the disk then holds one twice, and not all.
     Source: https://github.com/huggingface/safetensors#format.
     """
     import torch
@@ -411,6 +412,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, st
             file.write(safetensors_header(tensors, metadata))
             for name in file_order(tensors):
                 file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                if let_go and isinstance(tensors, dict):
+                    del tensors[name]
         _settle(draft)
         os.replace(draft, path)
 
@@ -434,10 +437,10 @@ def file_order(tensors: Mapping[str, Any]) -> list[str]:
     return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
 
 
-def write_record(record: Record, folder: Path) -> None:
-    """Write `record.json` and, where there are tensors, `tensors.safetensors`."""
+def write_record(record: Record, folder: Path, let_go: bool = False) -> None:
+    """Write `record.json` and, where there are tensors, `tensors.safetensors`. let_go: as of `write_tensors`."""
     if record.tensors:
-        write_tensors(folder / "tensors.safetensors", record.tensors)
+        write_tensors(folder / "tensors.safetensors", record.tensors, let_go=let_go)
     write_text(folder / "record.json", record.model_dump_json(indent=1) + "\n")
 
 
@@ -602,10 +605,11 @@ class Store:
                 continue
             part, folder = cost[0].model_copy(update={"seconds": cost[0].seconds / among}), self.folder(jobs[i].name, digests[i])
             made = record.model_copy(update={"digest": digests[i]})
+            read_again = made.stays_on_disk or _is_large(made)
             with whole_folder(folder) as draft:
-                write_record(made, draft)
+                write_record(made, draft, let_go=read_again)
                 write_text(draft / "stage.json", part.model_dump_json())
-            found[i] = read_record(type(made), folder) if made.stays_on_disk or _is_large(made) else made
+            found[i] = read_record(type(made), folder) if read_again else made
             del record, made
             shutil.rmtree(work, ignore_errors=True)
         self._remember(cost[0])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -247,7 +248,10 @@ class Moments:
         path.unlink(missing_ok=True)  # one that is there would be taken as it is
         with disk_errors(path), path.open("wb") as file:  # a mapped page that the disk has no room for would be a signal, and no error
             allocate(file.fileno(), dtype.itemsize * count)
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
+        sums = torch.from_file(str(path), shared=True, size=count, dtype=dtype).view(*shape)
+        with suppress(OSError):  # its room is free again with the last use of the sum, however that ends; not on Windows
+            path.unlink()
+        return sums
 
 
 def allocate(descriptor: int, nbytes: int) -> None:

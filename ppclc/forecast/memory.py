@@ -1,4 +1,4 @@
-"""What `ppclc compress` will take of memory and disk for a recipe. Nothing of the recipe is run.
+"""What `ppclc compress` will take of memory for a recipe. Nothing of the recipe is run.
 
 Constants were fitted to runs of the embedded teacher's recipe. Source: ours.
 """
@@ -10,13 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from ppclc.analysis import edit_costs, trials
-from ppclc.analysis.detection import removed_by
 from ppclc.analysis.moments import TOGETHER
 from ppclc.costs.blocks import width_of
 from ppclc.costs.predictions import Prediction, activation_bytes, by_depth
 from ppclc.families import STREAMS, Family
 from ppclc.forecast.speeds import JUDGE_BATCH
-from ppclc.forecast.work import Work, distilled_spans, shares_weights, start_students, trial_students
+from ppclc.forecast.work import Work, shares_weights, start_students, trial_students
 from ppclc.loading.classes import DTYPES, count_parameters, model_outline
 from ppclc.passes import calibrate
 from ppclc.passes.calibrate import BATCH
@@ -29,7 +28,6 @@ KEPT_BYTES = 256_000_000
 """Most of freed memory that the allocator keeps: larger pieces go back to the system."""
 JUDGE_SCENE_BYTES = 65_000
 """Activations of the judge, a scene."""
-GRAPH_BLOCK_BYTES, REPORT_BYTES = 15_000, 400_000
 
 
 def peak_bytes(work: Work) -> int:
@@ -44,7 +42,7 @@ def peak_bytes(work: Work) -> int:
     if (
         recipe.distill.teacher == "streamed"
     ):  # a block and what it passes at once, what is held of states, and at most so many maps; sums lie in files
-        through_distill = 3 * max(_block_bytes(work)) + max(HELD_BYTES, HELD_BLOCKS * max(_block_bytes(work)))
+        through_distill = 3 * max(block_bytes(work)) + max(HELD_BYTES, HELD_BLOCKS * max(block_bytes(work)))
         calibration, probes = through_distill, 4 * probes // (work.blocks + 1) + edit_costs.KEPT_BYTES
     student = _tensor_bytes(work.student, dtype)
     training = 0 if work.plan.is_empty else _training_bytes(work, recipe.distill.batch)
@@ -119,31 +117,9 @@ def moment_bytes(work: Work) -> int:
     return 8 * (made.matrices * width**2 + vectors * width + streams * work.blocks * made.groups)
 
 
-def disk_bytes(work: Work) -> int:
-    """Bytes of the output folder when all is done: student, exports, records, report."""
-    recipe, student, teacher = work.recipe, work.student.bytes, work.teacher.bytes
-    each, sizes = _block_bytes(work), work.source.family.sizes(work.source.config)
-    kept = sum(size * n for span in distilled_spans(work) for size, n in zip(each, map(bool, removed_by([span], sizes)), strict=True))
-    blocks = student + kept + len(work.plan.adapters) * _adapter_bytes(work)
-    graphs = GRAPH_BLOCK_BYTES * (work.student.blocks + work.blocks)
-    exports = len(recipe.export) * (student + teacher + graphs)
-    judged = 0
-    if work.judged:
-        # Of each scene and model: right or wrong and features by guidance, loss, one velocity.
-        velocity = work.size["height"] * work.size["width"] * int(work.source.config["in_channels"])
-        judged = 2 * len(recipe.verify.seeds) * recipe.verify.scenes * 4 * (129 * len(recipe.verify.guidance) + 1 + velocity)
-    return int(student + blocks + exports + moment_bytes(work) + judged + REPORT_BYTES)
-
-
-def _block_bytes(work: Work) -> list[int]:
+def block_bytes(work: Work) -> list[int]:
     """Of one block of each group."""
     family, low = work.source.family, _shallow(work.source.family, work.source.config)
     two = count_parameters(model_outline(family, low))
     deeper = [count_parameters(model_outline(family, low | {g.count_key: 3})) for g in family.groups]
     return [(three - two) * DTYPES[work.recipe.model.dtype].itemsize for three in deeper]
-
-
-def _adapter_bytes(work: Work) -> int:
-    """Of one interval's record: a matrix and an offset a stream."""
-    width = width_of(work.source.config)
-    return len(STREAMS) * (width**2 + width) * DTYPES[work.recipe.model.dtype].itemsize

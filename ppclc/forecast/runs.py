@@ -18,7 +18,8 @@ from ppclc.costs.blocks import width_of
 from ppclc.costs.predictions import Prediction
 from ppclc.data.samples import TRAJECTORY_STEPS
 from ppclc.data_size import sample_size
-from ppclc.forecast.memory import disk_bytes, peak_bytes
+from ppclc.forecast.disk import disk_bytes, disk_peak_bytes
+from ppclc.forecast.memory import peak_bytes
 from ppclc.forecast.speeds import measure_speeds
 from ppclc.forecast.work import (
     SIDE_BY_SIDE,
@@ -48,11 +49,12 @@ DISK_BYTES_PER_S = 500e6
 
 
 class RunCosts(BaseModel):
-    """Predicted costs of a whole run; `seconds` by pass."""
+    """Predicted costs of a whole run; `seconds` by pass. disk_bytes: when all is done; disk_peak_bytes: at most, with checkpoints."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     peak_bytes: int
     disk_bytes: int
+    disk_peak_bytes: int
     seconds: dict[str, float]
 
 
@@ -63,7 +65,7 @@ def run_costs(recipe: Recipe, source: Source, plan: CompressionPlan, teacher: Pr
     lanes = max(1, cores() // torch.get_num_threads()) if device == "cpu" else 1
     work = Work(recipe, source, plan, teacher, student, speeds, lanes)
     seconds = {name: OTHER_S[name] * speeds.python + stage(work) for name, stage in STAGES.items()}
-    return RunCosts(peak_bytes=peak_bytes(work), disk_bytes=disk_bytes(work), seconds=seconds)
+    return RunCosts(peak_bytes=peak_bytes(work), disk_bytes=disk_bytes(work), disk_peak_bytes=disk_peak_bytes(work), seconds=seconds)
 
 
 def calibrate_seconds(work: Work) -> float:

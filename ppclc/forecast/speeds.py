@@ -6,6 +6,7 @@ teacher's recipe on two cores of a x86-64 server. Source: ours.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class Speeds:
     crowded: float
     products_per_s: float
     python: float
+
+
+NOT_MEASURED = Speeds(*[math.nan] * 8)
+"""Where nothing is asked that depends on them."""
 
 
 def measure_speeds(family: Family, config: Mapping[str, Any], plan: CompressionPlan, dtype: str, size: Size, device: str = "cpu") -> Speeds:

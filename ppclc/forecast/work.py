@@ -14,7 +14,7 @@ from ppclc.analysis.search import AnalyzeSettings
 from ppclc.costs.predictions import Prediction
 from ppclc.data.samples import TRAJECTORY_STEPS
 from ppclc.data_size import sample_size
-from ppclc.forecast.speeds import Speeds
+from ppclc.forecast.speeds import NOT_MEASURED, Speeds
 from ppclc.loading.sources import Source
 from ppclc.machine.devices import device_here
 from ppclc.plan import CompressionPlan
@@ -34,8 +34,8 @@ class Work:
     plan: CompressionPlan
     teacher: Prediction
     student: Prediction
-    speeds: Speeds
-    lanes: int
+    speeds: Speeds = NOT_MEASURED
+    lanes: int = 1
 
     @property
     def blocks(self) -> int:

@@ -63,8 +63,8 @@ class TwoDigits:
             jobs.append((LOSS_DRAWS, partial(self._losses, model, settings, seed)))
         outcomes: dict[str, list[torch.Tensor]] = {}
         done, total = 0, sum(cost for cost, _ in jobs)
-        # Side by side: each job has a generator of its own, and their order here is fixed.
-        with ThreadPoolExecutor(cores()) as pool:
+        # Side by side: each job has a generator of its own, and their order here is fixed. A teacher that comes block by block runs one at a time.
+        with ThreadPoolExecutor(cores() if isinstance(model, torch.nn.Module) else 1) as pool:
             for (cost, _), future in zip(jobs, [pool.submit(job) for _, job in jobs], strict=True):
                 for name, value in future.result().items():
                     outcomes.setdefault(name, []).append(value)

@@ -108,12 +108,15 @@ def _table(document: dict[str, Any]) -> Table:
 def _run(run: dict[str, Any]) -> Text:
     passes = ", ".join(f"{name} {duration_text(s)}" for name, s in run["seconds"].items() if s >= 1)
     total = duration_text(sum(run["seconds"].values()))
-    told = f"ppclc compress takes about {total} here from the start ({passes}), {bytes_text(run['peak_bytes'])} of memory and {bytes_text(run['disk_bytes'])} of disk"
+    memory, disk = bytes_text(run["peak_bytes"]), bytes_text(run["disk_peak_bytes"])
+    told = f"ppclc compress takes about {total} here from the start ({passes}), {memory} of memory and {disk} of disk"
+    if run["disk_peak_bytes"] > 1.05 * run["disk_bytes"]:
+        told += f", of which {bytes_text(run['disk_bytes'])} are left at the end"
     lacking = [
         f"{bytes_text(there)} {what}"
         for key, there, what in (
             ("peak_bytes", psutil.virtual_memory().total, "of memory"),
-            ("disk_bytes", shutil.disk_usage(".").free, "free on the disk"),
+            ("disk_peak_bytes", shutil.disk_usage(".").free, "free on the disk"),
         )
         if run[key] > there
     ]

@@ -329,6 +329,12 @@ def state_bytes(settings: TrainingSettings) -> int:
     return 4 + moments + 2 + (4 if settings.ema else 0)
 
 
+def checkpoint_bytes(settings: TrainingSettings) -> int:
+    """Bytes that a parameter which learns takes of a checkpoint: its weight in float32, both moments, the average."""
+    moments = 2 if settings.optimizer == "adamw8bit" else 8
+    return 4 + moments + (4 if settings.ema else 0)
+
+
 def check_optimizer(settings: TrainingSettings) -> None:
     """Raise UnavailableError when the optimizer's library is not there."""
     if settings.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:

@@ -129,7 +129,7 @@ def test_plan_predicts_what_will_be_written_and_what_it_takes(ppclc: Any, teache
         assert set(document[model]) == {"parameters", "bytes", "blocks", "latency_ms", "vram_bytes"}
         assert document[model]["vram_bytes"] > 4 * document[model]["parameters"]
     assert document["teacher"]["bytes"] == sum(f.stat().st_size for f in teacher_folder.rglob("*.safetensors"))
-    assert set(document["run"]) == {"peak_bytes", "disk_bytes", "seconds"}
+    assert set(document["run"]) == {"peak_bytes", "disk_bytes", "disk_peak_bytes", "seconds"}
     assert list(document["run"]["seconds"]) == ["calibrate", "analyze", "distill", "slice", "verify", "export", "bench", "report"]
     assert all(s >= 0 for s in document["run"]["seconds"].values())
     assert document["run"]["disk_bytes"] > document["student"]["bytes"]

@@ -20,6 +20,7 @@ from ppclc.bank import EditBank, considered, interval_job, intervals_to_distill,
 from ppclc.costs.predictions import predict
 from ppclc.errors import OutputError, PlanError, RecipeError
 from ppclc.families import Family
+from ppclc.forecast import disk as run_disk
 from ppclc.forecast import memory as run_bytes
 from ppclc.forecast import work as run_work
 from ppclc.forecast.speeds import Speeds
@@ -358,9 +359,7 @@ def test_what_is_predicted_of_a_whole_bank_is_what_is_distilled(
     assert set(run_work.distilled_spans(work)) == wanted
     assert len(wanted) == (12 if budget == 16384 else len(wanted)) <= 12
     few = Work(_planned(run.recipe), run.source, run.plan, model, model, work.speeds, 1)
-    assert (
-        run_bytes.disk_bytes(work) - run_bytes.disk_bytes(few) == (len(wanted) - len(run.plan.intervals)) * run_bytes._block_bytes(work)[0]
-    )
+    assert run_disk.disk_bytes(work) - run_disk.disk_bytes(few) == (len(wanted) - len(run.plan.intervals)) * run_bytes.block_bytes(work)[0]
 
 
 def _planned(recipe: Recipe) -> Recipe:

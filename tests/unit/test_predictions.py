@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ppclc import compiler, records
 from ppclc.analysis import reach
 from ppclc.analysis.search import Lessons
 from ppclc.costs.blocks import default_size
@@ -18,6 +20,7 @@ from ppclc.data.samples import open_samples
 from ppclc.data_size import sample_size
 from ppclc.errors import PlanError
 from ppclc.families import Family
+from ppclc.forecast import disk as run_disk
 from ppclc.forecast import memory as run_bytes
 from ppclc.forecast import runs as run_costs
 from ppclc.forecast import speeds
@@ -32,7 +35,9 @@ from ppclc.passes import analyze, calibrate
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe, read_recipe
 from ppclc.records import write_tensors
+from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
+from ppclc.training import trainer
 from tests.contracts.test_families import subject_of
 from tests.pipelines import qwen_pipeline
 
@@ -216,7 +221,72 @@ def test_the_demo_s_costs_are_those_of_its_real_runs(family: Family, monkeypatch
         assert seconds[name] == pytest.approx(real, rel=0.3), name
     assert sum(seconds[n] for n in REAL_S) == pytest.approx(sum(REAL_S.values()), rel=0.15)
     assert run_bytes.peak_bytes(work) == pytest.approx(REAL_PEAK_BYTES, rel=0.15)
-    assert run_bytes.disk_bytes(work) == pytest.approx(REAL_DISK_BYTES, rel=0.02)
+    assert run_disk.disk_bytes(work) == pytest.approx(REAL_DISK_BYTES, rel=0.02)
+
+
+PEAKS = {  # where the peak lies: in checkpoints of the fine-tune; in those of edits; in what is there when all is done
+    "joint": {"plan": {"intervals": [[2, 3], [5, 6]]}},
+    "edits": {"plan": {"intervals": [[0, 1], [2, 3], [5, 6], [8, 9]]}, "distill": {"finetune_steps": 0}},
+    "end": {"plan": {"intervals": [[2, 3]]}, "distill": {"finetune_steps": 0, "steps": 2, "ema": 0.9}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PEAKS)
+def test_the_disk_s_peak_is_that_of_a_run(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    distilled = {"steps": 6, "width_steps": 6, "finetune_steps": 12, "batch": 8, "checkpoint_every": 2}
+    given: dict[str, Any] = {
+        "model": {"path": "builtin:two-digits"},
+        "calibrate": {"samples": 512, "tokens": 32},
+        "analyze": {"probes": 16, "supernet_steps": 0, "trials": 0},
+        "plan": {"text_stream": [10, 11], "ffn": [{"block": 4, "stream": "text"}], "modulation_rank": 8},
+        "distill": distilled,
+        "verify": {"scenes": 16, "seeds": [0], "steps": 2, "guidance": [1]},
+        "export": [],
+    }
+    recipe = parse_recipe(given | {k: given[k] | v for k, v in PEAKS[case].items()}, "recipe")
+    sizes, settle = [0], records._settle
+
+    def watched(path: Path) -> None:
+        settle(path)  # before a file that is whole takes the place of an older one
+        sizes.append(sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()))
+
+    monkeypatch.setattr(records, "_settle", watched)
+    monkeypatch.setattr(trainer, "SAVING_SHARE", 1e9)  # checkpoints come as often as they are asked for
+    run = compiler.compress(recipe, "recipe", tmp_path, Display(0, -1), until="slice")
+    assert run.plan is not None
+    whole = CompressionPlan.of(run.source.family.name, 12)
+    teacher, student = (predict(run.source.family, run.source.config, p, "float32") for p in (whole, run.plan))
+    work = Work(recipe, run.source, run.plan, teacher, student, Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1), 2)
+    assert run_disk.disk_peak_bytes(work) == pytest.approx(max(sizes), rel=0.03)
+    assert run_disk.disk_bytes(work) == pytest.approx(sizes[-1], rel=0.03)
+
+
+@pytest.mark.slow
+def test_a_disk_that_will_be_full_is_told_before_the_run(teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is free and what the folder has already; where there is plenty nothing is reckoned."""
+    recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "plan": {**FIXED, "modulation_rank": 4}}, "recipe")
+    source, asked = open_source(str(teacher_folder)), list[Path]()
+
+    def free(room: float) -> Callable[[Path], SimpleNamespace]:
+        return lambda path: asked.append(path) or SimpleNamespace(free=int(room))  # type: ignore[func-returns-value]
+
+    out = tmp_path / "not" / "there"
+    monkeypatch.setattr(run_disk.shutil, "disk_usage", free(1e6))
+    assert run_disk.disk_lacks(recipe, source, out).endswith("with checkpoints, and 1 MB are there")
+    assert asked == [tmp_path]
+    whole = run_disk.disk_lacks(recipe, source, out)
+    need = float(whole.split("about ")[1].split(" MB")[0]) * 1e6
+    monkeypatch.setattr(run_disk.shutil, "disk_usage", free(1.05 * need))
+    assert run_disk.disk_lacks(recipe, source, out) == ""
+    monkeypatch.setattr(run_disk.shutil, "disk_usage", free(0.95 * need))
+    assert run_disk.disk_lacks(recipe, source, out)
+    out.mkdir(parents=True)
+    (out / "x").write_bytes(b"0" * int(0.1 * need))
+    assert run_disk.disk_lacks(recipe, source, out) == ""
+    monkeypatch.setattr(run_disk, "predict", None)
+    monkeypatch.setattr(run_disk.shutil, "disk_usage", free(1e12))
+    assert run_disk.disk_lacks(recipe, source, out) == ""
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 
 from ppclc.data import flow
 from ppclc.loading.classes import count_parameters
+from ppclc.loading.sources import open_source
 from ppclc.models import load_model
 from ppclc.scenes import PLUGIN, data, judge
 from ppclc.scenes.task import conditioning
 from ppclc.scenes.train import CONFIG
+from ppclc.teachers import StreamedTeacher
 
 SPLITS: tuple[data.Split, ...] = ("train", "choose", "judge")
 
@@ -207,6 +210,14 @@ def test_a_model_against_itself_has_no_drop(scene_model: Any) -> None:
 
 def quiet(_: float) -> None:
     """Progress that nobody watches."""
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_read_block_by_block_is_judged_as_the_model_is(scene_model: Any, tmp_path: Path) -> None:
+    scene_model.save_pretrained(tmp_path)
+    streamed = StreamedTeacher(open_source(str(tmp_path)), "float32")
+    found, wanted = (PLUGIN.measure(model, settings_of(), quiet)[0] for model in (streamed, scene_model))
+    assert all(torch.equal(v, wanted[k]) for k, v in found.items())
 
 
 @pytest.mark.slow
