@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from ppclc.recipe import parse_recipe
 from ppclc.records import CalibrationStats, Store
 from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher, StreamedTeacher, Teacher
+from tests.unit.test_reach import mapped_sums
 
 BLOCKS = 6
 SETTINGS = CalibrateSettings(samples=150, longest=3)
@@ -76,9 +78,8 @@ def test_moments_are_those_of_a_resident_teacher(
 ) -> None:
     monkeypatch.setattr(moments, "LARGE_BYTES", 1)
     found = calibrate(streamed, noise, SETTINGS, quiet, tmp_path)
-    assert len(list(tmp_path.iterdir())) == len(
-        [t for t in stats.tensors if not t.startswith(("image.", "text."))]
-    )  # sums of groups are in memory
+    if sys.platform == "linux":  # sums of groups are in memory
+        assert mapped_sums(tmp_path) == len([t for t in stats.tensors if not t.startswith(("image.", "text."))])
     assert found.model_dump(exclude={"tensors", "moment_seconds"}) == stats.model_dump(exclude={"tensors", "moment_seconds"})
     assert found.tensors.keys() == stats.tensors.keys()
     for name, wanted in stats.tensors.items():
@@ -238,7 +239,7 @@ def test_a_large_record_is_read_back_so_that_what_it_was_made_in_goes(tmp_path: 
     def made(work: Path) -> CalibrationStats:
         sums = moments.Moments(work)
         sums.accumulate("a", torch.arange(5, dtype=torch.float64))
-        assert len(list(work.iterdir())) == 1
+        assert mapped_sums(work) == (sys.platform == "linux")
         return CalibrationStats(num_blocks=1, longest=1, rows={}, samples=1, tensors=sums.tensors)
 
     monkeypatch.setattr(moments, "LARGE_BYTES", 1)
