@@ -27,7 +27,7 @@ ENGINE = "transformer/model.engine"
 RECEIPT = "transformer/engine.json"
 OPTIONS = {
     "library": None,  # tensorrt | tensorrt_rtx; null takes the first that is there
-    "opset": 23,
+    "opset": None,  # null: 23, and 20 in float32, in which no attention is fused and one that stands as a single operator is refused
     "graph": None,  # folder of an ONNX export of the same model in the same dtype, to build from instead of lowering again
     "sizes": None,  # [{batch: 1, height: 64, width: 64, text: 512}], in tokens; null: the family's usual one
     "dynamic": False,  # one profile over all sizes, where false gives each its own
@@ -36,6 +36,10 @@ OPTIONS = {
     "refit": False,
     "timing_cache": None,  # a file that builds share
 }
+FUSED, PLAIN = 23, 20
+"""Opsets in which attention is one operator, and in which it is products and a softmax."""
+MOST_TOLD = 200
+"""Characters of a problem that the library tells at length."""
 TYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
@@ -121,7 +125,7 @@ class Log:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raise RecipeError for values that a build cannot take, UnavailableError for a library that is not there."""
     library(options["library"])
-    if options["graph"] is None:
+    if options["graph"] is None and options["opset"] is not None:
         onnx.check_options({"opset": options["opset"], "external_data": None})
     for name in ("dynamic", "weight_streaming", "refit"):
         if not isinstance(options[name], bool):
@@ -142,7 +146,8 @@ def export(request: ExportRequest) -> Written:
     chosen, given = library(request.options["library"]), request.options["graph"]
     with TemporaryDirectory(prefix="ppclc-tensorrt-") as home:
         if given is None:
-            seconds = onnx.export(_elsewhere(request, Path(home))).seconds
+            lowered = replace(request, out=Path(home), options={"opset": opset_of(request), "external_data": None})
+            seconds = onnx.export(lowered).seconds
         else:
             check_graph(Path(given), request)
             seconds = {}
@@ -160,6 +165,7 @@ def export(request: ExportRequest) -> Written:
     (request.out / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", "utf-8")
     count = len(request.profiles)
     options = dict(request.options) | {
+        "opset": opset_of(request) if given is None else None,
         "library": chosen.name,
         "library_version": str(chosen.module.__version__),
         "built_on": here,
@@ -171,8 +177,10 @@ def export(request: ExportRequest) -> Written:
     return Written(options, {**seconds, "build": cost[0].seconds})
 
 
-def _elsewhere(request: ExportRequest, out: Path) -> ExportRequest:
-    return replace(request, out=out, options={"opset": request.options["opset"], "external_data": None})
+def opset_of(request: ExportRequest) -> int:
+    """The opset that a model is lowered to on its way."""
+    given = request.options["opset"]
+    return int(given or (PLAIN if request.dtype == "float32" else FUSED))
 
 
 def check_graph(folder: Path, request: ExportRequest) -> None:
@@ -222,8 +230,13 @@ def _build(chosen: Library, path: Path, request: ExportRequest, log: Log) -> byt
     config = _config(chosen, builder, request)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        way_out = "; wanted bfloat16 or float16 (--dtype): it has no fused attention in float32" if request.dtype == "float32" else ""
-        raise VerificationError(f"{chosen.name} could not build the engine: {'; '.join(log.problems[-3:]) or 'no reason given'}{way_out}")
+        told = "; ".join(" ".join(p.split())[:MOST_TOLD] for p in log.problems[-2:]) or "no reason given"
+        way_out = (
+            f"; wanted bfloat16 or float16 (--dtype), or a graph of opset {PLAIN}: it fuses no attention in float32"
+            if request.dtype == "float32"
+            else ""
+        )
+        raise VerificationError(f"{chosen.name} could not build the engine: {told}{way_out}")
     _keep_timing(chosen, config, request.options["timing_cache"])
     return bytes(engine)
 

@@ -306,6 +306,9 @@ def told(export: Export) -> list[str]:
     lines = []
     if quantized := export.options.get("float8"):
         lines.append(f"float8: scales from {quantized['scales']}, relative L2 {quantized['rel_l2_to_bfloat16']:.1e} from bfloat16")
+    if (total := export.options.get("attention_total")) is not None:
+        way = "--dtype bfloat16 or float16 has it fused" if export.dtype == "float32" else "opset 23 has it fused"
+        lines.append(f"attention fused: {export.options['attention_fused']} of {total}" if total else f"attention is not fused; {way}")
     if export.parity is None:
         return [*lines, f"not compared with eager: {export.options['session']['not_run']}"]
     arithmetic = export.options["session"].get("arithmetic")

@@ -144,6 +144,19 @@ def test_bfloat16_runs_elsewhere_as_here_and_is_built_with_every_attention_fused
     assert (tmp_path / "engine" / ENGINE).stat().st_size > 100_000
 
 
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="TensorRT-RTX is not installed: pip install 'ppclc[tensorrt-rtx]'")
+@pytest.mark.parametrize(("family", "role"), [(family, "teacher") for family in SMALL] + ALL)
+def test_a_float32_engine_that_runs_elsewhere_is_built(family: str, role: str, tmp_path: Path) -> None:
+    """Of a graph in which attention is products and a softmax: as one operator it has no kernel in float32."""
+    engine = lower(family, role, "float32", "tensorrt", tmp_path, library="tensorrt_rtx")
+    assert engine.options["opset"] == 20
+    assert (engine.options["attention_fused"], engine.options["attention_total"]) == (0, 0)
+    assert engine.options["float32_products"] > 0
+    assert (tmp_path / ENGINE).stat().st_size > 100_000
+
+
 def lowered_blocks(model: Any, family: str) -> int:
     return int(plugins.load("families", family).num_blocks(dict(model.config)))
 
