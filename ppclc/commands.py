@@ -418,7 +418,9 @@ def print_remapped(document: dict[str, Any]) -> None:
         f"{document['kept']} of {document['modules']} modules are left, with {percent(document['norm_kept'])} % of the squared norm of the change"
     )
     if document["checked_against"] is None:
-        console.print("shapes were not checked: no student of just this plan lies beside it or below, and no teacher was given with --model")
+        console.print(
+            "shapes were not checked: no student of just this plan lies beside it or below, and no teacher was given with --model"
+        )
     if document["modulation_mean"] == "basis":
         console.print("no calibration lies by the student: what a modulation's change adds at the mean is known within the basis alone")
     print(f"wrote {document['out']}")

@@ -5,10 +5,12 @@ Constants were fitted to runs of the embedded teacher's recipe. Source: ours.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ppclc import kernels
 from ppclc.analysis import edit_costs, trials
 from ppclc.analysis.moments import TOGETHER
 from ppclc.costs.blocks import width_of
@@ -17,6 +19,7 @@ from ppclc.families import STREAMS, Family
 from ppclc.forecast.speeds import JUDGE_BATCH
 from ppclc.forecast.work import Work, shares_weights, start_students, trial_students
 from ppclc.loading.classes import DTYPES, count_parameters, model_outline
+from ppclc.machine.devices import device_here
 from ppclc.passes import calibrate
 from ppclc.passes.calibrate import BATCH
 from ppclc.plan import CompressionPlan
@@ -114,7 +117,19 @@ def moment_bytes(work: Work) -> int:
     # Sums: of every state, by group and for the far moments; of both sides of a network; of the time embedding.
     states = work.blocks + 1
     vectors = streams * states * made.groups + made.far_states + sum(made.ffn.values()) + 1
-    return 8 * (made.matrices * width**2 + vectors * width + streams * work.blocks * made.groups)
+    outer = sum(made.ffn.values()) + 1  # in float64 wherever they are made
+    products = (4 if sums_by_kernel(work) else 8) * (made.matrices - outer) * width**2
+    return products + 8 * (outer * width**2 + vectors * width + streams * work.blocks * made.groups)
+
+
+def sums_by_kernel(work: Work) -> bool:
+    """Whether kernels on a GPU make the products of states, whose sums are in float32 then: not of states so few that they are summed up together."""
+    if device_here() == "cpu" or work.recipe.kernels == "torch" or kernels.lacks():
+        return False
+    rows = [min(work.size["height"] * work.size["width"], work.recipe.calibrate.tokens or sys.maxsize), work.size["text"]]
+    numbers = min(rows) * width_of(work.source.config)
+    is_small = (work.blocks + 1) * max(rows) * width_of(work.source.config) <= TOGETHER
+    return not is_small and (work.recipe.kernels == "triton" or numbers >= kernels.LEAST)
 
 
 def block_bytes(work: Work) -> list[int]:

@@ -16,16 +16,22 @@ from torch import nn
 
 from benchmarks import emulated_cuda
 from ppclc import commands, room
+from ppclc.analysis import moments
 from ppclc.compiler import compress
+from ppclc.costs.predictions import predict
 from ppclc.data.samples import Samples, open_samples, parts_that_fit
 from ppclc.errors import UnavailableError
+from ppclc.forecast import memory as forecast_memory
+from ppclc.forecast.work import Work
 from ppclc.kernels.distillation_loss import one
 from ppclc.loading.sources import open_source
 from ppclc.machine.devices import Ranks, total_bytes
 from ppclc.models import load_source
 from ppclc.passes import bench as bench_pass
+from ppclc.passes import calibrate as calibrate_pass
 from ppclc.passes import distill as distill_pass
 from ppclc.passes.distill import DistillSettings, edits_that_fit
+from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
@@ -263,3 +269,27 @@ def test_training_whole_models_is_left_out_where_a_batch_has_no_room(tmp_path: P
     taken = peak_of(device, lambda: compress(asked, "recipe", tmp_path / "out", Display(0, -1), until="analyze", ranks=CUDA))
     assert taken < high
     assert total_bytes("cuda") == emulated_cuda.MEMORY
+
+
+@pytest.mark.parametrize(("chosen", "small"), [("triton", False), ("triton", True), ("torch", False)])
+def test_sums_that_kernels_make_are_predicted_with_half_the_bytes(
+    chosen: str, small: bool, make_teacher: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products in float32, those of networks and of few states in float64."""
+    make_teacher(4).save_pretrained(tmp_path / "teacher")
+    given = {
+        "model": {"path": str(tmp_path / "teacher")},
+        "calibrate": {"source": "noise", "samples": 512, "longest": 3},
+        "kernels": chosen,
+    }
+    wanted, source = parse_recipe(given | {"target": {"parameters": 0.8}}, "r"), open_source(str(tmp_path / "teacher"))
+    for module in (moments, forecast_memory, calibrate_pass):
+        monkeypatch.setattr(module, "TOGETHER", 2**24 if small else 0)
+    run = compress(wanted, "r", tmp_path / "out", Display(0, -1), until="calibrate", ranks=CUDA)
+    assert run.stats is not None
+    plan = CompressionPlan.of(source.family.name, 4)
+    model = predict(source.family, source.config, plan, "float32")
+    made = sum(tensor.nbytes for tensor in run.stats.tensors.values())
+    predicted = forecast_memory.moment_bytes(Work(wanted, source, plan, model, model))
+    assert (predicted >= made) if small else predicted == pytest.approx(made, rel=0.005)  # but for what the time embedding is summed up in
+    assert forecast_memory.sums_by_kernel(Work(wanted, source, plan, model, model)) == (chosen == "triton" and not small)
