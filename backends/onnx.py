@@ -95,6 +95,8 @@ def _program(captured: ExportedProgram, request: ExportRequest) -> ONNXProgram:
     assert program is not None
     _onnx_graphs.optimize(program.model, read=request.store is None)
     ClearMetadataAndDocStringPass()(program.model)
+    for output, name in zip(program.model.graph.outputs, output_names(request), strict=True):
+        output.name = name  # of taps that turned out to be one value all but the first were given names of their own
     if request.dtype != "float32":
         _onnx_graphs.plain_permutations(program.model)
         _onnx_graphs.explicit_roundings(program.model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -230,9 +232,13 @@ def main() -> None:
         print(f"ppclc: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):  # typer turns the one into the other
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end this process by the signal itself
         print(TOLD, file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"ppclc: {str(error.filename)[:60]}...: a name too long for this system; wanted a path", file=sys.stderr)
+            sys.exit(2)
         if lacking := memory_lacks(error):
             print(f"ppclc: {lacking}; wanted a machine with more, or less at once", file=sys.stderr)
             sys.exit(3)
@@ -242,6 +248,7 @@ def main() -> None:
         show()
         sys.exit(2)
     if code == INTERRUPTED:  # which is how typer hands on a KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(TOLD, file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -55,7 +55,7 @@ model:
   dtype: float32
 
 calibrate:
-  source: {source}        # images | prompts | cached | noise, with path: where your data lies
+  source: auto            # {data}
   samples: 2048
 
 target:
@@ -82,6 +82,10 @@ export:
 """
 
 
+TASK_DATA = "the task's own images"
+USER_DATA = "images | prompts | cached | noise; auto: by what lies at path, your data, and without one noise"
+
+
 def init(model: str, out: Path, revision: str | None = None, variant: str | None = None) -> str:
     """Write a starter recipe; says where. Raises OutputError rather than overwrite a file."""
     source = open_source(model, revision, variant)
@@ -89,7 +93,7 @@ def init(model: str, out: Path, revision: str | None = None, variant: str | None
         raise OutputError(f"{out}: is there already; give another file with -o")
     place = {"path": model, "revision": revision, "variant": variant}
     lines = "\n  ".join(f"{key}: {json.dumps(value)}" for key, value in place.items() if value is not None)
-    write_text(out, STARTER.format(place=lines, source="images" if source.task else "noise"))
+    write_text(out, STARTER.format(place=lines, data=TASK_DATA if source.task else USER_DATA))
     return f"wrote {out}; next: ppclc compress {out}"
 
 
@@ -241,6 +245,11 @@ def slice_size(
 ) -> dict[str, Any]:
     """Cut another size from a finished run, or a model by a plan; the head of what a report would say. Raises as `ppclc.sizes` does."""
     if sizes.is_model(where, parameters, plan_file):
+        if plan_file is not None and (parameters is not None or changes):
+            what = "--parameters" if parameters is not None else "--set"
+            raise RecipeError(
+                f"ppclc slice {where}: {what}: a model is cut by its plan alone, without training; wanted --plan and -o, or a run's folder"
+            )
         document = sizes.slice_model((where, revision, variant), plan_file, folder, verbosity, single_file)
     elif revision is not None or variant is not None:
         raise RecipeError(f"{where}: a run has no revisions and no variants; wanted its recipe's own, or a model")
@@ -260,6 +269,9 @@ def summary(report: dict[str, Any], out: Path) -> list[str]:
     for name, row in report["quality"].items():
         drop, ends = row["drop_percent"], row["ci95"] or ()
         way, sign = ("worse", 1) if drop >= 0 else ("better", -1)
+        if row["unit"].startswith("dB"):  # of which the teacher has as many as are told at most, being compared with itself
+            lines.append(f"{name}  {row['student']:.4g} dB from the teacher's images (n = {row['n']})")
+            continue
         change = f"{way} by {abs(drop):.2f} %" if row["teacher"] else f"{drop:.2f} % {row['unit'].removeprefix('share ')}"
         low, high = sorted(sign * end for end in ends) if ends else (0.0, 0.0)
         interval = f", 95 % interval {low:.2f} to {high:.2f}" if ends else ""
@@ -317,7 +329,10 @@ def export(
 
 def _free_folder(folder: Path, dtype: str) -> Path:
     """A back end's folder, or one with the dtype behind its name where an export in another dtype lies there."""
-    other = (folder / RECORD).is_file() and read_export(folder).dtype != dtype
+    try:
+        other = (folder / RECORD).is_file() and read_export(folder).dtype != dtype
+    except OutputError:  # damaged, and made again
+        other = False
     return folder.with_name(f"{folder.name}-{dtype}") if other else folder
 
 

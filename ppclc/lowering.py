@@ -82,9 +82,11 @@ def parity(reference: torch.Tensor, got: torch.Tensor) -> Parity:
     )
 
 
-def passes(distance: Parity, dtype: str) -> bool:
-    """Whether a distance is within its dtype's limit; NaN is not."""
-    return distance.max_abs <= MAX_ABS[dtype] if dtype in MAX_ABS else distance.rel_l2 <= REL_L2[dtype]
+def passes(distance: Parity, dtype: str, rel_l2: float | None = None) -> bool:
+    """Whether a distance is within its dtype's limit, or within a relative one that is given; NaN is not."""
+    if rel_l2 is None and dtype in MAX_ABS:
+        return distance.max_abs <= MAX_ABS[dtype]
+    return distance.rel_l2 <= (rel_l2 or REL_L2[dtype])
 
 
 def worst(parities: Iterable[Parity]) -> Parity:

@@ -95,6 +95,10 @@ class Recipe(Section):
         return out.getvalue()
 
 
+MOST, MOST_SHOWN = 2**53, 120
+"""The largest whole number that a recipe may hold; characters of a change that a message repeats."""
+
+
 def find_recipe(name: str) -> Path:
     """The recipe of that path, or the shipped one of that name. Raises RecipeError when there is neither."""
     path = Path(name).expanduser()
@@ -150,20 +154,38 @@ def export_options(changes: list[str]) -> dict[str, Any]:
         _apply_change(data, change)
     if others := sorted(data.keys() - {"export"}):
         raise RecipeError(f"--set {others[0]}: wanted an option of the back end, e.g. export.opset=20")
+    if not isinstance(data["export"], dict):
+        raise RecipeError(f"--set export = {data['export']!r}: wanted an option of the back end, e.g. export.opset=20")
     return dict(data["export"])
 
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        found = YAML(typ="safe", pure=True).load(text)
+        _check_numbers(found, where)
+        return found
+    except RecursionError:
+        raise RecipeError(f"{where}: nested too deep; wanted sections of keys") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits
+        raise RecipeError(f"{where}: {error}; wanted YAML") from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(f"{where}: {line}{getattr(error, 'problem', None) or error}; wanted YAML") from None
 
 
+def _check_numbers(value: Any, where: str) -> None:
+    """Raise RecipeError for a whole number that no count is."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_numbers(inner, where)
+    elif isinstance(value, int) and abs(value) > MOST:
+        raise RecipeError(f"{where}: a number of {len(str(value))} digits; wanted at most {MOST:,}")
+
+
 def _apply_change(data: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
+    change = change if len(change) <= MOST_SHOWN else f"{change[:MOST_SHOWN]}..."
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise RecipeError(f"--set {change!r}: wanted section.key=value, e.g. target.parameters=0.5")

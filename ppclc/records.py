@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppclc.errors import OutputError, UnavailableError
 from ppclc.machine.devices import Ranks
@@ -456,7 +456,8 @@ def read_record(kind: type[R], folder: Path) -> R:
             return record
         return record.model_copy(update={"tensors": StoredTensors(tensors) if kind.stays_on_disk else load_file(tensors)})
     except (OSError, ValueError, SafetensorError) as error:
-        raise OutputError(f"{folder}: no readable {kind.__name__} record ({error}); remove the folder and run again") from None
+        why = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+        raise OutputError(f"{folder}: no readable {kind.__name__} record ({why}); remove the folder and run again") from None
 
 
 class StoredTensors(Mapping[str, Any]):
@@ -626,7 +627,10 @@ class Store:
         record = read_record(kind, folder)
         if not valid(record):
             return None
-        past = Stage.model_validate_json((folder / "stage.json").read_text("utf-8"))
+        try:
+            past = Stage.model_validate_json((folder / "stage.json").read_text("utf-8"))
+        except (OSError, ValueError):  # what it took is not known any more, which is no reason to make it again
+            past = Stage(name=stage, seconds=0.0, peak_rss_bytes=0)
         self._remember(past.model_copy(update={"reused": True, "name": stage}))
         return record
 

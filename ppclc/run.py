@@ -207,6 +207,8 @@ def check_mark(out: Path, source: Source, way_out: str) -> Path:
     mark = out / "records" / "teacher"
     if mark.is_file() and mark.read_text("utf-8").split()[:1] != [source.digest()]:
         raise OutputError(f"{out}: holds the work of another teacher, {mark.read_text('utf-8').split(maxsplit=1)[-1].strip()}; {way_out}")
+    if not mark.is_file() and any((out / name).is_file() for name in ("config.json", "model_index.json", "transformer/config.json")):
+        raise OutputError(f"{out}: holds a model; {way_out}")
     return mark
 
 

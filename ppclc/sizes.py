@@ -378,7 +378,7 @@ def is_model(where: str, parameters: float | None, plan_file: Path | None) -> bo
     """Whether what is to be cut is a model, and no output folder of a run."""
     folder = Path(where).expanduser()
     if where.startswith(BUILTIN) or (folder / "transformer" / "config.json").is_file() or (folder / "config.json").is_file():
-        return not (folder / "recipe.yaml").is_file()
+        return not (folder / "records").is_dir()
     return not folder.exists() and parameters is None and plan_file is not None  # an id of the hub
 
 
@@ -394,8 +394,10 @@ def slice_model(
         OutputError: something else's folder to write to.
     """
     if plan_file is None or folder is None:
+        home = Path(place[0]).expanduser().absolute().parent
+        own = f", or its run, {home}, for another size of it" if (home / "records").is_dir() else ""
         raise RecipeError(
-            f"ppclc slice {place[0]}: a model and no run of ppclc compress: wanted --plan plan.json, and -o for the student's folder"
+            f"ppclc slice {place[0]}: a model and no run of ppclc compress: wanted --plan plan.json, and -o for the student's folder{own}"
         )
     quiet_libraries()
     source, plan = open_source(*place), CompressionPlan.read(plan_file)

@@ -54,7 +54,7 @@ class TargetSettings(BaseModel):
     def _share_or_number(cls, value: float | None) -> float | None:
         if value is not None and 1 < value < LEAST_NUMBER:
             raise ValueError(f"a share of the teacher's up to 1, or a number of at least {LEAST_NUMBER:,}")
-        return value
+        return 1.0 if value == 1 else value  # no model has one parameter
 
     @property
     def is_given(self) -> bool:

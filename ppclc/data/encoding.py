@@ -85,6 +85,7 @@ def find_data(kind: str, path: str | None, resolution: int | list[int], source: 
         RecipeError: no path, nothing usable there, or a resolution that the model cannot take.
         ModelError: the model's folder brings no encoders.
     """
+    _check_noise(kind, path)
     if kind == "noise" or (source.task is not None and path is None and kind != "cached"):
         return None
     if source.task is not None and kind != "cached":
@@ -130,6 +131,7 @@ def check_data(kind: str, path: str | None, resolution: int | list[int], source:
     Raises:
         RecipeError: nothing usable at the path, or a resolution that the pipeline's VAE cannot take.
     """
+    _check_noise(kind, path)
     if source.task is not None or kind == "noise" or (kind == "auto" and path is None):
         return
     if path is not None:
@@ -139,6 +141,11 @@ def check_data(kind: str, path: str | None, resolution: int | list[int], source:
     if kind != "cached" and root is not None and source.family.encoders is not None:
         with suppress(ModelError):  # no VAE here
             _size(resolution, source.family.encoders, root)
+
+
+def _check_noise(kind: str, path: str | None) -> None:
+    if kind == "noise" and path is not None:
+        raise RecipeError(f"calibrate.path = {path!r}: source 'noise' reads nothing; wanted source: auto, or no path")
 
 
 def _unfit(path: str, what: str) -> str:

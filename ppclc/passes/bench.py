@@ -19,6 +19,7 @@ from ppclc.backends import Backend, Tensors
 from ppclc.benching.roofline import Roofline, Work, measured_roofline, work_of
 from ppclc.benching.targets import EAGER, BenchTarget, Provider, Sdpa, graph_target, is_eager, own_stream, session_target
 from ppclc.benching.timing import Call, Stopwatch, interleaved, stopwatch
+from ppclc.costs.predictions import activation_bytes
 from ppclc.errors import PpclcError, RecipeError, UnavailableError, first_line, memory_lacks
 from ppclc.families import Family, Lowered
 from ppclc.kernels import Kernels
@@ -288,8 +289,16 @@ def _bench_models(
 
 def check_size(settings: BenchSettings, family: Family, config: Mapping[str, Any]) -> None:
     """Raise RecipeError for a size that a model of this configuration does not take."""
-    if settings.size is not None:
-        size_of(settings, family.lowered(model_outline(family, config)), "cpu")
+    if settings.size is None:
+        return
+    size = size_of(settings, family.lowered(model_outline(family, config)), "cpu")
+    if family.is_edited(config):
+        return
+    low = dict(config) | {g.count_key: min(int(config[g.count_key]), 2) for g in family.groups}
+    try:  # of two blocks a group, in shapes alone
+        activation_bytes(family, low, "float32", size)
+    except RuntimeError as error:
+        raise RecipeError(f"bench.size = {settings.size}: the model does not take it ({' '.join(str(error).split())[:120]})") from None
 
 
 def check_providers(settings: BenchSettings, exports: Iterable[str]) -> None:
@@ -299,10 +308,10 @@ def check_providers(settings: BenchSettings, exports: Iterable[str]) -> None:
 
 
 def device_of(settings: BenchSettings) -> str:
-    """`cpu` or `cuda`. Raises RecipeError for what takes a GPU where there is none, or where none is to be used."""
+    """`cpu` or `cuda`. Raises UnavailableError for a GPU that is not there, RecipeError for what takes one where none is to be used."""
     device = settings.device or device_here()
     if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("bench.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
+        raise UnavailableError("bench.device = 'cuda': there is no CUDA device here; wanted cpu, or null")
     if device == "cpu" and settings.cuda_graphs:
         raise RecipeError("bench.cuda_graphs = True: a CPU has none; wanted false or null, or a CUDA device")
     return device

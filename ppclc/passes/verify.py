@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ppclc import plugins
 from ppclc.data import flow
@@ -52,6 +52,13 @@ class VerifySettings(BaseModel):
     images: Annotated[int, Field(ge=0, strict=True)] = 8
     judges: Literal["auto", "none"] | dict[str, str | None] = "auto"
     gates: dict[str, GateSettings] = {}
+
+    @field_validator("seeds", "guidance")
+    @classmethod
+    def _once(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("each once: the same scenes twice are no more scenes")
+        return values
 
     @property
     def judges_by_name(self) -> dict[str, str | None] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ppclc import cli
+from ppclc.errors import PpclcError
 from ppclc.models import load_model
 from ppclc.plan import CompressionPlan
 
@@ -130,6 +132,43 @@ def test_another_size_is_cut_and_measured(finished: Path, monkeypatch: pytest.Mo
     in_this_process("report", "out/small")
     assert json.loads((out / "report.json").read_text()).keys() == before
     assert "sizes/p0.80" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_student_is_no_run(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of a run is not done to a model: not another size, no training, and nothing is compressed into one."""
+    model = finished / "out" / "small" / "model"
+    before = files_of(model)
+    plan = finished / "out" / "small" / "plan.json"
+    for wanted, command in {
+        r"or its run, .*small, for another size": ("slice", str(model), "--parameters", "0.8"),
+        "--parameters: a model is cut by its plan alone": (
+            "slice",
+            "builtin:two-digits",
+            "--plan",
+            str(plan),
+            "--parameters",
+            "0.8",
+            "-o",
+            str(tmp_path),
+        ),
+        "--set: a model is cut by its plan alone": (
+            "slice",
+            "builtin:two-digits",
+            "--plan",
+            str(plan),
+            "--set",
+            "x=1",
+            "-o",
+            str(tmp_path),
+        ),
+        "holds a model; give another folder": ("compress", str(finished / "small.yaml"), "-o", str(model)),
+    }.items():
+        done = CliRunner().invoke(cli.app, command)
+        assert isinstance(done.exception, PpclcError)
+        assert done.exception.exit_code == 2
+        assert re.search(wanted, str(done.exception))
+    assert files_of(model) == before
 
 
 @pytest.mark.slow

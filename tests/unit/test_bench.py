@@ -31,6 +31,7 @@ from ppclc.passes.bench import (
     BenchSettings,
     TargetMaker,
     bench_models,
+    check_size,
     device_of,
     noise,
     ratio,
@@ -385,8 +386,15 @@ def test_settings_that_this_machine_cannot_follow_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"bench\.cuda_graphs = True: a CPU has none"):
         timed(subjects, cuda_graphs=True)
     if not torch.cuda.is_available():
-        with pytest.raises(RecipeError, match="there is no CUDA device here"):
+        with pytest.raises(UnavailableError, match="there is no CUDA device here"):
             device_of(BenchSettings(device="cuda"))
+
+
+def test_a_size_beyond_the_model_s_positions_is_refused_before_anything_runs(family: Family, teacher: Any) -> None:
+    config = {**teacher.config, "_class_name": family.class_name}
+    check_size(BenchSettings(size={"height": 4, "width": 60, "text": 8}), family, config)
+    with pytest.raises(RecipeError, match=r"bench\.size = .*: the model does not take it"):
+        check_size(BenchSettings(size={"height": 4, "width": 100_000, "text": 8}), family, config)
 
 
 class Fake:

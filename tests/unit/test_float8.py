@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import torch
 from torch import nn
 
 from ppclc import compiler
-from ppclc.backends import _onnx_graphs
+from ppclc.artefacts.triage import Tapped
+from ppclc.backends import ExportRequest, _onnx_graphs, onnx, onnxruntime
 from ppclc.loading.float8 import LARGEST, Float8Linear, in_float8, large_linears
+from ppclc.lowering import passes
+from ppclc.passes import export as export_pass
 from ppclc.passes.export import export_model, told
 from ppclc.recipe import parse_recipe
+from ppclc.records import Parity
 from ppclc.screens.display import Display
 from tests.contracts.test_families import EDITED, subject_of
 from tests.unit.test_export import an_echo, use_backend
@@ -118,3 +123,31 @@ def test_scales_of_random_inputs_give_way_to_those_of_samples(tmp_path: Path, mo
     assert scales(None) == "random inputs"
     assert scales(samples) == "samples of the run"
     assert scales(None) == "samples of the run"  # kept
+
+
+def test_roundings_of_an_artefact_may_part_from_eager_s_as_far_as_both_part_from_bfloat16() -> None:
+    assert export_pass._quantized_limit(0.001) == 2e-2
+    assert export_pass._quantized_limit(0.03) == pytest.approx(0.0424, abs=1e-4)
+    assert passes(Parity(max_abs=9.0, rel_l2=0.04, cosine=1.0), "bfloat16", 0.0424)
+    assert not passes(Parity(max_abs=9.0, rel_l2=0.05, cosine=1.0), "bfloat16", 0.0424)
+    assert not passes(Parity(max_abs=9.0, rel_l2=math.nan, cosine=1.0), "bfloat16", 0.0424)
+
+
+@pytest.mark.slow
+def test_taps_that_are_one_value_keep_their_names(tmp_path: Path) -> None:
+    """A dropout's output is its input's, and both streams' modulations begin with the same activation."""
+    subject = subject_of("qwen_image", num_layers=1)
+    lowered = subject.family.lowered(subject.model)
+    block = "model.transformer_blocks.0"
+    paths = [f"{block}.{n}" for n in ("img_mod.0", "txt_mod.0", "attn.to_out.0", "attn.to_out.1")]
+    tapped = Tapped(lowered.module, paths)
+    inputs = lowered.inputs(**lowered.sizes[0])
+    with torch.no_grad():
+        wanted = tapped(**inputs)
+    request = ExportRequest(
+        tapped, inputs, lowered.dynamic, lowered.ranges, "float32", tmp_path, {"opset": 23, "external_data": None}, taps=tapped.names
+    )
+    onnx.export(request)
+    session = onnxruntime.load(tmp_path, lowered)
+    found = session.outputs(inputs)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))

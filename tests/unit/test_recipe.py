@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ppclc.errors import RecipeError
-from ppclc.recipe import SHIPPED, Recipe, find_recipe, parse_recipe, read_recipe
+from ppclc.recipe import SHIPPED, Recipe, export_options, find_recipe, parse_recipe, read_recipe
 
 MODEL = "model: {path: some/model}\n"
 
@@ -42,12 +42,30 @@ def test_values_mean_what_yaml_1_2_says(tmp_path: Path) -> None:
     assert (words.model.path, words.model.revision) == ("on", "no")
 
 
-@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("5e-1", 0.5), ("1500.5", 1500.5), ("7000", 7000), ("1", 1), ("1.0", 1.0)])
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("5e-1", 0.5), ("1500.5", 1500.5), ("7000", 7000), ("1", 1.0), ("1.0", 1.0)])
 def test_targets_keep_their_kind(tmp_path: Path, text: str, value: float) -> None:
-    """A float up to 1.0 is a share, a whole number a count."""
+    """Up to 1 is a share, a whole number above it a count."""
     got = read(tmp_path, f"{MODEL}target: {{parameters: {text}}}").target.parameters
     assert got == value
     assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ("distill.steps=1" + "0" * 400, "a number of 401 digits"),
+        ("distill.steps=1" + "0" * 5001, "Exceeds the limit"),
+        ("bench=" + "[" * 3000, "nested too deep"),
+        ("verify.seeds=[0, 1, 0]", "each once"),
+        ("verify.guidance=[1, 1]", "each once"),
+    ],
+)
+def test_what_no_recipe_means_is_one_short_message(change: str, wanted: str) -> None:
+    with pytest.raises(RecipeError, match=wanted) as told:
+        read_recipe(find_recipe("two_digits"), [change])
+    assert len(str(told.value)) < 500
+    with pytest.raises(RecipeError, match=r"--set export = 3: wanted an option"):
+        export_options(["export=3"])
 
 
 @pytest.mark.parametrize("text", [MODEL, FULL])

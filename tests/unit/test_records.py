@@ -142,6 +142,16 @@ def test_a_record_of_another_kind_or_damaged_says_what_to_remove(tmp_path: Path)
             make(Store(tmp_path), Builder())
 
 
+def test_a_record_whose_cost_is_not_known_any_more_is_taken_all_the_same(tmp_path: Path) -> None:
+    made = make(Store(tmp_path), Builder())
+    for damage in ("", "[]", '{"name": "distill", "sec'):
+        (tmp_path / "records" / f"distill-{made.digest}" / "stage.json").write_text(damage, "utf-8")
+        store, build = Store(tmp_path), Builder()
+        assert make(store, build).edit == made.edit
+        assert build.calls == 0
+        assert (store.stages[0].seconds, store.stages[0].reused) == (0.0, True)
+
+
 def test_damaged_tensors_of_a_record_say_what_to_remove(tmp_path: Path) -> None:
     made = make(Store(tmp_path), Builder())
     tensors = tmp_path / "records" / f"distill-{made.digest}" / "tensors.safetensors"
