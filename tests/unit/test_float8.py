@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from ppclc import compiler
-from ppclc.artefacts.triage import Tapped
+from ppclc.artefacts.triage import Tapped, block_paths
 from ppclc.backends import ExportRequest, _onnx_graphs, onnx, onnxruntime
 from ppclc.loading.float8 import LARGEST, Float8Linear, in_float8, large_linears
 from ppclc.lowering import passes
+from ppclc.models import apply_plan
 from ppclc.passes import export as export_pass
 from ppclc.passes.export import export_model, told
+from ppclc.plan import CompressionPlan
 from ppclc.recipe import parse_recipe
 from ppclc.records import Parity
 from ppclc.screens.display import Display
-from tests.contracts.test_families import EDITED, subject_of
+from tests.contracts.test_families import EDITED, random_bank, subject_of
 from tests.unit.test_export import an_echo, use_backend
 
 
@@ -135,12 +137,12 @@ def test_roundings_of_an_artefact_may_part_from_eager_s_as_far_as_both_part_from
 
 @pytest.mark.slow
 def test_taps_that_are_one_value_keep_their_names(tmp_path: Path) -> None:
-    """A dropout's output is its input's, and both streams' modulations begin with the same activation."""
-    subject = subject_of("qwen_image", num_layers=1)
-    lowered = subject.family.lowered(subject.model)
-    block = "model.transformer_blocks.0"
-    paths = [f"{block}.{n}" for n in ("img_mod.0", "txt_mod.0", "attn.to_out.0", "attn.to_out.1")]
-    tapped = Tapped(lowered.module, paths)
+    """Of blocks whose text streams are mapped the text passes unchanged, so that several of them give the same."""
+    subject = subject_of("qwen_image", num_layers=3)
+    plan = CompressionPlan.of("qwen_image", 3, [], [1, 2], None, True)
+    model = apply_plan(subject.model, plan, random_bank(subject, plan))
+    lowered = subject.family.lowered(model)
+    tapped = Tapped(lowered.module, block_paths(subject.family, dict(model.config)))
     inputs = lowered.inputs(**lowered.sizes[0])
     with torch.no_grad():
         wanted = tapped(**inputs)
