@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -244,7 +245,7 @@ class CompressionPlan(BaseModel):
     def from_json(text: str, where: str = "plan.json") -> CompressionPlan:
         """The plan in a JSON text. Raises PlanError for anything else."""
         try:
-            data: Any = json.loads(text)
+            data: Any = json.loads(text, object_pairs_hook=partial(_once, where))
             if isinstance(data, dict):
                 data.pop("files", None)  # of what lies beside it, no part of the plan
             plan = CompressionPlan.model_validate(data)
@@ -266,6 +267,14 @@ class CompressionPlan(BaseModel):
             raise PlanError(f"{path}: no such file; wanted a plan.json") from None
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path}: {error}; wanted a plan.json") from None
+
+
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object's keys and values. Raises PlanError for a key that stands there twice, of which one would be lost."""
+    names = [name for name, _ in pairs]
+    if twice := next((n for n in names if names.count(n) > 1), None):
+        raise PlanError(f"{where}: {twice} stands there twice; wanted each key once")
+    return dict(pairs)
 
 
 def kept_blocks(num_blocks: int, intervals: list[tuple[int, int]]) -> tuple[int, ...]:

@@ -183,7 +183,8 @@ def paired_drop(teacher: torch.Tensor, student: torch.Tensor, better: str = "hig
     """Drop of the mean in percent of the teacher's, and its 95 % interval from pairs.
 
     The interval is that of a ratio of means by the delta method: the spread of `s - r t` over the
-    pairs, `r` being the ratio. Positive is worse. Source: ours (textbook).
+    pairs, `r` being the ratio. Positive is worse. Outcomes of 0 or 1 of which no pair differs have no spread: there it is what share
+    of pairs may differ in truth and none of so many show it (Clopper and Pearson). Source: ours (textbook).
     """
     t, s = teacher.double(), student.double()
     mean = t.mean()
@@ -192,6 +193,8 @@ def paired_drop(teacher: torch.Tensor, student: torch.Tensor, better: str = "hig
     sign = 1.0 if better == "higher" else -1.0
     drop = sign * 100 * (1 - ratio.item())
     half = 196 * spread.item()
+    if bool((t == s).all()) and bool(((t == 0) | (t == 1)).all()) and mean > 0:
+        half = 100 * (1 - 0.025 ** (1 / len(t))) / mean.item()
     return drop, (drop - half, drop + half)
 
 

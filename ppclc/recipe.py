@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from io import StringIO
 from pathlib import Path
@@ -225,7 +226,8 @@ def _path(fault: Any) -> list[Any]:
 
 def _plain(message: str) -> str:
     """What a validator says, in words of a recipe."""
-    for start in ("Input should be ", "a valid ", "Value error, "):
+    message = re.sub(r"^\w+ should (be|have) ", "", message).removesuffix(" after validation, not 0")
+    for start in ("a valid ", "Value error, "):
         message = message.removeprefix(start)
     return "dictionary: keys with values" if message.startswith("dictionary") else message
 

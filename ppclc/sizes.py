@@ -252,7 +252,8 @@ def slice_size(
         OutputError: no finished run in `out`, or something else's folder to write to.
     """
     if (parameters is None) == (plan_file is None):
-        raise RecipeError(f"ppclc slice: got {'neither' if plan_file is None else 'both'}, wanted --parameters or --plan, one of them")
+        got = "got both" if plan_file is not None else "got no size"
+        raise RecipeError(f"ppclc slice: {got}; wanted --parameters or --plan, one of them")
     target = None if parameters is None else target_of(parameters)
     if folder:
         check_home(folder)

@@ -199,7 +199,8 @@ class LocalPhase:
 
     def _note(self) -> str:
         losses = [t.losses[-1] for t in self.trainers.values() if t.losses]
-        return f"{len(self.edits)} edits, mean loss {sum(losses) / len(losses):.4g}" if losses else f"{len(self.edits)} edits"
+        edits = f"{len(self.edits)} edit{'s' * (len(self.edits) > 1)}"
+        return f"{edits}, mean loss {sum(losses) / len(losses):.4g}" if losses else edits
 
     def _finished(self, edit: LocalEdit) -> Distilled:
         trainer = self._trainer(edit)

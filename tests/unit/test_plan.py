@@ -213,3 +213,10 @@ def test_adapters_stand_before_intervals_and_go_with_them() -> None:
         CompressionPlan.of("qwen_image", 12, [(3, 5)], adapters=[(3, 4)])
     with pytest.raises(PlanError, match=r"-1.*greater than or equal to 0"):
         CompressionPlan.of("qwen_image", 12, [(3, 5)], adapters=[(-1, 4)])
+
+
+def test_a_key_that_stands_there_twice_is_refused() -> None:
+    text = CompressionPlan.of("qwen_image", 6, [(1, 2)]).to_json()
+    assert CompressionPlan.from_json(text) == CompressionPlan.of("qwen_image", 6, [(1, 2)])
+    with pytest.raises(PlanError, match=r"plan\.json: num_blocks stands there twice"):
+        CompressionPlan.from_json(text.replace('"num_blocks"', '"num_blocks": 6, "num_blocks"', 1))

@@ -59,6 +59,12 @@ def test_worse_is_positive_either_way() -> None:
     drop, (low, high) = paired_drop(teacher, 0.9 * teacher)
     assert high - low < 1e-4  # a constant ratio has no spread
     assert paired_drop(teacher, teacher) == (0.0, (0.0, 0.0))
+    right = torch.ones(64)  # nothing differs in 64 pairs, of which 5.6 % may
+    right[::8] = 0
+    drop, (low, high) = paired_drop(right, right)
+    assert drop == 0
+    assert high == -low == pytest.approx(100 * (1 - 0.025 ** (1 / 64)) / 0.875)
+    assert (1 - high / 100 * 0.875) ** 64 == pytest.approx(0.025)
     assert low <= drop <= high
 
 
