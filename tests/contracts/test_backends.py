@@ -98,7 +98,7 @@ def test_a_graph_is_what_the_exporter_s_own_optimizer_makes_of_it(family: str, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "role"), first(("flux2", "all")))  # others: tests/unit/test_export.py, tests/e2e/test_exported.py
+@pytest.mark.parametrize(("family", "role"), first())  # daily: tests/unit/test_export.py, tests/e2e/test_exported.py
 def test_float32_runs_elsewhere_as_here(family: str, role: str, tmp_path: Path) -> None:
     export = lower(family, role, "float32", "onnxruntime", tmp_path / "x")
     assert export.parity is not None

@@ -459,7 +459,7 @@ def test_slice_prints_the_head_of_a_report(ppclc: Any, out: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], list[str]]] = {
-    "neither": (["out"], ["neither", "--parameters", "--plan"]),
+    "neither": (["out"], ["no size", "--parameters", "--plan"]),
     "both": (["out", "--parameters", "0.5", "--plan", "p.json"], ["both"]),
     "no run": (["nowhere", "--parameters", "0.5"], ["nowhere", "holds no run", "ppclc compress"]),
     "no such plan": (["out", "--plan", "nope.json"], ["nope.json"]),
