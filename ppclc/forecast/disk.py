@@ -12,6 +12,7 @@ from ppclc.analysis.budget import even_plan
 from ppclc.analysis.detection import removed_by
 from ppclc.costs.blocks import width_of
 from ppclc.costs.predictions import predict
+from ppclc.errors import PpclcError
 from ppclc.families import STREAMS
 from ppclc.forecast.memory import block_bytes, moment_bytes
 from ppclc.forecast.work import Work, distilled_spans
@@ -36,7 +37,10 @@ def disk_lacks(recipe: Recipe, source: Source, out: Path) -> str:
     family, dtype = source.family, recipe.model.dtype
     if there > PLENTY * count_parameters(model_outline(family, source.config)) * DTYPES[dtype].itemsize:
         return ""
-    plans = CompressionPlan.of(family.name, family.num_blocks(source.config)), even_plan(source, recipe.target, recipe.plan, dtype)
+    try:
+        plans = CompressionPlan.of(family.name, family.num_blocks(source.config)), even_plan(source, recipe.target, recipe.plan, dtype)
+    except PpclcError:  # what only the run's own analysis can choose
+        return ""
     teacher, student = (predict(family, source.config, plan, dtype) for plan in plans)
     need = disk_peak_bytes(Work(recipe, source, plans[1], teacher, student))
     return (
@@ -67,23 +71,28 @@ def disk_peak_bytes(work: Work) -> int:
     Those of a phase's edits lie beside each other, each with its optimizer's moments; a new one is whole before the old one goes.
     """
     recipe = work.recipe.distill
-    each = checkpoint_bytes(recipe) / DTYPES[work.recipe.model.dtype].itemsize
-    moments, spans, maps = moment_bytes(work), _span_bytes(work), _maps_bytes(work)
-    often = _copies(recipe.steps, recipe.checkpoint_every) if recipe.teacher == "resident" else 2
-    intervals = each * (sum(spans) * min(1, often) + max(spans, default=0) * max(0, often - 1))
-    often = _copies(recipe.width_steps, recipe.checkpoint_every) if recipe.teacher == "resident" else 2
-    widths = sum(spans) + each * (sum(maps) * min(1, often) + max(maps, default=0) * max(0, often - 1))
-    joint_steps = 0 if work.plan.is_empty else recipe.finetune_steps
-    student = work.student.parameters * DTYPES[work.recipe.model.dtype].itemsize
-    # Its record is written while the last checkpoint is still there.
-    often = _copies(joint_steps, recipe.checkpoint_every)
-    joint = sum(spans) + sum(maps) + (max(each * often, each * min(1, often) + 1) * student if joint_steps else 0)
+    always = recipe.teacher == "streamed"  # edits then lie there between sweeps
+    spans, maps, moments = _span_bytes(work), _maps_bytes(work), moment_bytes(work)
+    student = [work.student.parameters * DTYPES[work.recipe.model.dtype].itemsize]
+    intervals = _checkpoints(work, spans, recipe.steps, always)
+    widths = sum(spans) + _checkpoints(work, maps, recipe.width_steps, always)
+    joint = 0.0
+    if recipe.finetune_steps and not work.plan.is_empty:
+        last = _checkpoints(work, student, min(recipe.finetune_steps, recipe.checkpoint_every + 1))
+        # Its record is written while the last checkpoint is still there.
+        joint = sum(spans) + sum(maps) + max(_checkpoints(work, student, recipe.finetune_steps), last + student[0])
     return int(max(moments + max(intervals, widths, joint), disk_bytes(work)))
 
 
-def _copies(steps: int, every: int) -> int:
-    """Checkpoints of one training that lie there at once: none where it is over before the first is due."""
-    return min(2, max(0, steps - 1) // every)
+def _checkpoints(work: Work, pieces: list[int], steps: int, always: bool = False) -> float:
+    """The most that checkpoints of so many steps take of what learns beside each other: of all of it, and of the largest a new one beside the old.
+
+    None where all is over before the first is due, unless they are written `always`.
+    """
+    recipe = work.recipe.distill
+    each = checkpoint_bytes(recipe) / DTYPES[work.recipe.model.dtype].itemsize
+    due = 2 if always else max(0, steps - 1) // recipe.checkpoint_every
+    return each * (sum(pieces) * (due > 0) + max(pieces, default=0) * (due > 1))
 
 
 def _span_bytes(work: Work) -> list[int]:

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T token, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -244,25 +245,20 @@ def _gated_residual_gradients(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tenso
 _gated_residual_operator.register_autograd(_gated_residual_gradients, setup_context=_keep_for_gated_residual)
 
 
-class _LayerNormModulate(torch.autograd.Function):
-    """The same without the dispatcher, which takes the host longer than all of it takes a GPU."""
+def _function(run: Callable[..., torch.Tensor], keep: Callable[..., None], gradients: Callable[..., Any]) -> Any:
+    """An operator as a function of autograd's, without the dispatcher, which takes the host longer than all of it takes a GPU."""
 
-    backward = staticmethod(_layer_norm_modulate_gradients)
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> torch.Tensor:
+            out = run(*given)
+            keep(ctx, given, out)
+            return out
 
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> torch.Tensor:
-        out = _layer_norm_modulate(*given)
-        _keep_for_layer_norm_modulate(ctx, given, out)
-        return out
+        backward = staticmethod(gradients)
+
+    return Function
 
 
-class _GatedResidual(torch.autograd.Function):
-    """As `_LayerNormModulate`."""
-
-    backward = staticmethod(_gated_residual_gradients)
-
-    @staticmethod
-    def forward(ctx: Any, *given: Any) -> torch.Tensor:
-        out = _gated_residual(*given)
-        _keep_for_gated_residual(ctx, given, out)
-        return out
+_LayerNormModulate = _function(_layer_norm_modulate, _keep_for_layer_norm_modulate, _layer_norm_modulate_gradients)
+_GatedResidual = _function(_gated_residual, _keep_for_gated_residual, _gated_residual_gradients)

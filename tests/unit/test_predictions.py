@@ -283,6 +283,9 @@ def test_a_disk_that_will_be_full_is_told_before_the_run(teacher_folder: Path, t
     out.mkdir(parents=True)
     (out / "x").write_bytes(b"0" * int(0.1 * need))
     assert run_disk.disk_lacks(recipe, source, out) == ""
+    beyond = parse_recipe({"model": {"path": str(teacher_folder)}, "target": {"parameters": 0.001}}, "recipe")
+    monkeypatch.setattr(run_disk.shutil, "disk_usage", free(0))
+    assert run_disk.disk_lacks(beyond, source, out) == ""  # even spacing cannot reach it: that is for the analysis to say
     monkeypatch.setattr(run_disk, "predict", None)
     monkeypatch.setattr(run_disk.shutil, "disk_usage", free(1e12))
     assert run_disk.disk_lacks(recipe, source, out) == ""
