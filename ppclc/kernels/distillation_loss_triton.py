@@ -220,7 +220,7 @@ def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str,
                 for per, stages in (EACH, *WALKS):
                     constants = {"HAS_MASK": masked, "SHARED": dtype != "fp16", "BLOCK": block, "PIECE": PIECE, "TOGETHER": True}
                     constants |= {"PER": per, "STAGES": stages}
-                    name = f"loss-{dtype}-{block}-{masked}-{per}-{stages}"
+                    name = f"loss-{'walk' if per else 'each'}-{dtype}-{block}-{masked}-{per}-{stages}"
                     found.append((name, loss_kernel, signature, constants, {"num_warps": _warps(block)}))
         signature = {"values": f"*{dtype}", "factor": "*fp32", "share": "*fp32", "count": "i32"}
         found.append((f"scale-{dtype}", scale_kernel, signature, {"HAS_SHARE": True, "BLOCK": SCALE_BLOCK}, {"num_warps": FEW_WARPS}))
