@@ -21,7 +21,6 @@ from benchmarks.gpu.ladder import Pool, Rung, stand
 from benchmarks.gpu.measuring import NotRun, Proof, Row, kernels, kernels_here, reclaim, rows_of, synchronize
 from ppclc import plugins
 from ppclc.analysis.moments import Moments
-from ppclc.analysis.reach import EVERYTHING, Reach
 from ppclc.data.samples import Sample, moved
 from ppclc.families import Family
 from ppclc.loading.published import published_config
@@ -33,11 +32,9 @@ from ppclc.training.local_edits import BatchStates, Teaching, Weights, interval_
 from ppclc.training.local_phase import batch_states
 from ppclc.training.trainer import Trainer, TrainingSettings
 
-BLOCKS, LONGEST = 6, 10
+BLOCKS, LONGEST, NARROW = 12, 10, 2
 REPEATS, STEPS = 3, 6
-SAMPLES, MOST_TOGETHER = 64, 12
-NO_NETWORKS = Reach(networks=frozenset())
-"""All far moments but those of feed-forward networks."""
+SAMPLES, MOST_TOGETHER = 64, {"triton": 12, "torch": 2}
 PARTS = ("forward", "loss", "backward", "clip", "optimizer")
 
 
@@ -50,6 +47,8 @@ class Sized:
     height: int
     width: int
     text: int
+    blocks: int
+    """Of the whole model."""
 
     @property
     def tokens(self) -> int:
@@ -68,11 +67,10 @@ def sized(proof: Proof, blocks: int = BLOCKS) -> tuple[Sized, ResidentTeacher]:
     if proof.tiny:
         family: Family = plugins.load("families", "qwen_image")
         config = {**family.tiny_config, "_class_name": family.class_name, "num_layers": blocks}
-        size = Sized(family, config, 4, 6, 5)
+        size = Sized(family, config, 4, 6, 5, blocks)
     else:
         family, config = published_config("Qwen/Qwen-Image")
-        config = config | {"num_layers": blocks}
-        size = Sized(family, config, 83, 83, 512)
+        size = Sized(family, config | {"num_layers": blocks}, 83, 83, 512, config["num_layers"])
     pool: Pool = {}
     return size, ResidentTeacher(stand(size.family, Rung("", size.config), pool, proof).model, size.family)
 
@@ -105,10 +103,13 @@ def _no_kernels(proof: Proof) -> list[Row]:
 def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -> list[Row]:
     """Samples through the teacher: forwards alone, with near moments, with near and far ones; milliseconds a block and sample, and shares of the forward.
 
-    As many samples together as `calibrate` takes, and of those with far moments as large a share as it has by default.
+    As many samples together as `calibrate` takes, and of those with far moments as large a share as it has by default. `analysis_share_of_forward` is
+    of the whole model: what relates two states is measured by windows of two lengths, and counted as often as that model has such pairs; sums on
+    their way to the CPU are waited for once a pass, and not once for these few blocks.
     """
     proof.needs(30)
-    blocks, tokens, every = teacher.num_blocks, CalibrateSettings().tokens, far_every(CalibrateSettings().samples)
+    blocks, settings = teacher.num_blocks, CalibrateSettings()
+    tokens, every = settings.tokens, far_every(settings.samples)
     sample = teacher.parts(size.draw(SAMPLES, 1))[0]
     samples = len(sample[1])
 
@@ -116,28 +117,39 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
         for _, sweep in teacher.sweep([sample], range(blocks + 1)):
             sweep.states.clear()
 
-    def summed(sums: Moments, pieces: Sequence[Piece], reach: Reach = EVERYTHING) -> None:
-        Calibration(teacher, LONGEST, sums, 1, _quiet, tokens, reach).add(pieces)
+    def summed(sums: Moments) -> None:
+        Calibration(teacher, LONGEST, sums, 1, _quiet, tokens).add([Piece(sample, 0, False)])
+
+    def far(sums: Moments, longest: int) -> tuple[float, float]:
+        """Seconds of a piece in a lot of them, and seconds that the last of their sums are waited for afterwards."""
+        start = time.perf_counter()
+        Calibration(teacher, longest, sums, 1, _quiet, tokens).add([one] * together)
+        synchronize(proof.device)
+        passed = time.perf_counter()
         sums.copies.wait()
+        return (passed - start) / together, time.perf_counter() - passed
 
     with kernels(way):
         forward = _median_s(forwards, proof)
         sums = Moments()
-        near = _median_s(partial(summed, sums, [Piece(sample, 0, False)]), proof)
+        near = _median_s(partial(summed, sums), proof)
         peak = _peak(proof)
         drain = _drained_s(sums, proof)
         proof.say(f"calibration, {way}: forwards {forward:.3f} s, with near moments {near:.3f} s")
         del sums
-        # As many pieces with far moments as pass together, with all that bringing their sums to the CPU takes.
         one = Piece(sample, 0, True)
-        together = min(MOST_TOGETHER, Calibration(teacher, LONGEST, Moments(), 1, _quiet, tokens).far_together(one))
-        far = _median_s(partial(summed, Moments(), [one] * together), proof, repeats=1) / together
-        related = _median_s(partial(summed, Moments(), [one] * together, NO_NETWORKS), proof, repeats=1) / together
-    crosses = sum(min(j, LONGEST) + 1 for j in range(blocks + 1))
-    # A block's, once the window is full: what relates states grows with the window, what networks take does not.
-    steady = (related - near) / crosses * (LONGEST + 1) + (far - related) / blocks
-    share = ((near - forward) / blocks + steady / every) / (forward / blocks)
+        together = min(MOST_TOGETHER[way], Calibration(teacher, LONGEST, Moments(), 1, _quiet, tokens).far_together(one))
+        narrow_sums, sums = Moments(), Moments()
+        far(narrow_sums, NARROW)
+        narrow, _ = far(narrow_sums, NARROW)
+        first, _ = far(sums, LONGEST)  # into fresh memory of the CPU
+        later, last = far(sums, LONGEST)
+    del narrow_sums, sums
     reclaim()
+    lots = max(1.0, settings.samples / every / samples / together)
+    cross = max(0.0, later - narrow) / (crosses(blocks, LONGEST) - crosses(blocks, NARROW))
+    missing = crosses(size.blocks, LONGEST) / size.blocks - crosses(blocks, LONGEST) / blocks
+    steady = (first / lots + later * (1 - 1 / lots) - near) / blocks + cross * missing + last / together / size.blocks
     return [
         {
             "blocks": blocks,
@@ -145,16 +157,24 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
             "forward_ms_a_block": 1e3 * forward / blocks / samples,
             "near_ms_a_block": 1e3 * (near - forward) / blocks / samples,
             "far_ms_a_block": 1e3 * steady / samples,
-            "of_networks_ms_a_block": 1e3 * (far - related) / blocks / samples,
             "far_every": every,
             "far_together": together,
+            "a_cross_ms": 1e3 * cross / samples,
+            "first_lot_s": first * together,
+            "later_lot_s": later * together,
+            "waited_for_last_sums_s": last,
             "near_share_of_forward": (near - forward) / forward,
-            "analysis_share_of_forward": share,
+            "analysis_share_of_forward": ((near - forward) / blocks + steady / every) / (forward / blocks),
             "tokens_per_s": samples * size.tokens / near,
             "near_brought_to_cpu_s": drain,
             "peak_bytes": peak,
         }
     ]
+
+
+def crosses(blocks: int, longest: int) -> int:
+    """Pairs of states of a kind that far moments relate, each state with itself too."""
+    return sum(min(j, longest) + 1 for j in range(blocks + 1))
 
 
 def _drained_s(sums: Moments, proof: Proof) -> float:

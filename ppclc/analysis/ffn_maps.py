@@ -18,7 +18,7 @@ import torch
 
 from ppclc.analysis.moments import CPU, Moments, ridge_solution, rows_of
 from ppclc.kernels import takes
-from ppclc.kernels.moments import difference
+from ppclc.kernels.moments import difference, sum_of_rows
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -58,9 +58,9 @@ class FfnMoments:
 
     def _add_by_kernel(self, stream: str, block: int, mid_ND: torch.Tensor, output_ND: torch.Tensor) -> None:
         """The same with products of what is left without the batch's means made by a kernel."""
-        added_ND, _, _ = difference(output_ND, mid_ND)
-        count = max(len(mid_ND), 1)
-        mid_D, added_D = (x.sum(0, dtype=torch.float64) for x in (mid_ND, added_ND))
+        added_ND, output_D, _ = difference(output_ND, mid_ND)
+        count, mid_D = max(len(mid_ND), 1), sum_of_rows(mid_ND)
+        added_D = output_D - mid_D  # what is added is rounded, row by row
         square, cross = ((f"ffn.{stream}.{name}.{block}", 0, 0) for name in ("square", "cross"))
         self.moments.add_by_kernel(square, cross, mid_ND, added_ND, [(x / count).float() for x in (mid_D, added_D)])
         self.moments.on_device.add_outer(square, mid_D, mid_D / count)

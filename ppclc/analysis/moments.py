@@ -21,7 +21,7 @@ import torch
 
 from ppclc.analysis.device_sums import DeviceSums, HostCopies, Place
 from ppclc.kernels import takes
-from ppclc.kernels.moments import difference
+from ppclc.kernels.moments import difference, sum_of_rows
 from ppclc.records import disk_errors
 
 Tensors = Mapping[str, torch.Tensor]
@@ -153,7 +153,7 @@ class Moments:
         """Leave products to a kernel, those of the step together with those of the state that it starts from; what else is to be added."""
         made = {}
         if before_ND is None:
-            made = {"sum": x_ND.sum(0, dtype=torch.float64)}
+            made = {"sum": sum_of_rows(x_ND)}
         else:
             d_ND, made["sum"], made["step"] = difference(x_ND, before_ND)
             self._add_products(stream, i - 1, states, before_ND, d_ND, prefixes)
@@ -194,7 +194,7 @@ class Moments:
         """
         name, x = f"far.{stream}", window[j]
         self.count(name, j, len(x))
-        self.accumulate(f"{name}.sum.{j}", x.sum(0, dtype=torch.float64))
+        self.accumulate(f"{name}.sum.{j}", sum_of_rows(x))
         for i in sorted(window):
             place: Place = (f"{name}.cross.{i}.{j}", 0, 0)
             if takes("moments", x):
@@ -228,6 +228,9 @@ class Moments:
     def _accumulate(self, key: str, value: torch.Tensor, row: int | None, rows: int) -> None:
         if key not in self.tensors:
             dtype = torch.float32 if value.dtype == torch.float32 else torch.float64
+            if row is None and not self._in_file(value.numel() * dtype.itemsize):  # fresh memory is touched once, and not to be zero first
+                self.tensors[key] = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+                return
             self.tensors[key] = self._zeros(value.shape if row is None else (rows, *value.shape), dtype)
         place = self.tensors[key] if row is None else self.tensors[key][row]
         place += value.to(place)
@@ -240,9 +243,12 @@ class Moments:
         if self.by_block:  # a teacher whose blocks come one by one is done with this one for a while
             self.drain()
 
+    def _in_file(self, nbytes: int) -> bool:
+        return self.folder is not None and nbytes >= LARGE_BYTES
+
     def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         count = math.prod(shape)
-        if self.folder is None or dtype.itemsize * count < LARGE_BYTES:
+        if self.folder is None or not self._in_file(dtype.itemsize * count):
             return torch.zeros(*shape, dtype=dtype)
         path = self.folder / f"{len(self.tensors)}.sum"
         path.unlink(missing_ok=True)  # one that is there would be taken as it is

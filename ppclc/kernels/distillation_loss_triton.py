@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ppclc.kernels import LEAST_NORM, interpreted
 from ppclc.kernels.moments_triton import processors
-from ppclc.kernels.tuning import launch
+from ppclc.kernels.tuning import early, launch
 
 FEW_WARPS, MANY_WARPS = 4, 8
 EACH, WALKS = (0, 1), ((3, 3), (4, 3), (8, 2))
@@ -74,12 +75,15 @@ def _row(
 def loss_kernel(
     student, teacher, mask, share, gradient, losses,
     rows, stride_s, stride_t, width, weight, each, magnitude, least,
-    HAS_MASK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, TOGETHER: tl.constexpr, PER: tl.constexpr, STAGES: tl.constexpr,
+    HAS_MASK: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, TOGETHER: tl.constexpr, EARLY: tl.constexpr,
+    PER: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One row, or with `PER` every so-manieth: the sum of their shares of the weighted loss, and their gradients, of the shares or of the rows as they are.
 
-    share: of a row in the mean, on the device where a mask tells it, else `each`.
+    share: of a row in the mean, on the device where a mask tells it, else `each`. EARLY: the kernel behind this one may be started meanwhile.
     """
+    if EARLY:
+        gdc_launch_dependents()
     program, programs = tl.program_id(0), tl.num_programs(0)
     first = program.to(tl.int64)
     shared = weight
@@ -108,8 +112,10 @@ def loss_kernel(
 
 
 @triton.jit
-def total_kernel(values, total, count, SHARE: tl.constexpr, BLOCK: tl.constexpr):
+def total_kernel(values, total, count, SHARE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """The sum of a few thousand values by one program, always in the same order; or one over how many are not zero, at least one."""
+    if EARLY:
+        gdc_wait()
     sums = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, count, BLOCK):
         places = first + tl.arange(0, BLOCK)
@@ -124,8 +130,10 @@ def total_kernel(values, total, count, SHARE: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def scale_kernel(values, factor, share, count, HAS_SHARE: tl.constexpr, BLOCK: tl.constexpr):
+def scale_kernel(values, factor, share, count, HAS_SHARE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Values times a number that lies on the device, and a second one; nothing where the product is one. Few programs: most often they only look."""
+    if EARLY:
+        gdc_wait()
     by = tl.load(factor).to(tl.float32)
     if HAS_SHARE:
         by *= tl.load(share)
@@ -167,7 +175,14 @@ def run(
             *(student_ND, teacher_ND, mask_N, share, gradient, losses, rows),
             *(student_ND.stride(0), teacher_ND.stride(0), width, weight, each, magnitude, LEAST_NORM),
         ),
-        {"HAS_MASK": mask_N is not None, "SHARED": shared, "BLOCK": block, "PIECE": PIECE, "TOGETHER": not interpreted()},
+        {
+            "HAS_MASK": mask_N is not None,
+            "SHARED": shared,
+            "BLOCK": block,
+            "PIECE": PIECE,
+            "TOGETHER": not interpreted(),
+            "EARLY": bool(early(device)),
+        },
     )
     loss = _total(losses[: triton.cdiv(programs, PIECE) * PIECE])
     if shared:
@@ -183,7 +198,8 @@ def _total(values_N: torch.Tensor, share: bool = False) -> torch.Tensor:
         return total.clamp(min=1).reciprocal() if share else total
     total = torch.empty((), dtype=torch.float32, device=values_N.device)
     block, warps = _total_size(count)
-    total_kernel[(1,)](values_N, total, count, SHARE=share, BLOCK=block, num_warps=warps)
+    options = early(values_N.device)
+    total_kernel[(1,)](values_N, total, count, SHARE=share, BLOCK=block, EARLY=bool(options), num_warps=warps, **options)
     return total
 
 
@@ -196,8 +212,9 @@ def _total_size(count: int) -> tuple[int, int]:
 def scale(gradient_ND: torch.Tensor, factor: torch.Tensor, share: torch.Tensor) -> None:
     """Multiply in place."""
     count = gradient_ND.numel()
-    programs = min(SCALE_PROGRAMS, triton.cdiv(count, SCALE_BLOCK))
-    scale_kernel[(programs,)](gradient_ND, factor, share, count, HAS_SHARE=share.numel() > 0, BLOCK=SCALE_BLOCK, num_warps=FEW_WARPS)
+    programs, options = min(SCALE_PROGRAMS, triton.cdiv(count, SCALE_BLOCK)), early(gradient_ND.device)
+    constants = {"HAS_SHARE": share.numel() > 0, "BLOCK": SCALE_BLOCK, "EARLY": bool(options)}
+    scale_kernel[(programs,)](gradient_ND, factor, share, count, **constants, num_warps=FEW_WARPS, **options)
 
 
 def _rows(x_ND: torch.Tensor) -> torch.Tensor:
@@ -208,9 +225,13 @@ def _warps(block: int) -> int:
     return FEW_WARPS if block <= 2048 else MANY_WARPS
 
 
-def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Name, kernel, signature, constants and options of every configuration: what compiling one without a GPU takes."""
-    found = []
+Variant = tuple[str, Any, dict[str, str], dict[str, Any], dict[str, Any]]
+"""Name, kernel, signature, constants and options: what compiling one without a GPU takes."""
+
+
+def variants() -> list[Variant]:
+    """Every configuration; those that start kernels early are of compute capability 9.0 and newer."""
+    found: list[Variant] = []
     for dtype in ("bf16", "fp16", "fp32"):
         rows = {"student": f"*{dtype}", "teacher": f"*{dtype}", "mask": "*i1", "share": "*fp32", "gradient": f"*{dtype}", "losses": "*fp32"}
         whole, parts = ("rows", "stride_s", "stride_t", "width"), ("weight", "each", "magnitude", "least")
@@ -221,12 +242,27 @@ def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str,
                     constants = {"HAS_MASK": masked, "SHARED": dtype != "fp16", "BLOCK": block, "PIECE": PIECE, "TOGETHER": True}
                     constants |= {"PER": per, "STAGES": stages}
                     name = f"loss-{'walk' if per else 'each'}-{dtype}-{block}-{masked}-{per}-{stages}"
-                    found.append((name, loss_kernel, signature, constants, {"num_warps": _warps(block)}))
+                    found += _both(name, loss_kernel, signature, constants, {"num_warps": _warps(block)})
         signature = {"values": f"*{dtype}", "factor": "*fp32", "share": "*fp32", "count": "i32"}
-        found.append((f"scale-{dtype}", scale_kernel, signature, {"HAS_SHARE": True, "BLOCK": SCALE_BLOCK}, {"num_warps": FEW_WARPS}))
+        found += _both(f"scale-{dtype}", scale_kernel, signature, {"HAS_SHARE": True, "BLOCK": SCALE_BLOCK}, {"num_warps": FEW_WARPS})
     for share, kind in ((False, "fp32"), (True, "i1")):
         signature = {"values": f"*{kind}", "total": "*fp32", "count": "i32"}
         for count in (TOTAL_BLOCK, 1024):
             block, warps = _total_size(count)
-            found.append((f"total-{kind}-{count}", total_kernel, signature, {"SHARE": share, "BLOCK": block}, {"num_warps": warps}))
+            found += _both(f"total-{kind}-{count}", total_kernel, signature, {"SHARE": share, "BLOCK": block}, {"num_warps": warps})
     return found
+
+
+def _both(name: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], options: dict[str, Any]) -> list[Variant]:
+    """A configuration as GPUs take it that start kernels early, and as others do."""
+    late = (f"{name}-late", kernel, signature, constants | {"EARLY": False}, options)
+    return [
+        late,
+        (
+            f"{name}-early",
+            kernel,
+            signature,
+            constants | {"EARLY": True},
+            options | ({} if kernel is loss_kernel else {"launch_pdl": True}),
+        ),
+    ]

@@ -64,15 +64,25 @@ def takes_chains(x: torch.Tensor) -> bool:
 
 
 def modulated(norm: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """A state, normed and modulated: by a kernel, where the norm is a plain LayerNorm that nobody listens to."""
-    if type(norm) is nn.LayerNorm and not norm.elementwise_affine and not hooked(norm):
-        return layer_norm_modulate(x, scale, shift, norm.eps)
+    """A state, normed and modulated: by a kernel, where the norm is a plain LayerNorm whose result nobody listens to."""
+    if type(norm) is nn.LayerNorm and not norm.elementwise_affine and not hooked(norm, besides_inputs=True):
+        return layer_norm_modulate(_given(norm, x), scale, shift, norm.eps)
     return modulate(norm(x), scale, shift)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether something waits for a module to be called."""
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+def _given(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What reaches a module that is called with x: hooks on its input are called, and may put something else in its place."""
+    for hook in module._forward_pre_hooks.values():
+        changed = hook(module, (x,))
+        if changed is not None:
+            (x,) = changed if isinstance(changed, tuple) else (changed,)
+    return x
+
+
+def hooked(module: nn.Module, besides_inputs: bool = False) -> bool:
+    """Whether something waits for a module to be called. besides_inputs: hooks that are given its positional inputs alone do not count."""
+    inputs = module._forward_pre_hooks_with_kwargs if besides_inputs else module._forward_pre_hooks
+    return bool(inputs or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 class KernelChains:

@@ -13,6 +13,9 @@ import torch
 
 from ppclc.kernels import dispatched, runs, takes
 
+PIECE = 64
+"""Rows that are added up in float32, where sums of rows are not made in float64 at once."""
+
 
 def add_moments(
     second_DD: torch.Tensor | None,
@@ -69,6 +72,19 @@ def difference_reference(x_ND: torch.Tensor, before_ND: torch.Tensor) -> tuple[t
     """The same in plain PyTorch."""
     d_ND = x_ND - before_ND
     return d_ND, x_ND.sum(0, dtype=torch.float64), d_ND.double().square().sum()
+
+
+def sum_of_rows(x_ND: torch.Tensor) -> torch.Tensor:
+    """The sum of `x` over rows (D,) in float64: where kernels are taken, of pieces that are added up in float32, for which no copy in float64 is made."""
+    if not takes("moments", x_ND):
+        return x_ND.sum(0, dtype=torch.float64)
+    whole = len(x_ND) // PIECE * PIECE
+    pieces = (
+        x_ND[:whole].unflatten(0, (-1, PIECE)).sum(1, dtype=torch.float32)
+        if whole
+        else x_ND.new_empty((0, x_ND.shape[1]), dtype=torch.float32)
+    )
+    return torch.cat([pieces, x_ND[whole:].sum(0, dtype=torch.float32, keepdim=True)]).sum(0, dtype=torch.float64)
 
 
 def symmetric(second_DD: torch.Tensor) -> torch.Tensor:

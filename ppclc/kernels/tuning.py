@@ -19,6 +19,15 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
+def early(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel before it ends, whose results it is to wait for by itself; empty where there is no such thing.
+
+    Source: CUDA C++ programming guide, programmatic dependent launch: from compute capability 9.0.
+    """
+    able = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"launch_pdl": True} if able else {}
+
+
 _found: dict[tuple[int, Hashable, int], Any] = {}
 
 
