@@ -107,7 +107,7 @@ def calibration(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -
     of the whole model: what relates two states is measured by windows of two lengths, and counted as often as that model has such pairs; sums on
     their way to the CPU are waited for once a pass, and not once for these few blocks.
     """
-    proof.needs(30)
+    proof.needs(20)
     blocks, settings = teacher.num_blocks, CalibrateSettings()
     tokens, every = settings.tokens, far_every(settings.samples)
     sample = teacher.parts(size.draw(SAMPLES, 1))[0]
@@ -255,7 +255,7 @@ def marked(trainer: Trainer, marks: Marks) -> Iterator[None]:
 
 def distillation(proof: Proof, size: Sized, teacher: ResidentTeacher, way: str) -> list[Row]:
     """Steps of one interval's block: what the teacher takes for its batch, and each part of the step; `Trainer` and `interval_edit` as they are."""
-    proof.needs(25)
+    proof.needs(12)
     plan = CompressionPlan.of(size.family.name, teacher.num_blocks, [(1, 2)])
     teaching = Teaching(size.family, teacher.config, teacher.block_tensors)
     edit = interval_edit(teaching, plan, plan.intervals[0], partial(teacher.block_tensors, 1), Weights())

@@ -154,21 +154,7 @@ def check_distillation_loss(draw: Draw, dtype: str, batch: int, tokens: int, wid
     (again.grad,) = torch.autograd.grad(weighted, again, module.one(weighted.device, weighted.dtype))
     exact.grad *= 0.37
     found |= {"weighted loss": (distance(weighted, weight * wanted), SUM_LIMIT), "weighted gradient": _gradient(again, exact, dtype)}
-    return found | _deals(student.detach()[0], teacher[0], None if mask is None else mask[0], dtype)
-
-
-def _deals(student_ND: torch.Tensor, teacher_ND: torch.Tensor, mask_N: torch.Tensor | None, dtype: str) -> Found:
-    """Each way to deal rows out against a program a row: tuning takes one of them, and any may be that."""
-    if kernels_here() != "triton":
-        return {}
-    from ppclc.kernels import distillation_loss_triton as kernel
-
-    made = [kernel.run(student_ND, teacher_ND, MAGNITUDE, mask_N, 1.0, (deal,)) for deal in (kernel.EACH, *kernel.WALKS)]
-    loss, gradient, _ = made[0]
-    return {
-        "loss by walks": (max(distance(other, loss) for other, *_ in made[1:]), SUM_LIMIT),
-        "gradient by walks": (max(distance(other, gradient) for _, other, _ in made[1:]), LIMITS[dtype]),
-    }
+    return found
 
 
 def check_layer_norm_modulate(draw: Draw, dtype: str, batch: int, tokens: int, width: int) -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device)
 
 
+@cache
 def early(device: torch.device) -> dict[str, bool]:
     """Options of a launch that may begin while the kernel before it ends, whose results it is to wait for by itself; empty where there is no such thing.
 
@@ -39,24 +41,23 @@ def launch(
     args: Sequence[Any],
     constants: Mapping[str, Any],
     zeroed: Sequence[str] = (),
-) -> tuple[int, ...]:
-    """Run a kernel; the programs that it ran as, which `grid` has by what a configuration sets.
+) -> None:
+    """Run a kernel.
 
-    configs: what is set, and a number of warps; under the interpreter the first is taken. key: of what the fastest depends on, beside the device.
-    zeroed: arguments that are set to zero before each try.
+    configs: what is set, and a number of warps; under the interpreter the first is taken. grid: the programs, by what a configuration sets.
+    key: of what the fastest depends on, beside the device. zeroed: arguments that are set to zero before each try.
     """
     if interpreted():
         values, _ = configs[0]
         kernel[grid(values)](*args, **constants, **values)
-        return grid(values)
+        return
     place = (id(kernel), key, args[0].device.index)
     with on_device_of(args[0]):
         if place not in _found:
             tried = [triton.Config(dict(values), num_warps=warps) for values, warps in configs]
             tuner = triton.autotune(tried, key=[], reset_to_zero=list(zeroed) or None)(kernel)
             tuner[grid](*args, **constants)
-            best = _found[place] = tuner.best_config
-            return grid(best.kwargs)
-        best = _found[place]
-        kernel[grid(best.kwargs)](*args, **constants, **best.kwargs, num_warps=best.num_warps)
-        return grid(best.kwargs)
+            _found[place] = tuner.best_config
+        else:
+            best = _found[place]
+            kernel[grid(best.kwargs)](*args, **constants, **best.kwargs, num_warps=best.num_warps)

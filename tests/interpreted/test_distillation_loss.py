@@ -119,18 +119,14 @@ def test_loss_and_gradient(batch: int, tokens: int, width: int, masked: bool, up
         assert (gradient[~mask] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 11, 40])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40])
 @pytest.mark.parametrize("masked", [False, True])
-def test_rows_may_be_dealt_out_over_fewer_programs(rows: int, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evenly or not; what is left of the losses' memory adds nothing, and gradients are the same to the bit."""
+def test_what_lies_behind_the_losses_adds_nothing(rows: int, masked: bool) -> None:
+    """Their memory is longer than they are."""
     student, teacher = states(1, rows, 64, torch.bfloat16)
     mask = (torch.arange(rows) % 3 != 1)[None] if masked else None
-    loss, exact, gradient, _ = both(student, teacher, 0.3, mask)
-    monkeypatch.setattr(distillation_loss_triton, "EACH", (2, 3))  # of the interpreter's four processors
-    walked, _, theirs, _ = both(student, teacher, 0.3, mask)
-    assert walked.item() == pytest.approx(exact.item(), rel=1e-5)
-    assert walked.item() == pytest.approx(loss.item(), rel=1e-6)
-    assert torch.equal(gradient, theirs)
+    loss, exact, _, _ = both(student, teacher, 0.3, mask)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_a_row_s_three_sums_may_be_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ppclc import kernels
+from ppclc.analysis.ffn_maps import FfnMoments
 from ppclc.kernels import moments
 
 if not kernels.interpreted():
@@ -156,3 +157,30 @@ def test_difference_its_energy_and_sums(dtype: torch.dtype) -> None:
     assert distance(d, wanted) < CENTRED[dtype]
     assert (total - x.double().sum(0)).abs().max() < 1e-4
     assert energy.item() == pytest.approx(d.double().square().sum().item(), rel=1e-6)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 200])
+def test_sums_of_rows(rows: int, dtype: torch.dtype) -> None:
+    """Of pieces in float32, however many rows are left over, and whatever lies beside the columns."""
+    x = (torch.randn(rows, 48) + 100).to(dtype)[:, :40]
+    total = moments.sum_of_rows(x)
+    assert total.dtype == torch.float64
+    assert (total - x.double().sum(0)).abs().max() <= 2e-6 * 100 * max(rows, 1)
+
+
+def test_networks_sums_are_those_of_their_plain_formulation() -> None:
+    """`mid` far from zero, as states are; what is added comes as two states' difference, rounded."""
+    mid = (torch.randn(1, 130, 64) + 20).to(torch.bfloat16)
+    output = (mid + torch.randn(1, 130, 64)).to(torch.bfloat16)
+    made = []
+    for way in ("triton", "torch"):
+        with kernels.switched(way):  # type: ignore[arg-type]
+            found = FfnMoments()
+            found.add("image", 3, mid, output)
+            made.append(found.tensors)
+    by_kernel, plain = made
+    assert by_kernel.keys() == plain.keys()
+    for name, wanted in plain.items():
+        limit = 1e-3 if "cross" in name or "square" in name else 1e-9  # what is centred is rounded once more
+        assert distance(by_kernel[name], wanted) < limit, name

@@ -88,6 +88,17 @@ def test_moments_are_those_of_all_rows_at_once_under_every_prefix(together: bool
     assert {v.dtype for v in moments.tensors.values()} == {torch.float64}
 
 
+def test_a_sum_is_its_own_memory_from_the_first_value_on() -> None:
+    """What is handed in may be the next one's memory afterwards, as on the way from a GPU."""
+    sums, value = Moments(), torch.arange(6.0).view(2, 3).T
+    for _ in range(2):
+        sums.accumulate("far.image.cross.0.1", value)
+        value *= 10
+    found = sums.tensors["far.image.cross.0.1"]
+    assert found.is_contiguous()
+    assert torch.equal(found, 11 * torch.arange(6.0).view(2, 3).T)
+
+
 def test_weighted_chunks_are_the_moments_of_repeated_rows() -> None:
     g = torch.Generator().manual_seed(1)
     batches = [[torch.randn(9, 3, generator=g, dtype=torch.float64) for _ in range(3)] for _ in range(3)]

@@ -261,6 +261,26 @@ def test_models_are_fused_as_they_are_made(make_teacher: Callable[..., Any], tmp
     assert not any(STOCK in type(block).__dict__ for block in blocks_of(teacher, family))
 
 
+@pytest.mark.parametrize("hooks", [1, 2])
+def test_hooks_on_a_norms_input_are_called_and_its_kernel_is_taken(hooks: int, taken: list[str]) -> None:
+    """What they put in the input's place is what is normed, as where the norm itself is called; hooks that want more are left to the norm."""
+    norm, x = torch.nn.LayerNorm(8, elementwise_affine=False), torch.randn(2, 3, 8)
+    scale, shift = torch.randn(2, 2, 8).unbind()
+    told: list[torch.Tensor] = []
+    norm.register_forward_pre_hook(lambda _, args: told.append(args[0]))
+    for _ in range(hooks - 1):
+        norm.register_forward_pre_hook(lambda _, args: 2 * args[0] + args[0].square())
+    plain = modulation.modulate(norm(x), scale, shift)
+    assert "layer_norm_modulate" not in taken
+    assert torch.equal(fusing.modulated(norm, x, scale, shift), plain)
+    assert taken == ["layer_norm_modulate"]
+    assert told == [x, x]
+    taken.clear()
+    norm.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+    assert torch.equal(fusing.modulated(norm, x, scale, shift), plain)
+    assert not taken
+
+
 @pytest.mark.slow
 @each_model
 def test_whoever_listens_to_a_norm_is_told_and_changes_nothing(name: str, kind: str, taken: list[str]) -> None:

@@ -26,8 +26,7 @@ REGISTERS = {
     "moments": 240,
     "difference": 220,
     "prepare": 40,
-    "loss-each": 104,
-    "loss-walk": 153,
+    "loss": 104,
     "total": 40,
     "scale": 168,
     "layer_norm_modulate_backward": 253,
@@ -127,14 +126,11 @@ def test_on_hopper_moments_are_made_by_its_own_instructions() -> None:
 @pytest.mark.slow
 def test_losses_are_added_up_by_a_kernel_that_starts_early_and_waits() -> None:
     """What follows the loss's kernel is started beside it, and reads nothing before it is done; older GPUs have no such thing."""
-    ptx = {
-        name: compiled(name, 90).asm["ptx"] for name in ("loss-each-bf16-4096-False-0-1-early", "total-fp32-1024-early", "scale-bf16-early")
-    }
+    ptx = {name: compiled(name, 90).asm["ptx"] for name in ("loss-bf16-4096-False-early", "total-fp32-1024-early")}
     assert all(("griddepcontrol.launch_dependents" in code) == name.startswith("loss") for name, code in ptx.items())
-    for name in ("total-fp32-1024-early", "scale-bf16-early"):
-        before_waiting, after = ptx[name].split("griddepcontrol.wait")
-        assert "ld.global" not in before_waiting
-        assert "ld.global" in after
+    before_waiting, after = ptx["total-fp32-1024-early"].split("griddepcontrol.wait")
+    assert "ld.global" not in before_waiting
+    assert "ld.global" in after
     assert "griddepcontrol" not in compiled("total-fp32-1024-late", 80).asm["ptx"]
 
 
