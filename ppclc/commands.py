@@ -17,12 +17,12 @@ from ppclc import compiler, kernels, sizes
 from ppclc.analysis.budget import budget_of, check_by_hand, check_target, even_plan
 from ppclc.artefacts.receipts import RECORD, read_export
 from ppclc.bench_subjects import asked_for, random_models, subjects_of
-from ppclc.benching.files import write_bench
+from ppclc.benching.files import markdown, write_bench
 from ppclc.costs import blocks as block_costs
 from ppclc.costs.predictions import predict
 from ppclc.data.encoding import check_data
 from ppclc.environment import accelerator, machine, versions
-from ppclc.errors import OutputError, RecipeError
+from ppclc.errors import OutputError, PpclcError, RecipeError
 from ppclc.forecast.runs import run_costs
 from ppclc.loading.classes import count_parameters, model_outline
 from ppclc.loading.published import open_outline
@@ -30,7 +30,7 @@ from ppclc.loading.sources import BUILTIN, STUDENT, Source, check_teacher, open_
 from ppclc.loras.remap import remap
 from ppclc.lowering import gpu
 from ppclc.machine.devices import launcher_warning, open_ranks
-from ppclc.models import load_source, quiet_libraries, set_threads
+from ppclc.models import load_source, quiet_libraries, require_library, set_threads
 from ppclc.passes import export as export_pass
 from ppclc.passes import report as report_pass
 from ppclc.passes import verify as verify_pass
@@ -355,6 +355,7 @@ def bench(
     settings = bench_settings(changes)
     if out is not None:
         check_writable(out)
+        require_library("matplotlib", "report")
     device = device_of(settings)
     if settings.kernels:
         kernels.check(settings.kernels)
@@ -380,8 +381,12 @@ def bench(
         display.say(note)
     if out is not None:
         about = {**machine(next(iter(asked.sources.values()))), **accelerator(), **versions()}
-        for path in write_bench(result, about, out):
-            display.say(f"wrote {path}")
+        try:
+            for path in write_bench(result, about, out):
+                display.say(f"wrote {path}")
+        except PpclcError:
+            print(markdown(result, about), file=sys.stderr)  # what was measured is not lost with the disk
+            raise
     return [row.model_dump(mode="json") for row in result.rows]
 
 

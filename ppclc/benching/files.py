@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppclc.models import require_library
-from ppclc.records import Benchmark, BenchRow, write_text
+from ppclc.records import Benchmark, BenchRow, disk_errors, write_text
 
 COLUMNS = (
     "target",
@@ -98,5 +98,6 @@ def picture(rows: Sequence[BenchRow], path: Path) -> Path:
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with disk_errors(path):
+        figure.savefig(path, dpi=120)
     return path

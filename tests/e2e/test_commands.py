@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppclc import cli, kernels
+from ppclc.errors import UnavailableError
 
 EXPECTED_COMMANDS = {"init", "inspect", "plan", "compress", "slice", "export", "bench", "report", "doctor"}
 EXPECTED_GROUPS = {"lora": {"remap"}}
@@ -209,6 +210,21 @@ def test_bench_keeps_block_costs_that_plan_reads(ppclc: Any, teacher_folder: Pat
     document = json.loads(ppclc("plan", "r.yaml", "--json")[1])
     costs = json.loads(kept[0].read_text())
     assert document["teacher"]["latency_ms"] == pytest.approx(costs["base_ms"] + 6 * costs["block_ms"]["transformer_blocks"])
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_told_where_its_files_cannot_be_written(
+    ppclc: Any, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: str) -> None:
+        raise UnavailableError(f"{path}: the disk is full")
+
+    monkeypatch.setattr("ppclc.benching.files.write_text", full)
+    code, _, err = ppclc("bench", str(teacher_folder), "--runs", "2", "-o", str(tmp_path / "out"))
+    assert code == 3
+    assert "bench.json: the disk is full" in err
+    assert "| target | back end |" in err
+    assert f"| {teacher_folder} | eager |" in err
 
 
 @pytest.mark.slow
