@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import nn
 
-from ppclc.kernels.fused import Heads, KernelChains, hooked, in_place_of, joined, modulated, takes_chains, takes_heads
+from ppclc.families._fused_attention import FusedJointAttention, TextFirst
+from ppclc.kernels.fused import KernelChains, hooked, in_place_of, modulated, takes_chains
 from ppclc.kernels.modulation import gated_residual
 from ppclc.students.flux import PrunedFluxSingleTransformerBlock, PrunedFluxTransformerBlock
 from ppclc.students.parts import JointTextAttention
@@ -92,63 +91,9 @@ class FusedPrunedSingleBlock(PrunedFluxSingleTransformerBlock, FusedSingleBlock)
     """A student's block of joined streams: its adapters, then the stock block."""
 
 
-class _FusedAttention:
-    """Attention, text before image, whose queries and keys are normed, rotated and joined at once."""
-
-    def __call__(
-        self: Any,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-        norms = [getattr(attn, name) for name in names if hasattr(attn, name)]
-        known = image_rotary_emb is not None and not attn.fused_projections and all(type(norm) is nn.RMSNorm for norm in norms)
-        if not (known and takes_heads(hidden_states, *norms)):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)  # type: ignore[misc]
-        cos, sin = (f[:, ::2] for f in image_rotary_emb)  # each stands there twice, once for either of a pair
-        text = encoder_hidden_states
-        length = 0 if text is None else text.shape[1]
-        queries_text = text is not None and hasattr(attn, "add_q_proj")
-
-        def heads(linear: Any, x: torch.Tensor) -> torch.Tensor:
-            return linear(x).unflatten(-1, (-1, attn.head_dim))  # type: ignore[no-any-return]
-
-        turn, text_turn = (cos[length:], sin[length:]), (cos[:length], sin[:length])
-        query = [Heads(heads(attn.to_q, hidden_states), attn.norm_q, *turn)]
-        key = [Heads(heads(attn.to_k, hidden_states), attn.norm_k, *turn)]
-        value = heads(attn.to_v, hidden_states)
-        if text is not None:
-            key.insert(0, Heads(heads(attn.add_k_proj, text), attn.norm_added_k, *text_turn))
-            value = torch.cat([heads(attn.add_v_proj, text), value], dim=1)
-        if queries_text:
-            query.insert(0, Heads(heads(attn.add_q_proj, text), attn.norm_added_q, *text_turn))
-        result = dispatch_attention_fn(
-            joined(query),
-            joined(key),
-            value,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        result = result.flatten(2, 3).to(hidden_states.dtype)
-        if text is None:
-            return result
-        own = length if queries_text else 0
-        image = attn.to_out[1](attn.to_out[0](result[:, own:].contiguous()))
-        return image, attn.to_add_out(result[:, :own].contiguous()) if queries_text and hasattr(attn, "to_add_out") else None
-
-
 @in_place_of(FluxAttnProcessor)
-class FusedAttention(_FusedAttention, FluxAttnProcessor):  # type: ignore[misc]
+class FusedAttention(TextFirst, FluxAttnProcessor):  # type: ignore[misc]
     """The attention of stock blocks and of joined streams."""
-
-
-@in_place_of(JointTextAttention)
-class FusedJointAttention(_FusedAttention, JointTextAttention):
-    """The attention of a student's blocks of two streams."""
 
 
 FUSED: Mapping[type, type] = {

@@ -74,6 +74,13 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs)
 
 
+def fused() -> Mapping[type, type]:
+    """By class of diffusers or of a student, the one that runs through kernels."""
+    from ppclc.families import _flux2_kernels  # brings diffusers' classes, which nothing else here needs
+
+    return _flux2_kernels.FUSED
+
+
 PLUGIN = Family(
     name="flux2",
     class_name="Flux2Transformer2DModel",
@@ -154,4 +161,5 @@ PLUGIN = Family(
         decode=decode,
         pixels_per_token=_kl.pixels_per_token,
     ),
+    fused=fused,
 )

@@ -85,6 +85,14 @@ def lowered(model: Any) -> Lowered:
 
 MEDIUM: Mapping[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 
+
+def fused() -> Mapping[type, type]:
+    """By class of diffusers or of a student, the one that runs through kernels."""
+    from ppclc.families import _sd3_kernels  # brings diffusers' classes, which nothing else here needs
+
+    return _sd3_kernels.FUSED
+
+
 PLUGIN = Family(
     name="sd3",
     class_name="SD3Transformer2DModel",
@@ -152,4 +160,5 @@ PLUGIN = Family(
         decode=decode,
         pixels_per_token=_kl.pixels_per_token,
     ),
+    fused=fused,
 )

@@ -86,6 +86,16 @@ def test_views_are_read_and_written_where_they_lie() -> None:
 
 
 @dtypes
+def test_one_cosine_for_all_tokens_turns_nothing(dtype: torch.dtype) -> None:
+    x, weight, _, _ = _drawn((2, 3, 2, 64), dtype)
+    one, zero = torch.ones(1).expand(3, 32), torch.zeros(1).expand(3, 32)
+    out = _poisoned(x)
+    qk_norm_rope(x, weight, one, zero, out=out)
+    normed = torch.nn.functional.rms_norm(x.double(), (64,), weight.double(), 1e-6)
+    torch.testing.assert_close(out.double(), normed, rtol=2 * UNIT[dtype], atol=1e-6)
+
+
+@dtypes
 def test_extreme_heads(dtype: torch.dtype) -> None:
     x, weight, cos, sin = _drawn((1, 1, 4, 64), dtype)
     x[0, 0, 0] *= 1e4 / x[0, 0, 0].abs().max().float()
@@ -106,7 +116,7 @@ def test_a_head_of_nan_is_alone() -> None:
     assert got.isnan().sum() == 64
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "flux"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "flux2", "sd3"])
 def test_a_whole_model_through_kernels(name: str) -> None:
     family: Family = plugins.load("families", name)
     counts = {g.count_key: 1 for g in family.groups}

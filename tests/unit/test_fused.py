@@ -18,7 +18,7 @@ from ppclc.loading.classes import empty_model, model_class
 from ppclc.models import apply_plan, blocks_of, save_model
 from ppclc.plan import CompressionPlan
 
-FAMILIES = ("qwen_image", "flux")
+FAMILIES = ("qwen_image", "flux", "flux2", "sd3")
 
 
 @pytest.fixture(autouse=True)
