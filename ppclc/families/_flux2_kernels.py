@@ -95,6 +95,8 @@ class FusedPrunedBlock(KernelChains, PrunedFlux2TransformerBlock):
 class FusedAttention(TextFirst, Flux2AttnProcessor):  # type: ignore[misc]
     """The attention of stock blocks of two streams."""
 
+    dense = False
+
 
 @in_place_of(Flux2ParallelSelfAttnProcessor)
 class FusedParallelAttention(Flux2ParallelSelfAttnProcessor):  # type: ignore[misc]

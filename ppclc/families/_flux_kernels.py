@@ -1,4 +1,4 @@
-"""FLUX.1's blocks, stock and pruned, through kernels."""
+"""FLUX.1's blocks, stock and pruned, through kernels; and how blocks that are made as its are run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from ppclc.students.flux import PrunedFluxSingleTransformerBlock, PrunedFluxTran
 from ppclc.students.parts import JointTextAttention
 
 
-@in_place_of(FluxTransformerBlock)
-class FusedBlock(FluxTransformerBlock):  # type: ignore[misc]
-    """A stock block of two streams; one that is given more than positions, by an adapter for images, is run as it was."""
+class TwoStreams:
+    """In front of a stock block of two streams; one that is given more than positions, by an adapter for images, is run as it was."""
 
     def forward(
-        self,
+        self: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
@@ -29,7 +28,9 @@ class FusedBlock(FluxTransformerBlock):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         image, text = hidden_states, encoder_hidden_states
         if joint_attention_kwargs or hooked(self.norm1) or hooked(self.norm1_context) or not takes_chains(image):
-            stock: tuple[torch.Tensor, torch.Tensor] = super().forward(image, text, temb, image_rotary_emb, joint_attention_kwargs)
+            stock: tuple[torch.Tensor, torch.Tensor] = super().forward(  # type: ignore[misc]
+                image, text, temb, image_rotary_emb, joint_attention_kwargs
+            )
             return stock
         shift, scale, gate, shift_2, scale_2, gate_2 = _chunks(self.norm1, temb, 6)
         text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = _chunks(self.norm1_context, temb, 6)
@@ -47,12 +48,11 @@ class FusedBlock(FluxTransformerBlock):  # type: ignore[misc]
         return text, image
 
 
-@in_place_of(FluxSingleTransformerBlock)
-class FusedSingleBlock(FluxSingleTransformerBlock):  # type: ignore[misc]
-    """A stock block of joined streams."""
+class JoinedStreams:
+    """In front of a stock block of joined streams."""
 
     def forward(
-        self,
+        self: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
@@ -60,7 +60,7 @@ class FusedSingleBlock(FluxSingleTransformerBlock):  # type: ignore[misc]
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if joint_attention_kwargs or hooked(self.norm) or not takes_chains(hidden_states):
-            stock: tuple[torch.Tensor, torch.Tensor] = super().forward(
+            stock: tuple[torch.Tensor, torch.Tensor] = super().forward(  # type: ignore[misc]
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
             return stock
@@ -79,6 +79,16 @@ def _chunks(norm: Any, temb: torch.Tensor, count: int) -> tuple[torch.Tensor, ..
     """What a norm's own map makes of the time embedding, each (B, D)."""
     chunks: tuple[torch.Tensor, ...] = norm.linear(norm.silu(temb)).chunk(count, dim=1)
     return chunks
+
+
+@in_place_of(FluxTransformerBlock)
+class FusedBlock(TwoStreams, FluxTransformerBlock):  # type: ignore[misc]
+    """A block of two streams."""
+
+
+@in_place_of(FluxSingleTransformerBlock)
+class FusedSingleBlock(JoinedStreams, FluxSingleTransformerBlock):  # type: ignore[misc]
+    """A block of joined streams."""
 
 
 @in_place_of(PrunedFluxTransformerBlock)

@@ -48,7 +48,12 @@ def unturned(attn: Any, x: torch.Tensor) -> Turn:
 
 
 class TextFirst:
-    """In front of a processor: attention of image over text and image, text before image, and of text where its queries are there."""
+    """In front of a processor: attention of image over text and image, text before image, and of text where its queries are there.
+
+    `dense`: whether the processor makes each stream's result contiguous before its last layer, which may round otherwise then.
+    """
+
+    dense = True
 
     def __call__(
         self: Any,
@@ -90,8 +95,9 @@ class TextFirst:
         if text is None:
             return result
         own = length if queries_text else 0
-        attended = attn.to_out[1](attn.to_out[0](result[:, own:].contiguous()))
-        return attended, attn.to_add_out(result[:, :own].contiguous()) if queries_text and hasattr(attn, "to_add_out") else None
+        of_text, of_image = (x.contiguous() if self.dense else x for x in result.tensor_split([own], dim=1))
+        attended = attn.to_out[1](attn.to_out[0](of_image))
+        return attended, attn.to_add_out(of_text) if queries_text and hasattr(attn, "to_add_out") else None
 
 
 @in_place_of(JointTextAttention)

@@ -65,6 +65,13 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs, exportable=exportable(model))
 
 
+def fused() -> Mapping[type, type]:
+    """By class of diffusers, the one that runs through kernels."""
+    from ppclc.families import _chroma_kernels  # brings diffusers' classes, which nothing else here needs
+
+    return _chroma_kernels.FUSED
+
+
 PLUGIN = Family(
     name="chroma",
     class_name="ChromaTransformer2DModel",
@@ -105,4 +112,5 @@ PLUGIN = Family(
         "approximator_hidden_dim": 16,
         "approximator_layers": 2,
     },
+    fused=fused,
 )

@@ -43,6 +43,13 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs)
 
 
+def fused() -> Mapping[type, type]:
+    """By class of diffusers, the one that runs through kernels."""
+    from ppclc.families import _longcat_image_kernels  # brings diffusers' classes, which nothing else here needs
+
+    return _longcat_image_kernels.FUSED
+
+
 PLUGIN = Family(
     name="longcat_image",
     class_name="LongCatImageTransformer2DModel",
@@ -65,4 +72,5 @@ PLUGIN = Family(
         "pooled_projection_dim": 16,
         "axes_dims_rope": [4, 6, 6],
     },
+    fused=fused,
 )

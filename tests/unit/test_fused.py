@@ -18,7 +18,8 @@ from ppclc.loading.classes import empty_model, model_class
 from ppclc.models import apply_plan, blocks_of, save_model
 from ppclc.plan import CompressionPlan
 
-FAMILIES = ("qwen_image", "flux", "flux2", "sd3")
+EDITED = ("qwen_image", "flux", "flux2", "sd3")
+FAMILIES = (*EDITED, "longcat_image", "chroma")
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def _student(name: str) -> tuple[Family, Any]:
 
 
 MAKERS: dict[str, Callable[[str], tuple[Family, Any]]] = {"stock": _model, "student": _student}
-each_model = pytest.mark.parametrize(("name", "kind"), [(n, k) for n in FAMILIES for k in MAKERS])
+each_model = pytest.mark.parametrize(("name", "kind"), [*((n, "stock") for n in FAMILIES), *((n, "student") for n in EDITED)])
 
 
 def _inputs(family: Family, model: Any, dtype: torch.dtype = torch.float32, **more: Any) -> dict[str, Any]:
