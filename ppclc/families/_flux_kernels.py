@@ -32,8 +32,8 @@ class TwoStreams:
                 image, text, temb, image_rotary_emb, joint_attention_kwargs
             )
             return stock
-        shift, scale, gate, shift_2, scale_2, gate_2 = _chunks(self.norm1, temb, 6)
-        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = _chunks(self.norm1_context, temb, 6)
+        shift, scale, gate, shift_2, scale_2, gate_2 = chunks(self.norm1, temb, 6)
+        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = chunks(self.norm1_context, temb, 6)
         attended, text_attended = self.attn(
             hidden_states=modulated(self.norm1.norm, image, scale, shift),
             encoder_hidden_states=modulated(self.norm1_context.norm, text, text_scale, text_shift),
@@ -65,7 +65,7 @@ class JoinedStreams:
             )
             return stock
         length, both = encoder_hidden_states.shape[1], torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        shift, scale, gate = _chunks(self.norm, temb, 3)
+        shift, scale, gate = chunks(self.norm, temb, 3)
         normed = modulated(self.norm.norm, both, scale, shift)
         network = self.act_mlp(self.proj_mlp(normed))
         attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb)
@@ -75,10 +75,10 @@ class JoinedStreams:
         return both[:, :length], both[:, length:]
 
 
-def _chunks(norm: Any, temb: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+def chunks(norm: Any, temb: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """What a norm's own map makes of the time embedding, each (B, D)."""
-    chunks: tuple[torch.Tensor, ...] = norm.linear(norm.silu(temb)).chunk(count, dim=1)
-    return chunks
+    made: tuple[torch.Tensor, ...] = norm.linear(norm.silu(temb)).chunk(count, dim=1)
+    return made
 
 
 @in_place_of(FluxTransformerBlock)

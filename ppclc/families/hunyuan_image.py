@@ -73,6 +73,13 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs, axes, sides=True, exportable=exportable(model), full=())
 
 
+def fused() -> Mapping[type, type]:
+    """By class of diffusers, the one that runs through kernels."""
+    from ppclc.families import _hunyuan_image_kernels  # brings diffusers' classes, which nothing else here needs
+
+    return _hunyuan_image_kernels.FUSED
+
+
 PLUGIN = Family(
     name="hunyuan_image",
     class_name="HunyuanImageTransformer2DModel",
@@ -99,4 +106,5 @@ PLUGIN = Family(
         "text_embed_dim": 16,
         "rope_axes_dim": (8, 8),
     },
+    fused=fused,
 )

@@ -116,7 +116,7 @@ def test_a_head_of_nan_is_alone() -> None:
     assert got.isnan().sum() == 64
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "flux", "flux2", "sd3", "longcat_image", "chroma"])
+@pytest.mark.parametrize("name", ["qwen_image", "flux", "flux2", "sd3", "longcat_image", "chroma", "hunyuan_image"])
 def test_a_whole_model_through_kernels(name: str) -> None:
     family: Family = plugins.load("families", name)
     counts = {g.count_key: 1 for g in family.groups}

@@ -19,7 +19,7 @@ from ppclc.models import apply_plan, blocks_of, save_model
 from ppclc.plan import CompressionPlan
 
 EDITED = ("qwen_image", "flux", "flux2", "sd3")
-FAMILIES = (*EDITED, "longcat_image", "chroma")
+FAMILIES = (*EDITED, "longcat_image", "chroma", "hunyuan_image")
 
 
 @pytest.fixture(autouse=True)
@@ -130,10 +130,8 @@ def test_modulation_by_token_falls_back_to_the_stock_block(taken: list[str]) -> 
 def test_half_precision_rounds_as_the_stock_model(name: str, dtype: torch.dtype, taken: list[str]) -> None:
     family, model = _model(name)
     model = model.to(dtype)
-    inputs = {
-        k: v.to(dtype) if isinstance(v, torch.Tensor) and k not in ("img_ids", "txt_ids", "timestep") else v
-        for k, v in _inputs(family, model).items()
-    }
+    precise = ("img_ids", "txt_ids", *(() if name == "hunyuan_image" else ("timestep",)))  # whose embedding of time does not cast
+    inputs = {k: v.to(dtype) if isinstance(v, torch.Tensor) and k not in precise else v for k, v in _inputs(family, model).items()}
     with torch.no_grad():
         wanted = model(**inputs)[0]
         got = fuse(model, family.fused())(**inputs)[0]
@@ -207,7 +205,9 @@ def test_fused_models_compile_without_a_break(name: str, kind: str, monkeypatch:
     assert all(f"ppclc.{kernel}" in names for kernel in ("layer_norm_modulate", "gated_residual", "qk_norm_rope"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if name != "hunyuan_image"]
+)  # which diffusers' checkpointing does not know how to call
 def test_checkpointed_blocks_give_the_same_gradients(name: str, taken: list[str]) -> None:
     family, model = _model(name)
     fuse(model, family.fused()).requires_grad_(True).train()
