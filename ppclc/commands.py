@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ppclc import compiler, kernels, sizes
 from ppclc.analysis.budget import budget_of, check_by_hand, check_target, even_plan
-from ppclc.artefacts.receipts import RECORD, read_export
+from ppclc.artefacts.receipts import RECORD, model_digest_of, read_export
 from ppclc.bench_subjects import asked_for, random_models, subjects_of
 from ppclc.benching.files import markdown, write_bench
 from ppclc.costs import blocks as block_costs
@@ -311,9 +311,9 @@ def export(
     source = open_source(str(run / STUDENT if run else model), revision, variant)
     export_pass.check_float16(source.family, dtype, force)
     set_threads(source)
-    home = run / "export" if run else Path("export") / Path(str(model).removeprefix(BUILTIN)).name
-    folder = out or _free_folder(home / backend, dtype)
     display = Display(1, verbosity)
+    home = run / "export" if run else _own_home(Path("export") / Path(str(model).removeprefix(BUILTIN)).absolute().name, source, display)
+    folder = out or _free_folder(home / backend, dtype)
     for note in source.notes:
         display.say(note)
     if record := export_pass.kept_export(folder, source.digest(), backend, dtype, own):
@@ -325,6 +325,24 @@ def export(
         display.say(line)
     display.say(f"wrote {folder}")
     return report_pass.export_json(record)
+
+
+def _own_home(home: Path, source: Source, display: Display) -> Path:
+    """Where a model's exports lie, or a folder with its digest behind the name where those of another lie, which are not replaced unasked."""
+    digest = source.digest()
+    others = [receipt.parent for receipt in sorted(home.glob(f"*/{RECORD}")) if _digest_at(receipt.parent) - {digest}]
+    if not others:
+        return home
+    own = home.with_name(f"{home.name}-{digest[:8]}")
+    display.say(f"{others[0]} is of another model, and stays; this one goes to {own}")
+    return own
+
+
+def _digest_at(folder: Path) -> set[str]:
+    try:
+        return {model_digest_of(folder)}
+    except OutputError:  # damaged, and made again
+        return set()
 
 
 def _free_folder(folder: Path, dtype: str) -> Path:
@@ -410,11 +428,16 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
 def report(out: Path) -> str:
     """Write the report of a finished run again, from its records."""
     stored = out / "recipe.yaml"
-    if not stored.is_file():
-        raise OutputError(f"{out}: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/")
+    if not (stored.is_file() and (out / "records").is_dir()):
+        raise OutputError(f"{out}: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/{_run_above(out)}")
     recipe = read_recipe(stored)
     run = compiler.reported(recipe, f"{out.name}.yaml", out, Display(1, 0))
     return "\n".join([*summary(run.report or {}, out), *run.failed])
+
+
+def _run_above(folder: Path) -> str:
+    above = folder.absolute().parent
+    return f", as {folder.parent} is" if run_at(str(above)) else ""
 
 
 def remap_lora(lora: Path, plan_file: Path, out: Path | None, model: str | None) -> dict[str, Any]:

@@ -246,9 +246,13 @@ class CompressionPlan(BaseModel):
         """The plan in a JSON text. Raises PlanError for anything else."""
         try:
             data: Any = json.loads(text, object_pairs_hook=partial(_once, where))
+            told = isinstance(data, dict) and "kept" in data
             if isinstance(data, dict):
+                data = {"kept": ()} | data
                 data.pop("files", None)  # of what lies beside it, no part of the plan
             plan = CompressionPlan.model_validate(data)
+            if not told:  # one that was written by hand need not tell what its intervals say already
+                plan = plan.model_copy(update={"kept": kept_blocks(plan.num_blocks, [(i.first, i.last) for i in plan.intervals])})
         except json.JSONDecodeError as error:
             raise PlanError(f"{where}: line {error.lineno}: {error.msg}, wanted JSON") from None
         except RecursionError:
@@ -289,6 +293,8 @@ def _place(edit: FfnEdit) -> tuple[int, str]:
 
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
+    if fault["type"] == "missing":
+        return f"{'.'.join(map(str, fault['loc']))} is missing"
     return f"{'.'.join(map(str, fault['loc'])) or 'document'} = {fault['input']!r}: {fault['msg']}"
 
 

@@ -170,6 +170,11 @@ class Quality(BaseModel):
     unit: str
     better: str
 
+    @property
+    def in_decibels(self) -> bool:
+        """Whether it tells how far from the teacher's images: those have as many decibels as are told at most, of which a drop tells nothing."""
+        return self.unit.startswith("dB")
+
 
 class Gate(BaseModel):
     """A metric held against its limit."""
@@ -308,7 +313,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system says of a folder into our errors.
 
     Raises:
-        UnavailableError: the disk is full.
+        UnavailableError: the disk is full, or has no room for one file.
         OutputError: the folder cannot be written.
     """
     try:
@@ -318,6 +323,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
         if full:
             raise UnavailableError(f"{path}: the disk is full; make room, or give another folder with -o, and run again") from error
+        if code == errno.EFBIG or "File too large" in str(error):
+            limits = "its file system or this shell's limit (ulimit -f)"
+            raise UnavailableError(f"{path}: a file is larger than {limits} allows; give another folder with -o, and run again") from error
         if isinstance(error, OSError) and code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise OutputError(f"{path}: cannot be written ({error.strerror}); give another folder with -o") from error
         raise

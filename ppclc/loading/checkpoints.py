@@ -281,7 +281,7 @@ def _copied(source: int, out: int, start: int, count: int) -> int | None:
     try:
         return os.copy_file_range(source, out, count, start)
     except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         return None
 

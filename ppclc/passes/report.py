@@ -288,6 +288,8 @@ def quality_tile(verdict: Verdict | None) -> Tile | None:
         parts.append(f"95 % interval {percent(low)} to {percent(high)} %" + (", which includes zero" if low <= 0 <= high else ""))
     passed = [gate.passed for gate, metric in zip(verdict.gates, held, strict=True) if metric == name]
     tone = ("good" if all(passed) else "bad") if passed else ""
+    if q.in_decibels:
+        return Tile(label(name), f"{number(q.student)} dB", "from the teacher's images", tone)
     return Tile(f"Drop of {label(name)}", f"{percent(q.drop_percent)} %", "; ".join(parts), tone)
 
 

@@ -125,9 +125,10 @@ def _quality(verdict: Verdict | None) -> str:
         interval = f"{percent(q.ci95[0])} to {percent(q.ci95[1])}" if q.ci95 else "–"
         seeds = ", ".join(map(str, q.seeds)) or "–"
         better = f"{q.better} is better" if q.better in ("higher", "lower") else q.better
-        rows.append(
-            f"| {label(name)} ({better}) | {number(q.teacher)} | {number(q.student)} | {percent(q.drop_percent)} | {interval} | {q.n:,} | {seeds} |"
-        )
+        figures = [number(q.teacher), number(q.student), percent(q.drop_percent), interval]
+        if q.in_decibels:
+            figures = ["–", f"{number(q.student)} dB from the teacher's images", "–", "–"]
+        rows.append(f"| {label(name)} ({better}) | {' | '.join(figures)} | {q.n:,} | {seeds} |")
     text = [
         "## Quality",
         "",

@@ -359,7 +359,7 @@ def loss_chart(title: str, caption: str, curves: Sequence[Distilled]) -> Chart:
 
 def quality_charts(verdict: Verdict | None) -> list[Chart]:
     """Drops with their intervals, when there are any intervals."""
-    rows = [(name, q.drop_percent, q.ci95) for name, q in verdict.quality.items() if q.ci95] if verdict else []
+    rows = [(name, q.drop_percent, q.ci95) for name, q in verdict.quality.items() if q.ci95 and not q.in_decibels] if verdict else []
     limits = [(*gated(gate.name), gate.limit) for gate in verdict.gates] if verdict else []
     if not rows:
         return []

@@ -118,6 +118,14 @@ def test_export_and_bench_work_bare(finished: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+def test_a_model_in_a_run_is_no_run(finished: Path) -> None:
+    done = ppclc("report", "out/small/model", cwd=finished, code=2)
+    assert "out/small/model: holds no run of ppclc compress; wanted a folder with recipe.yaml and records/, as out/small is" in " ".join(
+        done.stderr.split()
+    )
+
+
+@pytest.mark.slow
 def test_another_size_is_cut_and_measured(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(finished)
     out = finished / "out" / "small"

@@ -45,14 +45,18 @@ def verdict() -> Verdict:
         teacher=0.9, student=0.8, drop_percent=11.1111, ci95=(9.5, 12.25), n=2048, seeds=[0, 1], noise=0.0, unit="share", better="higher"
     )
     other = told.model_copy(update={"ci95": None, "seeds": [], "n": 24, "better": "lower"})
+    near = told.model_copy(
+        update={"teacher": 100.0, "student": 49.91, "drop_percent": 50.09, "unit": "dB, 100 for the teacher's own image"}
+    )
     gates = [Gate(name="scene_accuracy_g1.drop_percent", value=11.1111, limit=1.5, passed=False)]
-    return Verdict(quality={"scene_accuracy_g1": told, "velocity_error": other}, gates=gates, prompts=[])
+    return Verdict(quality={"scene_accuracy_g1": told, "velocity_error": other, "psnr": near}, gates=gates, prompts=[])
 
 
 def test_the_figures_are_those_of_the_verdict(folder: Path) -> None:
     text = text_of(folder, verdict=verdict())
     assert "| scene accuracy, guidance 1 (higher is better) | 0.9 | 0.8 | 11.11 | 9.50 to 12.25 | 2,048 | 0, 1 |" in text
     assert "| velocity error (lower is better) | 0.9 | 0.8 | 11.11 | – | 24 | – |" in text
+    assert "| psnr (higher is better) | – | 49.91 dB from the teacher's images | – | – | 2,048 | 0, 1 |" in text
     assert "- scene_accuracy_g1.drop_percent: 11.11, limit 1.5: failed" in text
     assert "with 25.00 % of its parameters removed" in text
     assert "| parameters | 1,000 | 750 |" in text

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ppclc.passes import bench, export
 from ppclc.passes.export import check_backend, export_digest, export_model
 from ppclc.plan import CompressionPlan
 from ppclc.records import Export, Parity, file_digest
+from ppclc.screens.display import Display
 
 FAMILY: Family = plugins.load("families", "qwen_image")
 INPUTS = ["hidden_states", "encoder_hidden_states", "timestep", "img_ids", "txt_ids"]
@@ -455,3 +457,19 @@ def test_a_file_is_no_folder_to_export_to(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a file; give another folder with -o"):
         export._check_folder(notes)
     assert notes.read_text() == "precious"
+
+
+def test_another_models_export_is_not_replaced_unasked(tmp_path: Path, capsys: Any) -> None:
+    """Two models' folders may have one name, `model` for example."""
+    one, other = (SimpleNamespace(digest=lambda letter=letter: 64 * letter) for letter in "ab")
+    home, screen = tmp_path / "export" / "model", Display(1, 0)
+    assert commands._own_home(home, one, screen) == home
+    (home / "onnx").mkdir(parents=True)
+    (home / "onnx" / "export.json").write_text('{"model_digest": "' + 64 * "a" + '"}')
+    assert commands._own_home(home, one, screen) == home
+    assert "of another model" not in capsys.readouterr().err
+    assert commands._own_home(home, other, screen) == home.with_name("model-bbbbbbbb")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "is of another model, and stays; this one goes to" in told
+    (home / "onnx" / "export.json").write_text("damaged")
+    assert commands._own_home(home, other, screen) == home

@@ -227,6 +227,19 @@ def test_a_block_that_becomes_the_last_of_sd3_has_its_text_modulation_turned(tmp
     assert document["outcomes"][CUT]["modules"] == 1
 
 
+def test_a_plan_alone_takes_second_attentions_wherever_they_are(tmp_path: Path) -> None:
+    _, model = teacher_of("sd3")
+    plan_file = tmp_path / "by-hand" / "plan.json"
+    plan_file.parent.mkdir()
+    plan_file.write_text('{"family": "sd3", "num_blocks": 5, "intervals": [{"first": 1, "last": 2}]}')
+    pairs = plant(model)
+    assert any(".attn2." in name for name in pairs)
+    document = remap(diffusers_file(tmp_path / "a.safetensors", pairs), plan_file, None, None)
+    assert document["checked_against"] is None
+    kept = [name for name in read(tmp_path / "a-student.safetensors")[0] if ".attn2." in name]
+    assert {name.split(".")[1] for name in kept} == {"0", "1"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux2", "chroma", "aura_flow", "hunyuan_image", "longcat_image"])
 def test_other_families_lose_blocks_alike(name: str, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_edits_that_contradict_themselves_are_refused(intervals: list[tuple[int,
         ("{", ["line 1", "wanted JSON"]),
         ("", ["line 1", "wanted JSON"]),
         ("[]", ["document", "[]"]),
-        ("{}", ["family", "required"]),
+        ("{}", ["family is missing"]),
         (changed(format=2), ["format = 2", "1"]),
         (changed(ffm=[]), ["ffm", "not permitted"]),
         (changed(num_blocks=0), ["num_blocks = 0", "greater than or equal to 1"]),
@@ -113,7 +113,7 @@ def test_edits_that_contradict_themselves_are_refused(intervals: list[tuple[int,
         (changed(adapters=[{"first": 0, "last": 1}]), ["adapters: got [0, 1]", "one of the intervals"]),
         (changed(adapters=[{"first": 3, "last": 5}] * 2), ["adapters: got [[3, 5], [3, 5]]", "once, in order"]),
         (changed(adapters=[{"first": 10, "last": 11}, {"first": 3, "last": 5}]), ["adapters: got [[10, 11], [3, 5]]", "in order"]),
-        (changed(adapters=[{"first": 3}]), ["adapters.0.last", "required"]),
+        (changed(adapters=[{"first": 3}]), ["adapters.0.last is missing"]),
         (changed(text_stream=[], modulation_rank=None), ["dead_code: got true", "without width edits", "wanted false"]),
     ],
 )
@@ -220,3 +220,12 @@ def test_a_key_that_stands_there_twice_is_refused() -> None:
     assert CompressionPlan.from_json(text) == CompressionPlan.of("qwen_image", 6, [(1, 2)])
     with pytest.raises(PlanError, match=r"plan\.json: num_blocks stands there twice"):
         CompressionPlan.from_json(text.replace('"num_blocks"', '"num_blocks": 6, "num_blocks"', 1))
+
+
+def test_a_plan_by_hand_need_not_tell_what_its_intervals_leave() -> None:
+    text = '{"family": "sd3", "num_blocks": 8, "intervals": [{"first": 2, "last": 4}]}'
+    assert CompressionPlan.from_json(text) == CompressionPlan.of("sd3", 8, [(2, 4)])
+    with pytest.raises(PlanError, match=r"^p\.json: num_blocks is missing$"):
+        CompressionPlan.from_json('{"family": "sd3"}', "p.json")
+    with pytest.raises(PlanError, match=r"intervals: got \[2, 9\]"):
+        CompressionPlan.from_json(text.replace("4", "9"), "p.json")

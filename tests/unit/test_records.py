@@ -209,6 +209,16 @@ def test_a_full_disk_leaves_no_record(tmp_path: Path, monkeypatch: pytest.Monkey
     assert build.calls == 1
 
 
+def test_a_file_that_may_not_be_so_large_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr("ppclc.records.os.replace", too_large)
+    with pytest.raises(UnavailableError, match=r"larger than its file system or this shell's limit \(ulimit -f\) allows") as caught:
+        write_text(tmp_path / "plan.json", "new")
+    assert caught.value.exit_code == 3
+
+
 def test_a_full_disk_is_told_from_what_safetensors_says(tmp_path: Path) -> None:
     from safetensors import SafetensorError
 
