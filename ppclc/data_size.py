@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from ppclc.costs.blocks import default_size
 from ppclc.data.cache import TEXT, open_cache
 from ppclc.data.encoding import kind_at
 from ppclc.errors import PpclcError
-from ppclc.loading.sources import Source, part_config
+from ppclc.loading.sources import Source, json_object, part_config
 from ppclc.publishing.pipelines import pipeline_of
 from ppclc.recipe import Recipe
 
@@ -29,7 +30,7 @@ def sample_size(recipe: Recipe, source: Source) -> dict[str, int]:
     except PpclcError:  # the data are not here: a configuration and a resolution are enough to plan with
         pass
     side = _pixels_per_token(source)
-    return size | {"height": max(1, height // side), "width": max(1, width // side), "text": TEXT_TOKENS}
+    return size | {"height": max(1, height // side), "width": max(1, width // side), "text": _text_tokens(source)}
 
 
 def _pixels_per_token(source: Source) -> int:
@@ -40,3 +41,15 @@ def _pixels_per_token(source: Source) -> int:
         return encoders.pixels_per_token(part_config(root, encoders.image_parts[0]))
     except PpclcError:
         return PIXELS
+
+
+def _text_tokens(source: Source) -> int:
+    """Where a family's texts are filled up to a length that tokenizers tell, that; else what texts of a few sentences have at most."""
+    root, encoders = pipeline_of(source), source.family.encoders
+    if encoders is None or encoders.text_tokens is None:
+        return TEXT_TOKENS
+    longest = {}
+    for part in (p for p in encoders.text_parts if p.startswith("tokenizer")):
+        with suppress(PpclcError, KeyError, TypeError, ValueError):
+            longest[part] = int(json_object(Path(root or "") / part / "tokenizer_config.json")["model_max_length"])
+    return encoders.text_tokens(longest)

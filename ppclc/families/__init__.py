@@ -266,7 +266,8 @@ class Encoders:
     each needs; no other is loaded. encode_prompts: pipeline and prompts to conditioning tensors by
     the names of forward, a row a prompt. encode_images: pipeline and images (B, 3, H, W) in -1..1 to
     latents as the transformer takes them. decode: pipeline, latents and image grid in tokens to images (B, 3, H, W) in 0..1.
-    pixels_per_token: the VAE's configuration to the side, in pixels, of the square that one token stands for.
+    pixels_per_token: the VAE's configuration to the side, in pixels, of the square that one token stands for. text_tokens: the longest text of
+    each tokenizer to the text tokens of a sample, None where they follow from the prompts.
     """
 
     pipeline_classes: tuple[str, ...]
@@ -276,6 +277,7 @@ class Encoders:
     encode_images: Callable[[Any, Any], Any]
     decode: Callable[[Any, Any, tuple[int, int]], Any]
     pixels_per_token: Callable[[Mapping[str, Any]], int]
+    text_tokens: Callable[[Mapping[str, int]], int] | None = None
 
 
 def no_grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> dict[str, Any]:

@@ -49,9 +49,14 @@ def image_ids(height: int, width: int) -> torch.Tensor:
 
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
     """Text states (B, T, E) of the pipeline's T5, padded and unmasked as it was trained, and pooled ones (B, P) of its CLIP."""
-    longest = min(512, int(pipeline.tokenizer_2.model_max_length))
+    longest = text_tokens({"tokenizer_2": int(pipeline.tokenizer_2.model_max_length)})
     states, pooled, _ = pipeline.encode_prompt(prompts, None, max_sequence_length=longest)
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+def text_tokens(longest: Mapping[str, int]) -> int:
+    """Of T5, by the longest text that its tokenizer takes."""
+    return min(512, longest.get("tokenizer_2", 512))
 
 
 def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
@@ -164,6 +169,7 @@ PLUGIN = Family(
         encode_images=encode_images,
         decode=decode,
         pixels_per_token=_kl.pixels_per_token,
+        text_tokens=text_tokens,
     ),
     single_file=_bfl.SINGLE_FILE,
     fused=fused,

@@ -43,9 +43,18 @@ def latents(config: Mapping[str, Any], height: int, width: int) -> tuple[int, ..
 
 def encode_prompts(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
     """Text states (B, T, E) of both CLIPs beside each other, T5's behind them, unmasked as it was trained, and the CLIPs' pooled ones (B, P)."""
-    longest = min(256, int(pipeline.tokenizer_3.model_max_length))
+    longest = _t5_tokens({"tokenizer_3": int(pipeline.tokenizer_3.model_max_length)})
     states, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=longest)
     return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+def text_tokens(longest: Mapping[str, int]) -> int:
+    """Those of the CLIPs, T5's behind them, by the longest text that each tokenizer takes."""
+    return longest.get("tokenizer", 77) + _t5_tokens(longest)
+
+
+def _t5_tokens(longest: Mapping[str, int]) -> int:
+    return min(256, longest.get("tokenizer_3", 256))
 
 
 def encode_images(pipeline: Any, images: torch.Tensor) -> torch.Tensor:
@@ -159,6 +168,7 @@ PLUGIN = Family(
         encode_images=encode_images,
         decode=decode,
         pixels_per_token=_kl.pixels_per_token,
+        text_tokens=text_tokens,
     ),
     fused=fused,
 )

@@ -8,12 +8,14 @@ Constants were fitted to runs of the embedded teacher's recipe on two cores of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from ppclc.analysis import trials
+from ppclc.analysis.detection import removed_by
 from ppclc.costs.blocks import width_of
 from ppclc.costs.predictions import Prediction
 from ppclc.data.samples import TRAJECTORY_STEPS
@@ -126,7 +128,15 @@ def _supernet_seconds(work: Work) -> float:
     settings, speeds = work.analysis, work.speeds
     sample_s = speeds.teacher_s * len(work.plan.kept) / work.blocks
     trained = settings.supernet_steps * work.recipe.distill.batch * speeds.training
-    return sample_s * (trained + settings.supernet_sets * settings.probes * TRAJECTORY_STEPS * _beside(work))
+    sets = min(settings.supernet_sets, _sets_there_are(work))
+    return sample_s * (trained + sets * settings.probes * TRAJECTORY_STEPS * _beside(work))
+
+
+def _sets_there_are(work: Work) -> int:
+    """Ways to leave as many blocks of each group out as the plan does; none its first."""
+    sizes = [int(work.source.config[g.count_key]) for g in work.source.family.groups]
+    gone = removed_by([(i.first, i.last) for i in work.plan.intervals], sizes)
+    return math.prod(math.comb(size - 1, count) for size, count in zip(sizes, gone, strict=True) if size)
 
 
 def _trial_seconds(work: Work) -> float:

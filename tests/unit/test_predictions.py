@@ -39,7 +39,7 @@ from ppclc.screens.display import Display
 from ppclc.teachers import ResidentTeacher
 from ppclc.training import trainer
 from tests.contracts.test_families import subject_of
-from tests.pipelines import qwen_pipeline
+from tests.pipelines import flux_pipeline, qwen_pipeline, sd3_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS: dict[str, dict[str, Any]] = {
@@ -406,6 +406,31 @@ def test_samples_are_as_large_as_the_recipe_s_data(family: Family, teacher_folde
     write_tensors(tmp_path / "cache" / "a.safetensors", tensors, {"height": "4", "width": "6"})
     cached = {"source": "cached", "path": str(tmp_path / "cache")}
     assert sized(teacher_folder, family, **cached) == {"batch": 1, "height": 4, "width": 6, "text": 7}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_texts_are_as_long_as_the_pipeline_s_tokenizers_fill_them_up(name: str, tmp_path: Path) -> None:
+    subject = subject_of(name)
+    pipeline = {"flux": flux_pipeline, "sd3": sd3_pipeline}[name](subject.model)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    with torch.no_grad():
+        encoded = subject.family.encoders.encode_prompts(pipeline, ["a cat"])["encoder_hidden_states"]
+    assert sized(tmp_path / "pipeline", subject.family, source="prompts", path="not here", resolution=64)["text"] == encoded.shape[1]
+    assert subject.family.encoders.text_tokens({}) == {"flux": 512, "sd3": 77 + 256}[name]
+
+
+def test_no_more_sets_are_judged_than_there_are(family: Family, teacher: Any, teacher_folder: Path) -> None:
+    """Of six blocks two go: of the five behind the first there are ten such sets."""
+    recipe = parse_recipe({"model": {"path": str(teacher_folder)}, "target": {"parameters": 0.7}}, "recipe")
+    plan = CompressionPlan.of(family.name, 6, [(1, 2), (4, 5)])
+    model = predict(family, config_of(teacher), plan, "float32")
+    work = Work(recipe, open_source(str(teacher_folder)), plan, model, model, Speeds(1e-3, 1e-3, 1e-3, 1e-3, 3, 1, 1e11, 1), 1)
+    settings = work.analysis
+    judged = 10 * settings.probes * 10
+    trained = settings.supernet_steps * recipe.distill.batch * 3
+    assert settings.supernet_sets > 10
+    assert run_costs._supernet_seconds(work) == pytest.approx(1e-3 * 4 / 6 * (trained + judged))
 
 
 @pytest.mark.slow
