@@ -216,8 +216,8 @@ def _chosen(run: Run, settings: AnalyzeSettings, progress: Callable[[float, str]
         analyze_pass.VERSION,
         [*(s.model_dump() for s in sections), *([asdict(lessons)] if settings.learns else [])],
         (stats,),
-        lambda _: analyze_pass.analyze(
-            run.by_blocks, run.source, stats, run.samples("train"), *sections, recipe.model.dtype, progress, lessons
+        lambda work: analyze_pass.analyze(
+            run.by_blocks, run.source, stats, run.samples("train"), *sections, recipe.model.dtype, progress, lessons, work
         ),
     )
 

@@ -10,6 +10,7 @@ Shape suffixes: B batch, T token, S image token, C channel, D width.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from torch import nn
 
 from ppclc.analysis.closed_forms import closed_form_bank, far_of, linear_map
 from ppclc.analysis.ffn_maps import ffn_map
+from ppclc.analysis.journal import Journal
 from ppclc.analysis.moments import solving_device
 from ppclc.data.samples import Sample
 from ppclc.families import STREAMS, Bank, States
@@ -70,8 +72,15 @@ class EditCosts:
     """
 
     def __init__(
-        self, teacher: Teacher, samples: Sequence[Sample], stats: CalibrationStats, ridge: float, budget: float = float("inf")
+        self,
+        teacher: Teacher,
+        samples: Sequence[Sample],
+        stats: CalibrationStats,
+        ridge: float,
+        budget: float = float("inf"),
+        journal: Journal | None = None,
     ) -> None:
+        self.journal, self._calls = journal or Journal(), itertools.count()
         self.teacher, self.family, self.stats, self.ridge, self.budget = teacher, teacher.family, stats, ridge, budget
         self.length, self.samples = teacher.num_blocks, [part for sample in samples for part in teacher.parts(sample)]
         self.embedded = [teacher.embed(sample) for sample in self.samples]
@@ -155,13 +164,17 @@ class EditCosts:
 
     @torch.no_grad()
     def errors(self, detours: Sequence[Detour], progress: Progress = lambda _: None) -> list[torch.Tensor]:
-        """Errors (n,) of every detour."""
-        order = sorted(range(len(detours)), key=lambda i: detours[i].leaves)
+        """Errors (n,) of every detour; those that the journal has are not measured again."""
+        call = next(self._calls)
+        known = ((i, self.journal.tensor("errors", call, i, d.leaves)) for i, d in enumerate(detours))
+        found = {i: each.to(self.energy.device) for i, each in known if each is not None}
+        order = sorted((i for i in range(len(detours)) if i not in found), key=lambda i: detours[i].leaves)
         groups = [order[i : i + self.together] for i in range(0, len(order), self.together)]
-        found: dict[int, torch.Tensor] = {}
         for n, group in enumerate(groups):
             later = detours[groups[n + 1][0]].leaves if n + 1 < len(groups) else 0
-            found |= zip(group, self._walk([detours[i] for i in group], later), strict=True)
+            for i, each in zip(group, self._walk([detours[i] for i in group], later), strict=True):
+                self.journal.put_tensor(each, "errors", call, i, detours[i].leaves)
+                found[i] = each
             progress(len(found) / len(detours))
         self.spent += sum(self.count * d.work(self.length) for d in detours) / self.length
         return [found[i] for i in range(len(detours))]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -89,6 +90,10 @@ class Lessons:
     learning_rate: float = 1e-3
 
 
+Taught = Callable[[], trials.Teaching]
+"""What trainings learn from, made when it is first asked for: where the journal knows what they came to, it is not."""
+
+
 class Search:
     """Costs of candidate edits, measured as they are needed, and the options that they make for the selection."""
 
@@ -103,7 +108,7 @@ class Search:
         progress: Callable[[float, str], None],
     ) -> None:
         self.source, self.costs, self.settings, self.wanted = source, costs, settings, wanted
-        self.cka, self.ppcl, self.progress = cka, ppcl, progress
+        self.cka, self.ppcl, self.progress, self.journal = cka, ppcl, progress, costs.journal
         self.length, self.longest = costs.length, costs.stats.longest
         self.sizes = source.family.sizes(source.config)
         self.adapted = adapted_spans(wanted)
@@ -209,7 +214,9 @@ class Search:
         if samples is None or not learns:
             return found[0]
         steps = max(self.settings.supernet_steps, self.settings.trial_steps if self.settings.trials > 1 else 0)
-        teaching = trials.Teaching.of(self.whole, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
+        teaching = cache(
+            partial(trials.Teaching.of, self.whole, samples, steps, lessons.batch, lessons.learning_rate, self.settings.probes)
+        )
         depths = sorted({self._removed(p) for p in found})
         if self.settings.supernet_steps and self.wanted.intervals == "auto" and any(map(any, depths)):
             chains = self._shared({n: options.chains[n] for n in {(0,) * len(self.sizes), *depths}}, teaching)
@@ -224,7 +231,7 @@ class Search:
         """Blocks of each group that go with a plan."""
         return detection.removed_by([(i.first, i.last) for i in plan.intervals], self.sizes)
 
-    def _shared(self, cheapest: Mapping[Removed, Sequence[Chain]], teaching: trials.Teaching) -> dict[Removed, list[Chain]]:
+    def _shared(self, cheapest: Mapping[Removed, Sequence[Chain]], teaching: Taught) -> dict[Removed, list[Chain]]:
         """Intervals by the number of blocks they remove: the supernet's best, at the cost of the cheapest by output error.
 
         The cost says what depth is worth against width, the supernet which blocks go. Where the cheapest costs next
@@ -238,10 +245,18 @@ class Search:
         if not searched:
             return chains
         self.starts |= {s: self.kept[s] for n, c in chains.items() if n not in searched for s in c[0][1]}
-        net = supernet.Supernet(self.whole, self.source.family, teaching.learning_rate)
         picker = partial(supernet.picker, self.drop_errors, allowed, self.sizes)
-        net.train(teaching.taught[: self.settings.supernet_steps], picker(searched), self.progress)
-        with net.judges(teaching.distance) as score:
+        with ExitStack() as stack:
+            judge = cache(partial(self._judge, stack, teaching, picker(searched)))
+
+            def score(sets: Iterable[Dropped]) -> list[torch.Tensor]:
+                sets = list(sets)
+                if new := [dropped for dropped in sets if self.journal.get("set", dropped) is None]:
+                    for dropped, each in zip(new, judge()(new), strict=True):
+                        self.journal.put_tensor(each, "set", dropped)
+                found = (self.journal.tensor("set", dropped) for dropped in sets)
+                return [each for each in found if each is not None]
+
             for n in searched:
                 first = self._known_sets(n, cheapest[n])
                 draw = picker([n], seed=1)
@@ -256,14 +271,24 @@ class Search:
                     chains[n] = [(chains[n][0][0], sorted(best))]
         return chains
 
-    def _tried(self, plans: Sequence[CompressionPlan], teaching: trials.Teaching) -> CompressionPlan:
-        """The plan whose student samples nearest to the teacher after a short training."""
-        entries = [trials.Trial(plan, self._bank(plan), teaching.learning_rate) for plan in plans]
-        ranked = trials.run_trials(self.whole, entries, teaching.taught[: self.settings.trial_steps], teaching.distance, self.progress)
-        self.trials = [TrialResult(plan=t.plan, errors=t.errors) for t in ranked]
-        return ranked[0].plan
+    def _judge(self, stack: ExitStack, teaching: Taught, pick: Callable[[], Dropped]) -> supernet.Score:
+        """What scores sets of blocks: a supernet, trained now."""
+        net = supernet.Supernet(self.whole, self.source.family, teaching().learning_rate)
+        net.train(teaching().taught[: self.settings.supernet_steps], pick, self.progress)
+        return stack.enter_context(net.judges(teaching().distance))
 
-    def _try_starts(self, plan: CompressionPlan, teaching: trials.Teaching) -> None:
+    def _tried(self, plans: Sequence[CompressionPlan], teaching: Taught) -> CompressionPlan:
+        """The plan whose student samples nearest to the teacher after a short training."""
+        if (known := self.journal.get("tried")) is None:
+            entries = [trials.Trial(plan, self._bank(plan), teaching().learning_rate) for plan in plans]
+            taught = teaching().taught[: self.settings.trial_steps]
+            ranked = trials.run_trials(self.whole, entries, taught, teaching().distance, self.progress, journal=self.journal)
+            known = [[plans.index(t.plan), t.errors] for t in ranked]
+            self.journal.put(known, "tried")
+        self.trials = [TrialResult(plan=plans[n], errors=errors) for n, errors in known]
+        return self.trials[0].plan
+
+    def _try_starts(self, plan: CompressionPlan, teaching: Taught) -> None:
         """Take, of several ways to start the plan's intervals, the one whose student comes to sample nearest to the teacher.
 
         All start as the search found them, or each from its first, middle or last block. Those with adapters stay.
@@ -276,14 +301,18 @@ class Search:
             ways += [way] if way not in ways else []
         if len(ways) == 1:
             return
-        taught = teaching.taught[: self.settings.trial_steps]
         found = {}
         if self.trials:  # the first way has been tried, as long, with other plans
             errors = self.trials[0].errors
             found[0] = [errors[0], errors[-1]]
-        entries = {n: trials.Trial(plan, self._bank(plan, ways[n]), teaching.learning_rate) for n in range(len(found), len(ways))}
-        trials.run_trials(self.whole, list(entries.values()), taught, teaching.distance, self.progress, rounds=(1.0,))
-        found |= {n: t.errors for n, t in entries.items()}
+        left = range(len(found), len(ways))
+        if (known := self.journal.get("starts")) is None:
+            entries = [trials.Trial(plan, self._bank(plan, ways[n]), teaching().learning_rate) for n in left]
+            taught, judge = teaching().taught[: self.settings.trial_steps], teaching().distance
+            trials.run_trials(self.whole, entries, taught, judge, self.progress, rounds=(1.0,), journal=self.journal, name="ways")
+            known = [t.errors for t in entries]
+            self.journal.put(known, "starts")
+        found |= {n: [(int(step), float(error)) for step, error in errors] for n, errors in zip(left, known, strict=True)}
         ranked = sorted(found, key=lambda n: min(error for _, error in found[n]))
         self.start_trials = [StartResult(starts={keys[s]: b for s, b in ways[n].items()}, errors=found[n]) for n in ranked]
         self.starts |= ways[ranked[0]]

@@ -32,7 +32,7 @@ from ppclc.training.trainer import autocast
 
 Dropped = tuple[int, ...]
 """Blocks that are left out, in rising order."""
-Score = Callable[[Iterable[Dropped]], list[torch.Tensor]]
+Score = Callable[[Iterable[Dropped]], Iterable[torch.Tensor]]
 """Of every set the distances (n,) of samples; a set is as good as their median is low."""
 FIT_RIDGE = 0.3
 """Penalty of the surrogate's coefficients, which are of the size of a logarithm's change."""
@@ -83,7 +83,7 @@ class Supernet:
                 models.append(model)
 
         with ThreadPoolExecutor(lanes) as pool:
-            yield lambda sets: list(pool.map(one, sets))
+            yield lambda sets: pool.map(one, sets)
 
 
 def picker(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppclc.analysis.journal import Journal
 from ppclc.data import flow
 from ppclc.data.samples import TRAJECTORY_STEPS, Sample, Samples
 from ppclc.families import Bank
@@ -112,6 +113,14 @@ class Trial:
         with autocast(self.student, self.dtype):
             self.errors.append((step, judge(self.student)))
 
+    def recall(self, errors: Sequence[tuple[int, float]] | None) -> bool:
+        """Take what an earlier run of this training came to, if that is told; another round begins from the start."""
+        if errors is not None:
+            self.errors = [(int(step), float(error)) for step, error in errors]
+            self.error = min(error for _, error in self.errors)
+            self.release()
+        return errors is not None
+
     def release(self) -> None:
         """Let the student go; another round begins from the start."""
         self.student = self.optimizer = None
@@ -124,8 +133,11 @@ def run_trials(
     judge: Callable[[Any], float],
     progress: Callable[[float, str], None],
     rounds: Sequence[float] = ROUNDS,
+    journal: Journal | None = None,
+    name: str = "trials",
 ) -> list[Trial]:
-    """All trials, the best first: those that went further before those that dropped out."""
+    """All trials, the best first: those that went further before those that dropped out. What the journal has under the name is not trained again."""
+    journal, numbers = journal or Journal(), {id(t): n for n, t in enumerate(trials)}
     ends = [max(1, round(share * len(taught))) for share in rounds]
     left, finished = list(trials), 0
     out: list[Trial] = []
@@ -135,12 +147,15 @@ def run_trials(
     keep = whole <= HELD_BYTES
     for end in ends:
         size = len(left) if keep else workers
-        for some in [left[i : i + size] for i in range(0, len(left), size)]:
+        new = [trial for trial in left if not trial.recall(journal.get(name, numbers[id(trial)], end))]
+        finished += len(left) - len(new)
+        for some in [new[i : i + size] for i in range(0, len(new), size)]:
             for trial in some:
                 trial.prepare(teacher)
             with ThreadPoolExecutor(workers) as pool:
-                for job in [pool.submit(trial.advance, taught, end, judge) for trial in some]:
+                for trial, job in [(trial, pool.submit(trial.advance, taught, end, judge)) for trial in some]:
                     job.result()
+                    journal.put(trial.errors, name, numbers[id(trial)], end)
                     finished += 1
                     progress(finished / total, "trials")
             for trial in some if not keep else ():

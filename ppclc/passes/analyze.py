@@ -8,6 +8,7 @@ under a budget is ours: a candidate's cost is the velocity error with a closed-f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -16,6 +17,7 @@ from ppclc.analysis.budget import PlanSettings, TargetSettings
 from ppclc.analysis.closed_forms import Probes, cka_map, far_of, modulation_basis
 from ppclc.analysis.detection import Span
 from ppclc.analysis.edit_costs import EditCosts
+from ppclc.analysis.journal import Journal
 from ppclc.analysis.moments import BANDS, CHUNKS, near_of, solving_device
 from ppclc.analysis.search import RESAMPLES, AnalyzeSettings, Lessons, Search, agreement
 from ppclc.data.samples import Sample, Samples
@@ -38,8 +40,11 @@ def analyze(
     dtype: str,
     progress: Callable[[float, str], None],
     lessons: Lessons = Lessons(),  # noqa: B008 (frozen)
+    work: Path | None = None,
 ) -> Analysis:
     """The analysis and the plan. A streamed teacher is not trained: settings must leave out the supernet and trials.
+
+    work: a folder for what has been found, so that an analysis that was stopped goes on from there, to the same result.
 
     Raises:
         RecipeError: a target that no allowed set of edits reaches.
@@ -53,7 +58,8 @@ def analyze(
     maps = {s: cka_map(p, stats.longest, far[s]) for s, p in probes.items()}
     sizes = family.sizes(source.config)
     detected = {s: detection.first_difference_intervals(m.tolist(), sizes) for s, m in maps.items()}
-    costs = EditCosts(teacher, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget)
+    journal = Journal(work / "found.jsonl" if work else None)
+    costs = EditCosts(teacher, probe_set(samples, settings.probes), stats, settings.ridge, settings.budget, journal)
     search = Search(source, costs, settings, wanted, maps[streams[0]].tolist(), detected[streams[0]][0], progress)
     plan = search.plan(target, dtype, samples, lessons)
     starts = search.all_starts(plan)

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ppclc.analysis.edit_costs import EditCosts, kept_choices
 from ppclc.analysis.moments import BANDS, Moments, near_of
 from ppclc.analysis.search import AnalyzeSettings, Search, agreement
 from ppclc.analysis.selection import cheapest_chains
-from ppclc.analysis.supernet import fits
+from ppclc.analysis.supernet import Supernet, fits
 from ppclc.costs.blocks import BlockCosts
 from ppclc.costs.predictions import vram_bytes, weight_bytes
 from ppclc.data import flow
@@ -462,7 +463,14 @@ class Planted:
     def select(self, target: float, plan: dict[str, Any] | None = None, strategy: Any = "output_error") -> CompressionPlan:
         return self.search(plan, strategy).plan(TargetSettings(parameters=int(target * count_parameters(self.model))), "float32")
 
-    def analyze(self, target: dict[str, float], plan: dict[str, Any] | None = None, **settings_: Any) -> Analysis:
+    def analyze(
+        self,
+        target: dict[str, float],
+        plan: dict[str, Any] | None = None,
+        work: Path | None = None,
+        progress: Callable[[float, str], None] = quiet,
+        **settings_: Any,
+    ) -> Analysis:
         wanted = PlanSettings(**(plan or {}))
         chosen = AnalyzeSettings(**{"probes": 16, "trials": 0, "supernet_steps": 0, **settings_})
         return analyze(
@@ -474,7 +482,8 @@ class Planted:
             TargetSettings(**target),
             wanted,
             "float32",
-            quiet,
+            progress,
+            work=work,
         )
 
 
@@ -577,6 +586,45 @@ def test_trials_take_the_plan_that_learns_best(planted: Planted) -> None:
 
 
 @pytest.mark.slow
+def test_an_analysis_that_is_stopped_goes_on_to_the_same_result(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped again and again, in every part: no cost is measured twice, and the supernet is trained for sets alone that were not judged."""
+    settings: dict[str, Any] = {"supernet_steps": 3, "supernet_sets": 6, "trials": 3, "trial_steps": 3}
+    walks, steps = [0], [0]
+    walk, train = EditCosts._walk, Supernet.train
+    monkeypatch.setattr(EditCosts, "_walk", lambda *a: (walks.append(len(a[1])), walk(*a))[1])
+    monkeypatch.setattr(Supernet, "train", lambda *a: (steps.append(1), train(*a))[1])
+    monkeypatch.setattr(trials, "TRAJECTORY_STEPS", 2)
+    of_depth = {"text_stream": "none", "ffn": "none", "modulation_rank": "none"}
+    analyzed = partial(planted.analyze, {"parameters": 0.65}, of_depth, **settings)
+    whole = analyzed()
+    measured, walks[:], steps[:] = sum(walks), [0], [0]
+    seen = dict.fromkeys(("intervals", "shared", "sets", "trials"), 0)
+    left = [("intervals", 3), ("intervals", 9), ("shared", 2), ("sets", 1), ("sets", 4), ("trials", 1), ("trials", 3), ("trials", 5)]
+
+    def stop(_: float, note: str) -> None:
+        kind = note.split()[0]
+        seen[kind] += 1
+        if (kind, seen[kind]) in left:
+            left.remove((kind, seen[kind]))
+            raise KeyboardInterrupt
+
+    for attempt in range(1, len(left) + 2):
+        try:
+            found = analyzed(work=tmp_path, progress=stop)
+        except KeyboardInterrupt:
+            if attempt % 3 == 0:  # a kill may cut off what was being written
+                with (tmp_path / "found.jsonl").open("ab") as file:
+                    file.write(b'["[\\"errors\\", 0, 1')
+    assert not left
+    assert found == whole.model_copy(update={"tensors": found.tensors})
+    assert all(torch.equal(found.tensors[k].nan_to_num(), t.nan_to_num()) for k, t in whole.tensors.items())
+    assert sum(walks) == measured
+    assert analyzed(work=tmp_path).plan == whole.plan  # as a run that was killed before its record was whole
+    assert sum(walks) == measured
+    assert sum(steps) == 3  # it was stopped itself, and twice between sets
+
+
+@pytest.mark.slow
 def test_blocks_start_where_their_student_learns_best(planted: Planted) -> None:
     """Of blocks 2 to 4 only 2 does more than add a constant: a student's block that starts elsewhere learns from nothing."""
     by_hand = {"intervals": [[2, 4]], "text_stream": "none", "ffn": "none", "modulation_rank": "none"}
@@ -589,7 +637,7 @@ def test_blocks_start_where_their_student_learns_best(planted: Planted) -> None:
     search = planted.search(by_hand)
     search.kept[2, 4] = 4  # what the search had found gives way to what learns best
     teaching = trials.Teaching.of(planted.model, planted.samples, 4, 8, 1e-3, 16)
-    search._try_starts(analysis.plan, teaching)
+    search._try_starts(analysis.plan, lambda: teaching)
     assert search.start(2, 4) == 2
     assert not planted.analyze({"parameters": 0.9}, by_hand, trials=1, trial_steps=4).start_trials
 
