@@ -7,8 +7,10 @@ They are told apart by how far what they sample lies from what the teacher does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,11 +93,16 @@ class Trial:
             )
             self.done = 0
 
-    def advance(self, taught: Sequence[Lesson], to: int, judge: Callable[[Any], float]) -> None:
-        """Train up to a step, and judge there; before the first step too. The error is the least so far: a cut that costs nothing needs no training."""
+    def advance(self, taught: Sequence[Lesson], to: int, judge: Callable[[Any], float], stopped: threading.Event) -> None:
+        """Train up to a step, and judge there; before the first step too. The error is the least so far: a cut that costs nothing needs no training.
+
+        Once it is `stopped` it ends after the step that is under way, and is not judged.
+        """
         if not self.errors:
             self._judge(0, judge)
         for step in range(self.done, to):
+            if stopped.is_set():
+                return
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate * min(1.0, (step + 1) / WARMUP)
             sample, wanted = taught[step]
@@ -126,6 +133,17 @@ class Trial:
         self.student = self.optimizer = None
 
 
+@contextmanager
+def ended_with(pool: ThreadPoolExecutor, stopped: threading.Event) -> Iterator[None]:
+    """A block whose threads are told to stop where it ends early: by an interrupt, or an error of one of them."""
+    try:
+        yield
+    except BaseException:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+
+
 def run_trials(
     teacher: Any,
     trials: Sequence[Trial],
@@ -137,7 +155,7 @@ def run_trials(
     name: str = "trials",
 ) -> list[Trial]:
     """All trials, the best first: those that went further before those that dropped out. What the journal has under the name is not trained again."""
-    journal, numbers = journal or Journal(), {id(t): n for n, t in enumerate(trials)}
+    journal, numbers, stopped = journal or Journal(), {id(t): n for n, t in enumerate(trials)}, threading.Event()
     ends = [max(1, round(share * len(taught))) for share in rounds]
     left, finished = list(trials), 0
     out: list[Trial] = []
@@ -152,8 +170,8 @@ def run_trials(
         for some in [new[i : i + size] for i in range(0, len(new), size)]:
             for trial in some:
                 trial.prepare(teacher)
-            with ThreadPoolExecutor(workers) as pool:
-                for trial, job in [(trial, pool.submit(trial.advance, taught, end, judge)) for trial in some]:
+            with ThreadPoolExecutor(workers) as pool, ended_with(pool, stopped):
+                for trial, job in [(trial, pool.submit(trial.advance, taught, end, judge, stopped)) for trial in some]:
                     job.result()
                     journal.put(trial.errors, name, numbers[id(trial)], end)
                     finished += 1

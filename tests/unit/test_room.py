@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -275,7 +276,8 @@ def test_a_trial_of_a_model_in_half_precision_takes_small_steps(in_half: Any, no
     before = {n: p.detach().clone() for n, p in trial.student.named_parameters()}
     seen: list[torch.dtype] = []
     trial.student.proj_out.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
-    trial.advance(taught, 3, SampledDistance.of_teacher(in_half, [noise.starts(2, torch.Generator().manual_seed(1))], 2))
+    judge, stopped = SampledDistance.of_teacher(in_half, [noise.starts(2, torch.Generator().manual_seed(1))], 2), threading.Event()
+    trial.advance(taught, 3, judge, stopped)
     moved = [n for n, p in trial.student.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) > 0.9 * len(before)
     assert set(seen) == {torch.bfloat16}

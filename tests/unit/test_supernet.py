@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from ppclc.analysis.budget import PlanSettings, TargetSettings
 from ppclc.analysis.detection import spans_of_dropped
 from ppclc.analysis.search import AnalyzeSettings
 from ppclc.analysis.supernet import Dropped, Score, Supernet, dropped_by, fits, picker, search, surrogate
-from ppclc.analysis.trials import Teaching
+from ppclc.analysis.trials import Teaching, Trial, ended_with
 from ppclc.data.samples import open_samples
 from ppclc.families import Family
 from ppclc.loading.sources import open_source
@@ -182,3 +185,32 @@ def test_lessons_and_starts_are_the_same_every_time(tiny: Any) -> None:
     assert abs(noise.mean().item()) < 0.2
     assert noise.std().item() == pytest.approx(1, abs=0.1)
     assert "encoder_hidden_states" in given
+
+
+def test_threads_that_train_end_with_what_waits_for_them() -> None:
+    """After what is under way, which looks whether it is to stop at every step; what has not begun does not."""
+    stopped, ended = threading.Event(), []
+
+    def train() -> None:
+        ended.append(stopped.wait(30))
+
+    def interrupted() -> None:
+        with ThreadPoolExecutor(1) as pool, ended_with(pool, stopped):
+            jobs.extend(pool.submit(train) for _ in range(3))
+            raise KeyboardInterrupt
+
+    start, jobs = time.perf_counter(), list[Any]()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.perf_counter() - start < 10
+    assert ended in ([True], [])
+    assert jobs[2].cancelled()
+
+
+def test_a_trial_that_is_stopped_is_not_judged(tiny: Any) -> None:
+    model, source, _, teaching = tiny
+    trial, stopped = Trial(CompressionPlan.of(source.family.name, 6), {}, 1e-3), threading.Event()
+    trial.prepare(model)
+    stopped.set()
+    trial.advance(teaching.taught, len(teaching.taught), lambda _: 1.0, stopped)
+    assert (trial.done, [step for step, _ in trial.errors]) == (0, [0])
