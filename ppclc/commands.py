@@ -312,8 +312,7 @@ def export(
     export_pass.check_float16(source.family, dtype, force)
     set_threads(source)
     display = Display(1, verbosity)
-    home = run / "export" if run else _own_home(Path("export") / Path(str(model).removeprefix(BUILTIN)).absolute().name, source, display)
-    folder = out or _free_folder(home / backend, dtype)
+    folder = out or _free_folder((run / "export" if run else _own_home(str(model), source, display)) / backend, dtype)
     for note in source.notes:
         display.say(note)
     if record := export_pass.kept_export(folder, source.digest(), backend, dtype, own):
@@ -327,9 +326,9 @@ def export(
     return report_pass.export_json(record)
 
 
-def _own_home(home: Path, source: Source, display: Display) -> Path:
+def _own_home(model: str, source: Source, display: Display) -> Path:
     """Where a model's exports lie, or a folder with its digest behind the name where those of another lie, which are not replaced unasked."""
-    digest = source.digest()
+    home, digest = Path("export") / Path(model.removeprefix(BUILTIN)).absolute().name, source.digest()
     others = [receipt.parent for receipt in sorted(home.glob(f"*/{RECORD}")) if _digest_at(receipt.parent) - {digest}]
     if not others:
         return home

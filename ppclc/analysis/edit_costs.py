@@ -10,7 +10,6 @@ Shape suffixes: B batch, T token, S image token, C channel, D width.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +20,7 @@ from torch import nn
 
 from ppclc.analysis.closed_forms import closed_form_bank, far_of, linear_map
 from ppclc.analysis.ffn_maps import ffn_map
-from ppclc.analysis.journal import Journal
+from ppclc.analysis.journal import Journal, Key
 from ppclc.analysis.moments import solving_device
 from ppclc.data.samples import Sample
 from ppclc.families import STREAMS, Bank, States
@@ -52,9 +51,10 @@ Runs = Callable[[Callable[[], nn.Module], States, Mapping[str, Any]], States]
 class Detour:
     """One edit: from which state on it runs, and by block what runs instead of the teacher's, None for nothing at all.
 
-    skeleton: of the student, where what enters its blocks besides the states is its own.
+    name: which edit it is, among all of an analysis. skeleton: of the student, where what enters its blocks besides the states is its own.
     """
 
+    name: Key
     leaves: int
     instead: Mapping[int, Runs | None] = field(default_factory=dict)
     skeleton: Skeleton | None = None
@@ -80,7 +80,7 @@ class EditCosts:
         budget: float = float("inf"),
         journal: Journal | None = None,
     ) -> None:
-        self.journal, self._calls = journal or Journal(), itertools.count()
+        self.journal = journal or Journal()
         self.teacher, self.family, self.stats, self.ridge, self.budget = teacher, teacher.family, stats, ridge, budget
         self.length, self.samples = teacher.num_blocks, [part for sample in samples for part in teacher.parts(sample)]
         self.embedded = [teacher.embed(sample) for sample in self.samples]
@@ -131,11 +131,11 @@ class EditCosts:
 
     def dropped(self, blocks: Sequence[int]) -> list[torch.Tensor]:
         """Errors with each of these blocks left out and nothing in its place."""
-        return self.errors([Detour(b, {b: None}) for b in blocks])
+        return self.errors([Detour(("without", b), b, {b: None}) for b in blocks])
 
     def ffns(self, networks: Sequence[tuple[int, str]], progress: Progress = lambda _: None) -> list[torch.Tensor]:
         """Errors with the feed-forward network of a block's stream made linear, of each of them."""
-        return self.errors([Detour(b, {b: self._linear(b, stream)}) for b, stream in networks], progress)
+        return self.errors([Detour(("network", b, stream), b, {b: self._linear(b, stream)}) for b, stream in networks], progress)
 
     def cuts(self, cuts: Sequence[Mapping[Span, int]], linear: bool = True, progress: Progress = lambda _: None) -> list[torch.Tensor]:
         """Errors with several intervals replaced at once, each by the block that stays, with or without linear maps for the others; of each such cut."""
@@ -144,7 +144,7 @@ class EditCosts:
             instead: dict[int, Runs | None] = {}
             for (u, v), kept in cut.items():
                 instead |= dict.fromkeys(range(u, v + 1)) | {kept: self._sandwich(u, v, kept) if linear else self._as_it_is(u)}
-            detours.append(Detour(min(instead), instead))
+            detours.append(Detour(("cut", linear, sorted(cut.items())), min(instead), instead))
         return self.errors(detours, progress)
 
     def students(self, plans: Sequence[CompressionPlan], progress: Progress = lambda _: None) -> list[torch.Tensor]:
@@ -165,15 +165,14 @@ class EditCosts:
     @torch.no_grad()
     def errors(self, detours: Sequence[Detour], progress: Progress = lambda _: None) -> list[torch.Tensor]:
         """Errors (n,) of every detour; those that the journal has are not measured again."""
-        call = next(self._calls)
-        known = ((i, self.journal.tensor("errors", call, i, d.leaves)) for i, d in enumerate(detours))
+        known = ((i, self.journal.tensor("errors", *d.name)) for i, d in enumerate(detours))
         found = {i: each.to(self.energy.device) for i, each in known if each is not None}
         order = sorted((i for i in range(len(detours)) if i not in found), key=lambda i: detours[i].leaves)
         groups = [order[i : i + self.together] for i in range(0, len(order), self.together)]
         for n, group in enumerate(groups):
             later = detours[groups[n + 1][0]].leaves if n + 1 < len(groups) else 0
             for i, each in zip(group, self._walk([detours[i] for i in group], later), strict=True):
-                self.journal.put_tensor(each, "errors", call, i, detours[i].leaves)
+                self.journal.put_tensor(each, "errors", *detours[i].name)
                 found[i] = each
             progress(len(found) / len(detours))
         self.spent += sum(self.count * d.work(self.length) for d in detours) / self.length
@@ -235,7 +234,7 @@ class EditCosts:
 
     def _between(self, u: int, v: int, kept: int) -> Detour:
         """One block in the place of u..v, with linear maps for the others."""
-        return Detour(u, dict.fromkeys(range(u, v + 1)) | {kept: self._sandwich(u, v, kept)})
+        return Detour(("interval", u, v, kept), u, dict.fromkeys(range(u, v + 1)) | {kept: self._sandwich(u, v, kept)})
 
     def _sandwich(self, u: int, v: int, kept: int) -> Runs:
         """A block, with linear maps by stream for those of its interval before it and for those after it."""
@@ -251,7 +250,7 @@ class EditCosts:
 
     def _adapted_from(self, u: int, v: int, start: int) -> Detour:
         """One block with maps in front of it in the place of u..v."""
-        return Detour(u, dict.fromkeys(range(u, v + 1)) | {start: self._sandwich(u, start, start)})
+        return Detour(("adapted", u, v, start), u, dict.fromkeys(range(u, v + 1)) | {start: self._sandwich(u, start, start)})
 
     def _linear(self, block: int, stream: str) -> Runs:
         """A block whose network of a stream is linear. The network still runs, and its result is not used."""
@@ -279,7 +278,8 @@ class EditCosts:
         bank = closed_form_bank(self.stats, self.ridge, plan)
         leaves = 0 if plan.modulation_rank is not None else min([*(e.reference for e in plan.text_stream), *(e.block for e in plan.ffn)])
         skeleton = self._skeleton(plan, bank)
-        return Detour(leaves, {b: partial(self._run_student, plan, bank, b) for b in range(leaves, self.length)}, skeleton)
+        runs = {b: partial(self._run_student, plan, bank, b) for b in range(leaves, self.length)}
+        return Detour(("student", plan.to_json()), leaves, runs, skeleton)
 
     def _run_student(
         self, plan: CompressionPlan, bank: Bank, block: int, _: Callable[[], nn.Module], states: States, shared: Mapping[str, Any]

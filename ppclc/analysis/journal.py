@@ -15,10 +15,7 @@ Key = tuple[Any, ...]
 
 
 class Journal:
-    """Results by key, kept in a file where one is given. What a kill has cut off at its end is left out, and measured again.
-
-    Whoever asks in the same order finds the same: keys tell what was measured, and nothing of how.
-    """
+    """Results by key, kept in a file where one is given. What a kill has cut off at its end is left out, and measured again."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path, self._found = path, dict[str, Any]()
@@ -28,10 +25,10 @@ class Journal:
         data = path.read_bytes()
         for line in data.splitlines(keepends=True):
             try:
-                key, value = json.loads(line) if line.endswith(b"\n") else (None, None)
-            except (ValueError, TypeError):
+                key, value = json.loads(line)
+            except (ValueError, TypeError, RecursionError):
                 break
-            if key is None:
+            if not (isinstance(key, str) and line.endswith(b"\n")):
                 break
             self._found[key], whole = value, whole + len(line)
         if whole < len(data):

@@ -459,17 +459,18 @@ def test_a_file_is_no_folder_to_export_to(tmp_path: Path) -> None:
     assert notes.read_text() == "precious"
 
 
-def test_another_models_export_is_not_replaced_unasked(tmp_path: Path, capsys: Any) -> None:
+def test_another_models_export_is_not_replaced_unasked(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two models' folders may have one name, `model` for example."""
+    monkeypatch.chdir(tmp_path)
     one, other = (SimpleNamespace(digest=lambda letter=letter: 64 * letter) for letter in "ab")
-    home, screen = tmp_path / "export" / "model", Display(1, 0)
-    assert commands._own_home(home, one, screen) == home
+    home, screen = Path("export/model"), Display(1, 0)
+    assert commands._own_home("mine/model", one, screen) == home
     (home / "onnx").mkdir(parents=True)
     (home / "onnx" / "export.json").write_text('{"model_digest": "' + 64 * "a" + '"}')
-    assert commands._own_home(home, one, screen) == home
+    assert commands._own_home("mine/model", one, screen) == home
     assert "of another model" not in capsys.readouterr().err
-    assert commands._own_home(home, other, screen) == home.with_name("model-bbbbbbbb")
+    assert commands._own_home("theirs/model/", other, screen) == home.with_name("model-bbbbbbbb")
     told = " ".join(capsys.readouterr().err.split())
-    assert "is of another model, and stays; this one goes to" in told
+    assert "export/model/onnx is of another model, and stays; this one goes to export/model-bbbbbbbb" in told
     (home / "onnx" / "export.json").write_text("damaged")
-    assert commands._own_home(home, other, screen) == home
+    assert commands._own_home("theirs/model", other, screen) == home

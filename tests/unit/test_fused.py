@@ -69,7 +69,13 @@ def _student(name: str) -> tuple[Family, Any]:
 
 
 MAKERS: dict[str, Callable[[str], tuple[Family, Any]]] = {"stock": _model, "student": _student}
-each_model = pytest.mark.parametrize(("name", "kind"), [*((n, "stock") for n in FAMILIES), *((n, "student") for n in EDITED)])
+MODELS = [*((n, "stock") for n in FAMILIES), *((n, "student") for n in EDITED)]
+each_model = pytest.mark.parametrize(("name", "kind"), MODELS)
+DAILY = ("qwen_image", "flux", "sd3")
+each_model_in_time = pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*p, marks=() if p[0] in DAILY else pytest.mark.long) for p in MODELS]
+)
+"""As `each_model`, of tests that take seconds: what is made like others is left to the long ones."""
 
 
 def _inputs(family: Family, model: Any, dtype: torch.dtype = torch.float32, **more: Any) -> dict[str, Any]:
@@ -177,7 +183,7 @@ def test_mixed_precision_trains_fused_blocks(name: str, taken: list[str]) -> Non
 
 
 @pytest.mark.slow
-@each_model
+@each_model_in_time
 def test_fused_models_compile_without_a_break(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, model = MAKERS[kind](name)
     fuse(model, family.fused())
@@ -283,7 +289,7 @@ def test_hooks_on_a_norms_input_are_called_and_its_kernel_is_taken(hooks: int, t
 
 
 @pytest.mark.slow
-@each_model
+@each_model_in_time
 def test_whoever_listens_to_a_norm_is_told_and_changes_nothing(name: str, kind: str, taken: list[str]) -> None:
     """Each norm by itself, with a batch of two: modulations have a row a sample and states one a token."""
     family, model = MAKERS[kind](name)
@@ -304,7 +310,7 @@ def test_whoever_listens_to_a_norm_is_told_and_changes_nothing(name: str, kind: 
 
 
 @pytest.mark.slow
-@each_model
+@each_model_in_time
 def test_what_is_exported_has_no_kernel_in_it(name: str, kind: str, taken: list[str]) -> None:
     family, model = MAKERS[kind](name)
     lowered = family.lowered(fuse(model, family.fused()))
