@@ -435,7 +435,7 @@ def test_no_more_sets_are_judged_than_there_are(family: Family, teacher: Any, te
 
 @pytest.mark.slow
 def test_larger_samples_cost_more(family: Family, teacher: Any, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speeds, "LONGEST_S", 0.0)  # one round tells this much
+    monkeypatch.setattr(speeds, "SMALL_PARAMETERS", 0)  # by counts, as of large models
     whole = CompressionPlan.of(family.name, 6)
     model = predict(family, config_of(teacher), whole, "float32")
     seconds = {}
