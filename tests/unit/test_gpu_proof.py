@@ -114,6 +114,7 @@ def test_ratios_are_of_replays_that_took_turns() -> None:
     assert speed.with_ratios({"eager": {"event_us": 1.0}, "kernel": {"not_run": "why"}}, {})["eager"] == {"event_us": 1.0}
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
