@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -278,6 +279,11 @@ class Encoders:
     decode: Callable[[Any, Any, tuple[int, int]], Any]
     pixels_per_token: Callable[[Mapping[str, Any]], int]
     text_tokens: Callable[[Mapping[str, int]], int] | None = None
+
+
+def fused_by(module: str) -> Callable[[], Mapping[type, type]]:
+    """By class of diffusers or of a student, the one that runs through kernels: `FUSED` of a module here, which brings those classes when it is asked for."""
+    return lambda: import_module(f"{__name__}.{module}").FUSED
 
 
 def no_grid_inputs(config: Mapping[str, Any], batch: int, height: int, width: int, text: int) -> dict[str, Any]:

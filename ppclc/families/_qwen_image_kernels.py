@@ -145,8 +145,3 @@ FUSED: Mapping[type, type] = {
     QwenDoubleStreamAttnProcessor2_0: FusedAttention,
     JointAttention: FusedJointAttention,
 }
-
-
-def fused() -> Mapping[type, type]:
-    """By class of diffusers or of a student, the one that runs through kernels."""
-    return FUSED

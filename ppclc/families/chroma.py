@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_chroma import ChromaCombinedTimestepTextProjEmbeddings
 
-from ppclc.families import Family, Group, Lowered, exportable_copy, lowered_as_it_is
+from ppclc.families import Family, Group, Lowered, exportable_copy, fused_by, lowered_as_it_is
 from ppclc.families.flux import ORIGINAL_BLOCKS, ORIGINAL_SINGLE_BLOCKS, image_ids
 from ppclc.plan import CompressionPlan
 
@@ -65,13 +65,6 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs, exportable=exportable(model))
 
 
-def fused() -> Mapping[type, type]:
-    """By class of diffusers, the one that runs through kernels."""
-    from ppclc.families import _chroma_kernels  # brings diffusers' classes, which nothing else here needs
-
-    return _chroma_kernels.FUSED
-
-
 PLUGIN = Family(
     name="chroma",
     class_name="ChromaTransformer2DModel",
@@ -112,5 +105,5 @@ PLUGIN = Family(
         "approximator_hidden_dim": 16,
         "approximator_layers": 2,
     },
-    fused=fused,
+    fused=fused_by("_chroma_kernels"),
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _bfl, _kl, lowered_as_it_is
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _bfl, _kl, fused_by, lowered_as_it_is
 
 GUIDANCE = 3.5
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' FluxPipeline."""
@@ -98,13 +98,6 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs)
 
 
-def fused() -> Mapping[type, type]:
-    """By class of diffusers or of a student, the one that runs through kernels."""
-    from ppclc.families import _flux_kernels  # brings diffusers' classes, which nothing else here needs
-
-    return _flux_kernels.FUSED
-
-
 PLUGIN = Family(
     name="flux",
     class_name="FluxTransformer2DModel",
@@ -172,5 +165,5 @@ PLUGIN = Family(
         text_tokens=text_tokens,
     ),
     single_file=_bfl.SINGLE_FILE,
-    fused=fused,
+    fused=fused_by("_flux_kernels"),
 )

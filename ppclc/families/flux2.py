@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Modulation
 
-from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _kl, lowered_as_it_is
+from ppclc.families import Encoders, Family, Group, Lowered, Modulation, _kl, fused_by, lowered_as_it_is
 
 GUIDANCE = 4.0
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' Flux2Pipeline."""
@@ -72,13 +72,6 @@ def decode(pipeline: Any, latents: torch.Tensor, grid: tuple[int, int]) -> torch
 def lowered(model: Any) -> Lowered:
     """The model ready for torch.export, with dynamic batch, image and text lengths."""
     return lowered_as_it_is(model, example_inputs)
-
-
-def fused() -> Mapping[type, type]:
-    """By class of diffusers or of a student, the one that runs through kernels."""
-    from ppclc.families import _flux2_kernels  # brings diffusers' classes, which nothing else here needs
-
-    return _flux2_kernels.FUSED
 
 
 PLUGIN = Family(
@@ -161,5 +154,5 @@ PLUGIN = Family(
         decode=decode,
         pixels_per_token=_kl.pixels_per_token,
     ),
-    fused=fused,
+    fused=fused_by("_flux2_kernels"),
 )

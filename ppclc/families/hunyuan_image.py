@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.transformer_hunyuanimage import HunyuanImageAttnProcessor
 
-from ppclc.families import AXES, Family, Group, Lowered, exportable_copy, lowered_as_it_is
+from ppclc.families import AXES, Family, Group, Lowered, exportable_copy, fused_by, lowered_as_it_is
 
 GUIDANCE = 3.25
 """What a distilled model is asked for where nobody says otherwise. Source: the default of diffusers' HunyuanImagePipeline."""
@@ -73,13 +73,6 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs, axes, sides=True, exportable=exportable(model), full=())
 
 
-def fused() -> Mapping[type, type]:
-    """By class of diffusers, the one that runs through kernels."""
-    from ppclc.families import _hunyuan_image_kernels  # brings diffusers' classes, which nothing else here needs
-
-    return _hunyuan_image_kernels.FUSED
-
-
 PLUGIN = Family(
     name="hunyuan_image",
     class_name="HunyuanImageTransformer2DModel",
@@ -106,5 +99,5 @@ PLUGIN = Family(
         "text_embed_dim": 16,
         "rope_axes_dim": (8, 8),
     },
-    fused=fused,
+    fused=fused_by("_hunyuan_image_kernels"),
 )

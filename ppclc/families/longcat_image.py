@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ppclc.families import Family, Group, Lowered, lowered_as_it_is
+from ppclc.families import Family, Group, Lowered, fused_by, lowered_as_it_is
 
 TEXT_SIDE = 512
 """Image positions start after the longest text. Source: diffusers' LongCatImagePipeline."""
@@ -43,13 +43,6 @@ def lowered(model: Any) -> Lowered:
     return lowered_as_it_is(model, example_inputs)
 
 
-def fused() -> Mapping[type, type]:
-    """By class of diffusers, the one that runs through kernels."""
-    from ppclc.families import _longcat_image_kernels  # brings diffusers' classes, which nothing else here needs
-
-    return _longcat_image_kernels.FUSED
-
-
 PLUGIN = Family(
     name="longcat_image",
     class_name="LongCatImageTransformer2DModel",
@@ -72,5 +65,5 @@ PLUGIN = Family(
         "pooled_projection_dim": 16,
         "axes_dims_rope": [4, 6, 6],
     },
-    fused=fused,
+    fused=fused_by("_longcat_image_kernels"),
 )

@@ -22,9 +22,9 @@ from ppclc.families import (
     Shapes,
     SingleFile,
     _oppo,
-    _qwen_image_kernels,
     counted,
     exportable_copy,
+    fused_by,
     rotary_axes,
     typed,
 )
@@ -351,5 +351,5 @@ PLUGIN = Family(
         config=file_config,
         markers=lambda config: (EDITS_AT_ZERO,) if config.get("zero_cond_t") else (),
     ),
-    fused=_qwen_image_kernels.fused,
+    fused=fused_by("_qwen_image_kernels"),
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ppclc.families import AXES, Encoders, Family, Group, Lowered, Modulation, _kl, lowered_as_it_is
+from ppclc.families import AXES, Encoders, Family, Group, Lowered, Modulation, _kl, fused_by, lowered_as_it_is
 from ppclc.plan import CompressionPlan
 
 
@@ -95,13 +95,6 @@ def lowered(model: Any) -> Lowered:
 MEDIUM: Mapping[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
 
 
-def fused() -> Mapping[type, type]:
-    """By class of diffusers or of a student, the one that runs through kernels."""
-    from ppclc.families import _sd3_kernels  # brings diffusers' classes, which nothing else here needs
-
-    return _sd3_kernels.FUSED
-
-
 PLUGIN = Family(
     name="sd3",
     class_name="SD3Transformer2DModel",
@@ -170,5 +163,5 @@ PLUGIN = Family(
         pixels_per_token=_kl.pixels_per_token,
         text_tokens=text_tokens,
     ),
-    fused=fused,
+    fused=fused_by("_sd3_kernels"),
 )
