@@ -37,7 +37,7 @@ from ppclc.passes import verify as verify_pass
 from ppclc.passes.bench import bench_models, check_providers, check_size, device_of
 from ppclc.plan import CompressionPlan
 from ppclc.recipe import Recipe, bench_settings, export_options, find_recipe, read_recipe
-from ppclc.records import check_writable, write_text
+from ppclc.records import Benchmark, check_writable, write_text
 from ppclc.run import check_late_settings, newest_out
 from ppclc.screens.display import Display
 from ppclc.screens.drawing import plan_drawing
@@ -397,14 +397,19 @@ def bench(
     for note in [*notes, *(f"noisy run: {row.target} in {row.place}: {row.noise}" for row in result.rows if row.noise)]:
         display.say(note)
     if out is not None:
-        about = {**machine(next(iter(asked.sources.values()))), **accelerator(), **versions()}
-        try:
-            for path in write_bench(result, about, out):
-                display.say(f"wrote {path}")
-        except PpclcError:
-            print(markdown(result, about), file=sys.stderr)  # what was measured is not lost with the disk
-            raise
+        _write_bench(result, next(iter(asked.sources.values())), out, display)
     return [row.model_dump(mode="json") for row in result.rows]
+
+
+def _write_bench(result: Benchmark, source: Source, out: Path, display: Display) -> None:
+    """Files of a measurement, which is not lost where they cannot be written."""
+    about = {**machine(source), **accelerator(), **versions()}
+    try:
+        for path in write_bench(result, about, out):
+            display.say(f"wrote {path}")
+    except PpclcError:
+        print(markdown(result, about), file=sys.stderr)
+        raise
 
 
 def print_bench(rows: list[dict[str, Any]]) -> None:

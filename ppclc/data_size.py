@@ -50,6 +50,6 @@ def _text_tokens(source: Source) -> int:
         return TEXT_TOKENS
     longest = {}
     for part in (p for p in encoders.text_parts if p.startswith("tokenizer")):
-        with suppress(PpclcError, KeyError, TypeError, ValueError):
+        with suppress(PpclcError, KeyError, TypeError, ValueError, OverflowError):
             longest[part] = int(json_object(Path(root or "") / part / "tokenizer_config.json")["model_max_length"])
-    return encoders.text_tokens(longest)
+    return max(1, encoders.text_tokens(longest))

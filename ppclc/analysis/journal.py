@@ -42,10 +42,11 @@ class Journal:
     def put(self, value: Any, *key: Any) -> None:
         """Keep what was found, numbers and lists of them."""
         name = json.dumps(key)
-        self._found[name] = value
+        line = json.dumps([name, value])
+        self._found[name] = json.loads(line)[1]  # as the file has it, whatever becomes of the value
         if self.path is not None:
             with disk_errors(self.path), self.path.open("ab") as file:
-                file.write(json.dumps([name, value]).encode() + b"\n")
+                file.write(line.encode() + b"\n")
 
     def tensor(self, *key: Any) -> torch.Tensor | None:
         """As `get`, of what `put_tensor` kept."""

@@ -74,7 +74,9 @@ def renumbered(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, An
 
 
 def restored(config: Mapping[str, Any], plan: CompressionPlan) -> dict[str, Any]:
-    """The teacher's numbers of the blocks with a second attention; blocks that are gone may have had one, and count as if they had."""
+    """The teacher's numbers of the blocks with a second attention; where nothing tells, as of blocks that are gone, a block may have one, and counts as if it had."""
+    if "dual_attention_layers" not in config:
+        return {"dual_attention_layers": list(range(plan.num_blocks))}
     kept = {plan.kept[n] for n in config.get("dual_attention_layers") or () if n < len(plan.kept)}
     return {"dual_attention_layers": [b for b in range(plan.num_blocks) if b in kept or b not in plan.kept]}
 
@@ -93,7 +95,6 @@ def lowered(model: Any) -> Lowered:
 
 
 MEDIUM: Mapping[str, Any] = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
-
 
 PLUGIN = Family(
     name="sd3",

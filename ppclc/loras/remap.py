@@ -197,9 +197,7 @@ def modules_of(plan: CompressionPlan, plan_file: Path, student: Path | None, mod
             f"{plan_file}: does not tell which blocks are of {names}; give the plan.json in the student's own folder, or the teacher with --model"
         )
     config = {**stock_config(family), "_class_name": family.class_name, family.groups[0].count_key: plan.num_blocks}
-    if "dual_attention_layers" in config:  # which no plan tells: every block may have a second attention
-        config["dual_attention_layers"] = tuple(range(plan.num_blocks))
-    return Modules.of(family, config | family.restored(config, plan), plan, "none"), None
+    return Modules.of(family, config | family.restored({}, plan), plan, "none"), None
 
 
 def teacher_config(source: Source, family: Family, plan: CompressionPlan) -> dict[str, Any]:

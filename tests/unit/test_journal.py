@@ -30,8 +30,10 @@ def test_what_was_put_is_found_again_to_the_bit(dtype: torch.dtype, tmp_path: Pa
 
 def test_without_a_file_it_remembers_alone() -> None:
     journal = Journal()
-    journal.put(1.5, "a")
-    assert journal.get("a") == 1.5
+    value = [(1, 1.5)]
+    journal.put(value, "a")
+    value.append((2, 2.5))
+    assert journal.get("a") == [[1, 1.5]]  # as a file would have it
 
 
 @pytest.mark.parametrize("cut", range(1, 24))
