@@ -9,7 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock, ChromaTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from ppclc.families._flux_kernels import FusedAttention
+from ppclc.families._flux_kernels import FusedAttention, two_streams
 from ppclc.kernels.fused import hooked, in_place_of, modulated, takes_chains
 from ppclc.kernels.modulation import gated_residual
 
@@ -33,18 +33,9 @@ class FusedBlock(ChromaTransformerBlock):  # type: ignore[misc]
                 image, text, temb, image_rotary_emb, attention_mask, joint_attention_kwargs
             )
             return stock
-        (shift, scale, gate, shift_2, scale_2, gate_2), of_text = temb[:, :6].unbind(1), temb[:, 6:].unbind(1)
-        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = of_text
-        attended, text_attended = self.attn(
-            hidden_states=modulated(self.norm1.norm, image, scale, shift),
-            encoder_hidden_states=modulated(self.norm1_context.norm, text, text_scale, text_shift),
-            image_rotary_emb=image_rotary_emb,
-            attention_mask=_pairs(attention_mask),
-        )
-        image = gated_residual(image, gate, attended)
-        image = gated_residual(image, gate_2, self.ff(modulated(self.norm2, image, scale_2, shift_2)))
-        text = gated_residual(text, text_gate, text_attended)
-        text = gated_residual(text, text_gate_2, self.ff_context(modulated(self.norm2_context, text, text_scale_2, text_shift_2)))
+        norms, mods = (self.norm1.norm, self.norm1_context.norm), (temb[:, :6].unbind(1), temb[:, 6:].unbind(1))
+        given = {"image_rotary_emb": image_rotary_emb, "attention_mask": _pairs(attention_mask)}
+        image, text = two_streams(self, norms, (image, text), mods, **given)
         if text.dtype == torch.float16:
             text = text.clip(-65504, 65504)
         return text, image

@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TransformerBlock,
 )
 
+from ppclc.families._flux_kernels import two_streams
 from ppclc.families._fused_attention import FusedJointAttention, TextFirst, takes_normed
 from ppclc.kernels.fused import Heads, KernelChains, in_place_of, joined, modulated, takes_chains
 from ppclc.kernels.modulation import gated_residual
@@ -41,17 +42,8 @@ class FusedBlock(Flux2TransformerBlock):  # type: ignore[misc]
                 image, text, temb_mod_img, temb_mod_txt, image_rotary_emb, joint_attention_kwargs
             )
             return stock
-        (shift, scale, gate), (shift_2, scale_2, gate_2) = Flux2Modulation.split(temb_mod_img, 2)
-        (text_shift, text_scale, text_gate), (text_shift_2, text_scale_2, text_gate_2) = Flux2Modulation.split(temb_mod_txt, 2)
-        attended, text_attended = self.attn(
-            hidden_states=modulated(self.norm1, image, scale, shift),
-            encoder_hidden_states=modulated(self.norm1_context, text, text_scale, text_shift),
-            image_rotary_emb=image_rotary_emb,
-        )
-        image = gated_residual(image, gate, attended)
-        image = gated_residual(image, gate_2, self.ff(modulated(self.norm2, image, scale_2, shift_2)))
-        text = gated_residual(text, text_gate, text_attended)
-        text = gated_residual(text, text_gate_2, self.ff_context(modulated(self.norm2_context, text, text_scale_2, text_shift_2)))
+        mods = tuple(sum(Flux2Modulation.split(mod, 2), ()) for mod in (temb_mod_img, temb_mod_txt))
+        image, text = two_streams(self, (self.norm1, self.norm1_context), (image, text), mods, image_rotary_emb=image_rotary_emb)
         if text.dtype == torch.float16:
             text = text.clip(-65504, 65504)
         return text, image

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,27 @@ from ppclc.kernels.fused import KernelChains, hooked, in_place_of, modulated, ta
 from ppclc.kernels.modulation import gated_residual
 from ppclc.students.flux import PrunedFluxSingleTransformerBlock, PrunedFluxTransformerBlock
 from ppclc.students.parts import JointTextAttention
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def two_streams(block: Any, norms: tuple[Any, Any], states: Pair, mods: tuple[Sequence[torch.Tensor], ...], **attention: Any) -> Pair:
+    """Image and text (B, tokens, D) behind a block's attention and networks.
+
+    norms: those before attention. mods: of image and of text shift, scale and gate of attention, then of the network, each a row a sample.
+    """
+    (image, text), (norm, text_norm) = states, norms
+    shift, scale, gate, shift_2, scale_2, gate_2 = mods[0]
+    text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = mods[1]
+    attended, text_attended = block.attn(
+        hidden_states=modulated(norm, image, scale, shift),
+        encoder_hidden_states=modulated(text_norm, text, text_scale, text_shift),
+        **attention,
+    )
+    image = gated_residual(image, gate, attended)
+    image = gated_residual(image, gate_2, block.ff(modulated(block.norm2, image, scale_2, shift_2)))
+    text = gated_residual(text, text_gate, text_attended)
+    return image, gated_residual(text, text_gate_2, block.ff_context(modulated(block.norm2_context, text, text_scale_2, text_shift_2)))
 
 
 class TwoStreams:
@@ -32,17 +53,8 @@ class TwoStreams:
                 image, text, temb, image_rotary_emb, joint_attention_kwargs
             )
             return stock
-        shift, scale, gate, shift_2, scale_2, gate_2 = chunks(self.norm1, temb, 6)
-        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = chunks(self.norm1_context, temb, 6)
-        attended, text_attended = self.attn(
-            hidden_states=modulated(self.norm1.norm, image, scale, shift),
-            encoder_hidden_states=modulated(self.norm1_context.norm, text, text_scale, text_shift),
-            image_rotary_emb=image_rotary_emb,
-        )
-        image = gated_residual(image, gate, attended)
-        image = gated_residual(image, gate_2, self.ff(modulated(self.norm2, image, scale_2, shift_2)))
-        text = gated_residual(text, text_gate, text_attended)
-        text = gated_residual(text, text_gate_2, self.ff_context(modulated(self.norm2_context, text, text_scale_2, text_shift_2)))
+        mods = chunks(self.norm1, temb, 6), chunks(self.norm1_context, temb, 6)
+        image, text = two_streams(self, (self.norm1.norm, self.norm1_context.norm), (image, text), mods, image_rotary_emb=image_rotary_emb)
         if text.dtype == torch.float16:
             text = text.clip(-65504, 65504)
         return text, image

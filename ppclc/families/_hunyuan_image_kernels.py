@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_hunyuanimage import (
     HunyuanImageTransformerBlock,
 )
 
-from ppclc.families._flux_kernels import chunks
+from ppclc.families._flux_kernels import chunks, two_streams
 from ppclc.families._fused_attention import heads_of, takes_normed, unturned
 from ppclc.kernels.fused import Heads, hooked, in_place_of, joined, modulated, takes_chains
 from ppclc.kernels.modulation import gated_residual
@@ -37,17 +37,8 @@ class FusedBlock(HunyuanImageTransformerBlock):  # type: ignore[misc]
         if hooked(self.norm1) or hooked(self.norm1_context) or not takes_chains(image):
             stock: tuple[torch.Tensor, torch.Tensor] = super().forward(image, text, temb, attention_mask, image_rotary_emb, *args, **kwargs)
             return stock
-        shift, scale, gate, shift_2, scale_2, gate_2 = chunks(self.norm1, temb, 6)
-        text_shift, text_scale, text_gate, text_shift_2, text_scale_2, text_gate_2 = chunks(self.norm1_context, temb, 6)
-        attended, text_attended = self.attn(
-            hidden_states=modulated(self.norm1.norm, image, scale, shift),
-            encoder_hidden_states=modulated(self.norm1_context.norm, text, text_scale, text_shift),
-            attention_mask=attention_mask,
-            image_rotary_emb=image_rotary_emb,
-        )
-        image, text = gated_residual(image, gate, attended), gated_residual(text, text_gate, text_attended)
-        image = gated_residual(image, gate_2, self.ff(modulated(self.norm2, image, scale_2, shift_2)))
-        return image, gated_residual(text, text_gate_2, self.ff_context(modulated(self.norm2_context, text, text_scale_2, text_shift_2)))
+        mods, norms = (chunks(self.norm1, temb, 6), chunks(self.norm1_context, temb, 6)), (self.norm1.norm, self.norm1_context.norm)
+        return two_streams(self, norms, (image, text), mods, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
 
 
 @in_place_of(HunyuanImageSingleTransformerBlock)
